@@ -1,0 +1,77 @@
+"""A stand-in for a cloud model that needs no network: it solves the problem, and errs at a chosen rate."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from threading import Lock
+
+from gapg.rollout.records import OracleAnswer, OracleQuestion, OracleUsage
+
+
+class SolverOracle:
+    """An embedded stand-in for a cloud model: right with probability `accuracy`, wrong otherwise.
+
+    It is *not* a cloud model: `solve` computes the right answer, so runs with it are free, offline and repeatable.
+    Whether a question is answered rightly depends on (`seed`, question id) alone, as a deterministic cloud would: the
+    same in every process, at every step, in any order of asking.
+
+    Args:
+        solve: Maps a question's id to the text of its right answer. An exception it raises becomes a failed answer.
+        accuracy: The share of questions answered rightly, in [0, 1].
+        wrong: The text of a wrong answer.
+        seed: Chooses which questions are answered wrongly.
+
+    Raises:
+        ValueError: `accuracy` is outside [0, 1].
+    """
+
+    def __init__(self, solve: Callable[[str], str], accuracy: float, wrong: str, seed: int = 0) -> None:
+        if not 0.0 <= accuracy <= 1.0:
+            raise ValueError(f"the oracle's accuracy must be in [0, 1], not {accuracy}")
+        self._solve = solve
+        self._accuracy = accuracy
+        self._wrong = wrong
+        self._seed = seed
+        self._texts: dict[str, str] = {}
+        self._usage = OracleUsage()
+        self._lock = Lock()
+
+    def knows(self, question_id: str) -> bool:
+        """Whether this question is answered rightly."""
+        digest = hashlib.sha256(f"{self._seed}\0{question_id}".encode()).digest()
+        return int.from_bytes(digest[:7], "big") / 2**56 < self._accuracy
+
+    def ask(self, question: OracleQuestion) -> Future[list[OracleAnswer]]:
+        """A future, already done, of one answer. An id that was asked before is a cache hit; tokens are not counted."""
+        future: Future[list[OracleAnswer]] = Future()
+        with self._lock:
+            future.set_result([self._answer(question.id)])
+        return future
+
+    def _answer(self, question_id: str) -> OracleAnswer:
+        if question_id in self._texts:
+            self._usage = replace(self._usage, cache_hits=self._usage.cache_hits + 1)
+            return OracleAnswer(self._texts[question_id], cached=True)
+        self._usage = replace(self._usage, requests=self._usage.requests + 1)
+        try:
+            text = self._solve(question_id) if self.knows(question_id) else self._wrong
+        except Exception as error:  # a failed oracle is an answer without text, never an exception
+            self._usage = replace(self._usage, failures=self._usage.failures + 1)
+            return OracleAnswer(None, error=f"the solver failed on {question_id!r}: {type(error).__name__}: {error}")
+        self._texts[question_id] = text
+        return OracleAnswer(text)
+
+    @property
+    def usage(self) -> OracleUsage:
+        """Totals so far, those given to `restore` included."""
+        return self._usage
+
+    def restore(self, usage: OracleUsage) -> None:
+        """Continues from these totals. Answers are not restored: a question asked before counts as a request again."""
+        self._usage = usage
+
+    def close(self) -> None:
+        """Nothing to free."""

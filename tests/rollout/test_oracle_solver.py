@@ -1,0 +1,75 @@
+"""The embedded oracle: its accuracy, its stability over processes, its counting."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from gapg.rollout.oracle_solver import SolverOracle
+from gapg.rollout.records import Oracle, OracleQuestion, OracleUsage
+
+
+def question(name: str) -> OracleQuestion:
+    return OracleQuestion(name, ({"role": "user", "content": f"solve {name}"},))
+
+
+def test_accuracy_is_the_share_of_right_answers() -> None:
+    oracle: Oracle = SolverOracle(lambda name: f"answer to {name}", accuracy=0.8, wrong="0")
+    texts = [oracle.ask(question(f"q{i}")).result()[0].text for i in range(5000)]
+    right = sum(text == f"answer to q{i}" for i, text in enumerate(texts))
+    assert set(texts) - {f"answer to q{i}" for i in range(5000)} == {"0"}
+    assert abs(right / 5000 - 0.8) < 4 * (0.8 * 0.2 / 5000) ** 0.5
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 1.0])
+def test_the_extremes_are_exact(accuracy: float) -> None:
+    oracle = SolverOracle(str, accuracy=accuracy, wrong="0")
+    assert all(oracle.knows(f"q{i}") is bool(accuracy) for i in range(500))
+
+
+def test_which_questions_are_known_is_the_same_in_another_process() -> None:
+    program = (
+        "from gapg.rollout.oracle_solver import SolverOracle\n"
+        "print([SolverOracle(str, 0.5, '0', seed=3).knows(f'q{i}') for i in range(64)])"
+    )
+    there = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+    here = [SolverOracle(str, 0.5, "0", seed=3).knows(f"q{i}") for i in range(64)]
+    other_seed = [SolverOracle(str, 0.5, "0", seed=4).knows(f"q{i}") for i in range(64)]
+    assert there == str(here)
+    assert here != other_seed
+
+
+def test_usage_counts_repeats_as_hits_and_continues_after_a_restore() -> None:
+    oracle = SolverOracle(str, accuracy=1.0, wrong="0")
+    first, again = oracle.ask(question("a")).result()[0], oracle.ask(question("a")).result()[0]
+    assert (first.cached, again.cached) == (False, True)
+    assert first.text == again.text == "a"
+    assert oracle.usage == OracleUsage(requests=1, cache_hits=1)
+    resumed = SolverOracle(str, accuracy=1.0, wrong="0")
+    resumed.restore(oracle.usage)
+    resumed.ask(question("b"))
+    assert resumed.usage == OracleUsage(requests=2, cache_hits=1)
+
+
+def test_a_failing_solver_is_an_unknown_answer_that_is_asked_again() -> None:
+    calls: list[str] = []
+
+    def solve(name: str) -> str:
+        calls.append(name)
+        if len(calls) == 1:
+            raise RuntimeError("no solution found")
+        return "42"
+
+    oracle = SolverOracle(solve, accuracy=1.0, wrong="0")
+    failed = oracle.ask(question("a")).result()[0]
+    assert failed.text is None
+    assert failed.error is not None and "no solution found" in failed.error
+    assert oracle.ask(question("a")).result()[0].text == "42"
+    assert oracle.usage == OracleUsage(requests=2, failures=1)
+
+
+def test_an_impossible_accuracy_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        SolverOracle(str, accuracy=80, wrong="0")
