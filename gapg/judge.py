@@ -1,0 +1,202 @@
+"""What a response is worth: parse its ending, verify its answer, ask the cloud where it matters, reward it.
+
+The hierarchical reward of arXiv 2509.24050, section 3. Judging and rewarding are apart because the price of a call
+moves from step to step while an outcome does not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+from gapg.rollout.records import Completion, Oracle, OracleAnswer
+from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_CLOSE, HELP_OPEN, HELP_PHRASE, Prompt, Task, Verdict
+
+_WORD = re.compile(r"\w")
+
+
+class Outcome(Enum):
+    """What became of one response. UNKNOWN: it called, and the oracle failed; that is never a reward of 0."""
+
+    LOCAL_CORRECT = "local_correct"
+    CLOUD_CORRECT = "cloud_correct"
+    CLOUD_WRONG = "cloud_wrong"
+    LOCAL_WRONG = "local_wrong"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """A response's ending. `answer`: the text inside the answer block. `well_formed`: one ending and nothing else.
+
+    `both` is an answer and the help phrase in one response, in any order: wrong, and counted, because it is how
+    reward hacking starts. `none` is everything else that does not end in an answer block or in the phrase.
+    """
+
+    kind: Literal["answer", "help", "both", "none"]
+    answer: str | None = None
+    well_formed: bool = False
+
+
+def parse(text: str) -> Parsed:
+    """How a response ends. Only a terminal ending counts.
+
+    After it, punctuation and blanks are tolerated: a token may hold the end of a stop tag and what follows (`>.`).
+    Linear in the text, whatever is in it.
+    """
+    close = text.rfind(ANSWER_CLOSE)
+    open_ = text.rfind(ANSWER_OPEN, 0, close) if close >= 0 else -1
+    phrase = text.rfind(HELP_PHRASE)
+    if open_ >= 0 and phrase >= 0:
+        return Parsed("both")
+    tags = tuple(text.count(tag) for tag in (ANSWER_OPEN, ANSWER_CLOSE, HELP_OPEN, HELP_CLOSE))
+    if open_ >= 0 and _ends(text, close + len(ANSWER_CLOSE)):
+        return Parsed("answer", text[open_ + len(ANSWER_OPEN) : close].strip(), tags == (1, 1, 0, 0))
+    if phrase >= 0 and _ends(text, phrase + len(HELP_PHRASE)):
+        return Parsed("help", None, tags == (0, 0, 1, 1))
+    return Parsed("none")
+
+
+def _ends(text: str, at: int) -> bool:
+    return _WORD.search(text, at) is None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The G responses to one prompt, judged.
+
+    well_formed: for each response, whether it has exactly one terminal ending (for the format reward).
+    oracle_score: mean correctness of the oracle's samples that came, in [0, 1]; None when not asked or failed.
+    oracle_answers: what the oracle replied, for the record; empty when it was not asked.
+    unknown: the group needed the oracle and did not get it; it belongs in no batch and has no rewards.
+    limits: answers on which the verifier hit its limits. both_endings: responses with an answer and the phrase.
+    """
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    outcomes: tuple[Outcome, ...]
+    well_formed: tuple[bool, ...]
+    oracle_score: float | None = None
+    oracle_answers: tuple[OracleAnswer, ...] = ()
+    unknown: bool = False
+    limits: int = 0
+    both_endings: int = 0
+
+    @property
+    def oracle_asked(self) -> bool:
+        return bool(self.oracle_answers)
+
+    @property
+    def calls(self) -> int:
+        """Responses that end in the help phrase, known outcome or not."""
+        return sum(o in (Outcome.CLOUD_CORRECT, Outcome.CLOUD_WRONG, Outcome.UNKNOWN) for o in self.outcomes)
+
+    @property
+    def solved_locally(self) -> bool:
+        """Membership of D1, if the group is known: at least one right local answer."""
+        return Outcome.LOCAL_CORRECT in self.outcomes
+
+    @property
+    def cloud_correct(self) -> bool:
+        """The oracle is right on this prompt: at least half of its samples are."""
+        return self.oracle_score is not None and self.oracle_score >= 0.5
+
+
+def rewards(group: Group, alpha_a: float, alpha_c: float, alpha_f: float = 0.0) -> list[float]:
+    """One reward per response: alpha_a for a right local answer, alpha_c * oracle_score for a call, else 0.
+
+    alpha_f is added for exactly one terminal ending. Raises ValueError on an unknown group: a failed server must
+    never turn into a reward.
+    """
+    if group.unknown:
+        raise ValueError(f"prompt {group.prompt.id!r}: the oracle failed, so the group has no rewards")
+    worth = {
+        Outcome.LOCAL_CORRECT: alpha_a,
+        Outcome.CLOUD_CORRECT: alpha_c * (group.oracle_score or 0.0),
+        Outcome.CLOUD_WRONG: alpha_c * (group.oracle_score or 0.0),
+        Outcome.LOCAL_WRONG: 0.0,
+    }
+    return [worth[o] + alpha_f * f for o, f in zip(group.outcomes, group.well_formed, strict=True)]
+
+
+class Judge:
+    """Judges the responses to a prompt against a task and an oracle.
+
+    The oracle is asked when any response calls, when no response is right (the prompt filter must know whether the
+    cloud is; `ask_unsolved=False` where there is no filter), and otherwise only with `ask_always`.
+    """
+
+    def __init__(self, task: Task, oracle: Oracle, ask_always: bool = False, ask_unsolved: bool = True) -> None:
+        self.task, self.oracle = task, oracle
+        self.ask_always, self.ask_unsolved = ask_always, ask_unsolved
+
+    def submit(self, prompt: Prompt, completions: Sequence[Completion]) -> PendingGroup:
+        """Parses and verifies at once and sends the question if there is one, so that the cloud works meanwhile."""
+        parsed = [parse(c.text) for c in completions]
+        answers = [p.answer for p in parsed if p.answer is not None]
+        verdicts = iter(self.task.verify(prompt, answers) if answers else [])
+        local = [next(verdicts) if p.answer is not None else None for p in parsed]
+        needed = any(p.kind == "help" for p in parsed) or (self.ask_unsolved and Verdict.CORRECT not in local)
+        asked = self.oracle.ask(self.task.question(prompt)) if needed or self.ask_always else None
+        return PendingGroup(self.task, prompt, tuple(completions), parsed, local, needed, asked)
+
+
+@dataclass(frozen=True, slots=True)
+class PendingGroup:
+    """A judged group that may still wait for the cloud."""
+
+    task: Task
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    parsed: list[Parsed]
+    local: list[Verdict | None]
+    needed: bool
+    asked: Future[list[OracleAnswer]] | None
+
+    def done(self) -> bool:
+        """Whether `result` returns without waiting for the oracle."""
+        return self.asked is None or self.asked.done()
+
+    def result(self) -> Group:
+        """Waits for the oracle, whose own deadlines bound the wait."""
+        replies = tuple(self.asked.result()) if self.asked is not None else ()
+        score = oracle_score(self.task, self.prompt, replies)
+        return Group(
+            self.prompt,
+            self.completions,
+            tuple(_outcome(p, v, score) for p, v in zip(self.parsed, self.local, strict=True)),
+            tuple(p.well_formed for p in self.parsed),
+            oracle_score=score,
+            oracle_answers=replies,
+            unknown=self.needed and score is None,
+            limits=self.local.count(Verdict.LIMIT),
+            both_endings=sum(p.kind == "both" for p in self.parsed),
+        )
+
+
+def oracle_score(task: Task, prompt: Prompt, replies: Sequence[OracleAnswer]) -> float | None:
+    """Mean correctness of the cloud's replies; None when none came.
+
+    A reply that ends in an answer block is judged by what is inside it, any other as a whole (a cloud model may box
+    its result instead). When some of k samples failed, the mean is over those that came: it stays unbiased, whereas
+    dropping the group would throw away paid answers.
+    """
+    texts = [reply.text for reply in replies if reply.text is not None]
+    if not texts:
+        return None
+    inside = [parse(text).answer for text in texts]
+    verdicts = task.verify(prompt, [text if a is None else a for text, a in zip(texts, inside, strict=True)])
+    return sum(v is Verdict.CORRECT for v in verdicts) / len(texts)
+
+
+def _outcome(parsed: Parsed, verdict: Verdict | None, score: float | None) -> Outcome:
+    if parsed.kind == "help":
+        if score is None:
+            return Outcome.UNKNOWN
+        return Outcome.CLOUD_CORRECT if score >= 0.5 else Outcome.CLOUD_WRONG
+    # LIMIT is wrong too: a policy must not be able to erase a bad group with pathological output.
+    return Outcome.LOCAL_CORRECT if verdict is Verdict.CORRECT else Outcome.LOCAL_WRONG
