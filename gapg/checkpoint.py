@@ -1,0 +1,101 @@
+"""Checkpoints that appear whole or not at all, and hold everything a resumed run needs. No pickle.
+
+    <run>/checkpoints/step-40/model/               a Hugging Face folder
+                             /optimizer.safetensors
+                             /state.json            step, data cursor, budget, oracle spend, counters
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+STEP = re.compile(r"step-(\d+)")
+
+
+def save(
+    root: Path,
+    step: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+) -> Path:
+    """Writes `root/step-<step>` beside and renames it into place; an existing one of that step is kept as it is."""
+    final = root / f"step-{step}"
+    if final.exists():
+        return final
+    partial = root / f".partial-step-{step}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial / "model")
+    tokenizer.save_pretrained(partial / "model")
+    save_file(_flatten(model, optimizer), partial / "optimizer.safetensors")
+    (partial / "state.json").write_text(json.dumps(dict(state), indent=1))
+    for path in partial.rglob("*"):
+        _fsync(path)
+    os.replace(partial, final)
+    _fsync(root)
+    return final
+
+
+def latest(root: Path) -> Path | None:
+    """The newest whole checkpoint under `root`, or None."""
+    found = steps(root)
+    return root / f"step-{found[-1]}" if found else None
+
+
+def steps(root: Path) -> list[int]:
+    """Steps of the whole checkpoints under `root`, ascending."""
+    if not root.is_dir():
+        return []
+    return sorted(int(m[1]) for p in root.iterdir() if (m := STEP.fullmatch(p.name)))
+
+
+def prune(root: Path, keep: int, also: set[int]) -> None:
+    """Deletes all but the last `keep` checkpoints and the steps in `also`, and what a killed save left behind."""
+    for step in steps(root)[:-keep]:
+        if step not in also:
+            # renamed first: a kill in the middle of a deletion must not leave half a checkpoint under a whole one's name
+            doomed = root / f".partial-step-{step}"
+            os.replace(root / f"step-{step}", doomed)
+            shutil.rmtree(doomed)
+    for leftover in root.glob(".partial-step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Loads the optimizer state of checkpoint `path`, whose `model/` the caller has loaded; returns the saved state."""
+    tensors = load_file(path / "optimizer.safetensors")
+    params = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, _, slot = key.rpartition("/")
+        # AdamW keeps its step counter on the CPU unless told otherwise
+        optimizer.state[params[name]][slot] = value if slot == "step" else value.to(params[name].device)
+    return json.loads((path / "state.json").read_text())
+
+
+def _flatten(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, param in model.named_parameters()
+        for key, value in optimizer.state.get(param, {}).items()
+    }
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

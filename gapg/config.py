@@ -1,0 +1,283 @@
+"""Every setting of a run, validated before anything slow starts. Presets are the YAML files in `gapg/configs`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PRESETS = Path(__file__).parent / "configs"
+Fraction01 = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ConfigError(ValueError):
+    """Something the user can mend: the message is one line that names the key and the fix. The CLI exits with 2."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class TaskConfig(Section):
+    name: str
+    """`countdown`, `maths`, or the import path of your own: `mypkg.mytask:MyTask`."""
+    args: dict[str, Any] = {}
+    """Keyword arguments of the task."""
+
+
+class LlamaConfig(Section):
+    """A Llama made from scratch, for tasks that bring their own tokenizer."""
+
+    hidden_size: Count = 96
+    num_layers: Count = 3
+    num_heads: Count = 3
+    intermediate_size: Count = 256
+    max_positions: Count = 128
+
+
+class ModelConfig(Section):
+    path: str | None = None
+    """A Hugging Face folder or hub name. Leave empty to make `llama` from scratch."""
+    llama: LlamaConfig = LlamaConfig()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """The weights' type in training. The optimizer keeps the same type, so bfloat16 is for large models only."""
+    gradient_checkpointing: bool = False
+
+
+class OptimConfig(Section):
+    lr: Annotated[float, Field(gt=0)]
+    betas: tuple[Fraction01, Fraction01] = (0.9, 0.98)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest gradient norm; how often it binds is logged as `clipped`."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    flat: Fraction01 = 0.0
+    """Part of the run after which the learning rate starts to fall."""
+    final_lr: Fraction01 = 0.1
+    """Learning rate at the last step, as a part of `lr`."""
+
+
+class WarmStartConfig(Section):
+    """Supervised steps on demonstrations before the policy gradient."""
+
+    steps: Count = 1000
+    batch_size: Count = 64
+    demonstrations: str | None = None
+    """A jsonl of {"prompt" or "id", "response"}; empty: the task makes its own."""
+    optim: OptimConfig = OptimConfig(lr=3e-3, warmup_steps=30, flat=0.4, final_lr=0.02)
+    checkpoint_every: Count = 250
+
+
+class RolloutConfig(Section):
+    engine: Literal["transformers", "vllm"] = "transformers"
+    prompts_per_step: Count = 32
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
+    """G. The estimator's baseline needs two or more."""
+    max_prompt_tokens: Count = 256
+    max_new_tokens: Count = 720
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """1 is the policy itself; another value trains the policy at that temperature."""
+    max_rows: Count = 2048
+    """Responses that the transformers engine decodes at once."""
+    vllm_args: dict[str, Any] = {}
+    """Further arguments of the vLLM engine (`gpu_memory_utilization`, `max_model_len`, `enforce_eager`, …)."""
+
+
+class RewardConfig(Section):
+    alpha_a: Annotated[float, Field(gt=0)] = 1.0
+    """Reward of a right local answer."""
+    alpha_c: Annotated[float, Field(ge=0)] = 0.25
+    """Reward of a call the cloud answers rightly; where the controller starts. 0 is task-tuning only."""
+    alpha_f: Annotated[float, Field(ge=0)] = 0.0
+    """Added for exactly one terminal ending."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RewardConfig:
+        if self.alpha_c >= self.alpha_a:
+            raise ValueError(f"reward.alpha_c={self.alpha_c} must be below reward.alpha_a={self.alpha_a}")
+        return self
+
+
+class BudgetConfig(Section):
+    cloud_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Part of the problems that may go to the cloud. (The filter's rho, calls per local answer, follows from it.)"""
+    filter: bool = True
+    """Adaptive prompt filtering."""
+    controller: bool = True
+    """Moves alpha_c so that the training call fraction meets `cloud_fraction`."""
+    rho: Annotated[float, Field(ge=0)] | None = None
+    """Overrides the filter's rho = c / (1 - c)."""
+    gain: Annotated[float, Field(gt=0)] = 0.05
+    """Integral gain of the controller, per step."""
+    damping: Annotated[float, Field(ge=0)] = 2.0
+    """Proportional gain of the controller."""
+
+    @property
+    def exact_rho(self) -> Fraction:
+        """rho as an exact fraction (0.6/0.4 in floats would lose a prompt)."""
+        if self.rho is not None:
+            return Fraction(str(self.rho))
+        c = Fraction(str(self.cloud_fraction))
+        return c / (1 - c)
+
+
+class OracleConfig(Section):
+    kind: Literal["solver", "openai"] = "solver"
+    """`openai`: any OpenAI-compatible server. `solver`: the task's own exact solver, a stand-in for a cloud model."""
+    accuracy: Fraction01 = 0.95
+    """solver: how often it is right."""
+    base_url: str = "https://api.openai.com/v1"
+    model: str = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Name of the environment variable with the key; the key itself is never stored."""
+    samples: Count = 1
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    max_tokens: Count = 1024
+    concurrency: Count = 16
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    deadline_s: Annotated[float, Field(gt=0)] = 300.0
+    max_retries: Annotated[int, Field(ge=0)] = 5
+    requests_per_minute: Count | None = None
+    tokens_per_minute: Count | None = None
+    spending_cap: Annotated[float, Field(ge=0)] | None = None
+    """No new request is sent that could take the run's cost over this."""
+    price_per_million_prompt: Annotated[float, Field(ge=0)] = 0.0
+    price_per_million_completion: Annotated[float, Field(ge=0)] = 0.0
+    cache: str | None = None
+    """SQLite file of paid answers, shared by runs; empty: `oracle.sqlite` in the output folder."""
+
+    @model_validator(mode="after")
+    def _model_named(self) -> OracleConfig:
+        if self.kind == "openai" and not self.model:
+            raise ValueError("oracle.model is empty: name the cloud model, e.g. --oracle.model gpt-5-mini")
+        return self
+
+
+class EvalConfig(Section):
+    every: Annotated[int, Field(ge=0)] = 50
+    """Steps between evaluations during training (0: none)."""
+    problems: Count = 500
+    """Problems kept out of training for these evaluations, and for choosing the best checkpoint."""
+    heldout: Count | None = None
+    """Held-out problems of the final evaluation (empty: all)."""
+
+
+class RunConfig(Section):
+    seed: Annotated[int, Field(ge=0)] = 0
+    steps: Annotated[int, Field(ge=0)] = 200
+    output_dir: Path = Path("runs/run")
+    task: TaskConfig
+    model: ModelConfig = ModelConfig()
+    warm_start: WarmStartConfig | None = None
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    budget: BudgetConfig = BudgetConfig()
+    oracle: OracleConfig = OracleConfig()
+    optim: OptimConfig = OptimConfig(lr=5e-6)
+    token_cap: Count = 16384
+    """Most tokens in one packed micro-batch."""
+    eval: EvalConfig = EvalConfig()
+    checkpoint_every: Count = 50
+    keep_checkpoints: Count = 2
+    compare: bool = False
+    """Also train the task-tuned baseline and end with the comparison table and plot (needs the transformers engine)."""
+    threads: Count | None = None
+    """Torch threads on a CPU (empty: shared out over the processes that run side by side)."""
+    tensorboard: bool = True
+    wandb: bool = False
+
+
+def load_config(name: str, overrides: Mapping[str, str] | None = None) -> RunConfig:
+    """The preset or YAML file `name` with dotted overrides (`{"optim.lr": "1e-4"}`) applied.
+
+    Raises ConfigError, one line that names the key and the fix.
+    """
+    path = PRESETS / f"{name}.yaml"
+    if not path.exists():
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"config {name!r} is neither a file nor a preset; presets: {', '.join(presets())}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}")
+    for key, value in (overrides or {}).items():
+        _set(tree, key, value)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def presets() -> list[str]:
+    return sorted(p.stem for p in PRESETS.glob("*.yaml"))
+
+
+def dump_config(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _set(tree: dict[str, Any], key: str, value: str) -> None:
+    parts = key.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if not isinstance(tree.get(part), dict):
+            if ".".join(parts[: i + 1]) not in _keys(RunConfig) and parts[0] != "task":
+                raise ConfigError(_unknown(key))
+            tree[part] = {}
+        tree = tree[part]
+    # YAML 1.1 reads 1e-4 as a string, but pydantic turns it into a float where one is expected
+    tree[parts[-1]] = yaml.safe_load(value) if value != "" else None
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return _unknown(key) + more
+    if first["type"] == "missing":
+        return f"{key}: required, but not set{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    where = "" if first["type"] == "value_error" else f"{key}={first['input']!r}: "
+    return f"{where}{message}{more}"
+
+
+def _unknown(key: str) -> str:
+    close = difflib.get_close_matches(key, _keys(RunConfig), n=1, cutoff=0.6)
+    hint = f"did you mean {close[0]}?" if close else "`gapg config show NAME` lists every key"
+    return f"{key}: unknown key; {hint}"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        for inner in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                keys += _keys(inner, f"{prefix}{name}.")
+    return keys
+
+
+def parse_overrides(args: Sequence[str]) -> dict[str, str]:
+    """`--a.b VALUE`, `--a.b=VALUE` and bare `--flag` (true) as dotted overrides; `--output-dir` is `output_dir`."""
+    overrides: dict[str, str] = {}
+    queue = list(args)
+    while queue:
+        head = queue.pop(0)
+        if not head.startswith("--"):
+            raise ConfigError(f"{head!r}: expected an option like --optim.lr 1e-4")
+        key, eq, value = head[2:].partition("=")
+        if not eq:
+            bare = not queue or queue[0].startswith("--")
+            value = "true" if bare else queue.pop(0)
+        overrides[key.replace("-", "_")] = value
+    return overrides

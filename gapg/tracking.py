@@ -1,0 +1,144 @@
+"""What a run writes about itself: metrics.jsonl, TensorBoard, the live display, and the warnings that must be seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a jsonl; a last line cut short by a kill is left out."""
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file in one go, so that a reader or a kill never sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+class Phases:
+    """Seconds spent per phase since the last `take`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        taken, self.seconds = self.seconds, {}
+        return taken
+
+
+class Tracker:
+    """One object a step to `metrics.jsonl` (key `step`), and the same scalars to TensorBoard and, if asked, W&B."""
+
+    def __init__(self, folder: Path, resumed_step: int, *, tensorboard: bool, wandb: bool) -> None:
+        self.path = folder / "metrics.jsonl"
+        # steps after the checkpoint are run again: their first rows would be there twice
+        kept = [row for row in read_jsonl(self.path) if row["step"] <= resumed_step]
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._writers: list[Any] = []
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writers.append(SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1))
+        self._wandb: Any = None
+        if wandb:
+            import wandb as wandb_module
+
+            self._wandb = wandb_module.init(project="gapg", dir=str(folder), id=folder.name, resume="allow")
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        append_jsonl(self.path, row)
+        scalars = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+        for writer in self._writers:
+            for key, value in scalars.items():
+                writer.add_scalar(key, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=row["step"])
+
+    def text(self, name: str, text: str, step: int) -> None:
+        for writer in self._writers:
+            writer.add_text(name, text, step)
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class Display:
+    """A progress bar with the figures that matter; on anything but a terminal, a line every `every` seconds instead."""
+
+    def __init__(self, title: str, total: int, done: int = 0, *, every: float = 20.0, quiet: bool = False) -> None:
+        self.title, self.total, self.done, self.every = title, total, done, every
+        self._last = 0.0
+        self._live = sys.stderr.isatty() and not quiet
+        self._quiet = quiet
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task(title, total=total, completed=done, figures="")
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, figures: str = "", by: int = 1) -> None:
+        self.done += by
+        self._progress.update(self._task, completed=self.done, figures=figures)
+        now = time.monotonic()
+        if not self._live and not self._quiet and (now - self._last > self.every or self.done >= self.total):
+            self._last = now
+            console.print(f"{self.title} {self.done}/{self.total}  {figures}")
+
+
+def say(message: str) -> None:
+    console.print(message)
+
+
+def warn(message: str) -> None:
+    """Something the user must not miss."""
+    console.print(f"[bold red]warning[/] {message}")

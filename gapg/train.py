@@ -1,0 +1,177 @@
+"""GAPG, top to bottom (arXiv 2509.24050).
+
+    prompts -> engine.generate(G) -> judge (parse, verify, oracle) -> filter (D1, D2) -> pack -> policy loss
+            -> backward -> step -> engine.sync
+
+What is left out of GRPO, and why: no std scaling and no length mean (log pi(y|x) is the sum over the response's tokens,
+so the estimator is the true policy gradient of the expected reward), no ratio and no clip (one update per fresh batch),
+no KL to a reference. What is added: a response may end by calling the cloud, which pays alpha_c < alpha_a if the cloud
+is right; the filter chooses which prompts a step learns from; the controller moves alpha_c to hold the cloud budget.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+
+from gapg.advantage import loss_weights
+from gapg.batching import Example, packed_batches
+from gapg.filtering import Selection, select
+from gapg.judge import Group, Outcome, rewards
+from gapg.optim import clip_and_step, learning_rate
+from gapg.policy import response_logprobs
+from gapg.run import Run, Validate
+from gapg.seeding import derive
+from gapg.tracking import Display, warn
+
+COLLAPSED_AFTER = 20
+UNKNOWN_STEPS = 3
+
+
+class OracleDown(RuntimeError):
+    """The oracle failed every group of several steps in a row; the run was saved and can be resumed."""
+
+
+def train(run: Run, validate: Validate) -> None:
+    """Runs to `config.steps`, checkpointing on the way. Raises OracleDown, after saving, when the oracle stays away."""
+    config, state = run.config, run.state
+    if state.step == 0 and config.eval.every:
+        run.tracker.log({"step": 0, **validate(run)})
+    with Display("gapg", config.steps, state.step) as display:
+        while state.step < config.steps:
+            row = train_step(run)
+            state.step += 1
+            if config.eval.every and (state.step % config.eval.every == 0 or state.step == config.steps):
+                with run.phases("evaluate"):
+                    row |= validate(run)
+                _remember_best(run, row)
+            row |= {f"seconds/{name}": seconds for name, seconds in run.phases.take().items()}
+            run.tracker.log({"step": state.step, **row})
+            _warn_if_collapsed(run, row["call_fraction"])
+            if state.all_unknown >= UNKNOWN_STEPS:
+                path = run.save()
+                raise OracleDown(f"the oracle failed every group of {UNKNOWN_STEPS} steps; saved {path}; mend it, then --resume")
+            if state.step % config.checkpoint_every == 0 or state.step == config.steps:
+                run.save()
+            display.advance(
+                f"local {row['local_accuracy']:.2f}  called {row['call_fraction']:.2f}  "
+                f"together {row['accuracy']:.2f}  alpha_c {row['alpha_c']:.2f}"
+            )
+
+
+def train_step(run: Run) -> dict[str, Any]:
+    """One update from fresh responses: the method."""
+    config = run.config
+    prompts = run.queue.next(config.rollout.prompts_per_step)
+    ids_of = {p.id: run.task.render(p, run.tokenizer) for p in prompts}
+
+    with run.phases("rollout"):
+        pending = {
+            i: run.judge.submit(prompts[i], completions)
+            for i, completions in run.engine.generate(
+                [ids_of[p.id] for p in prompts], config.rollout.samples_per_prompt, run.sampling("rollout")
+            )
+        }
+    with run.phases("oracle"):
+        groups = [pending[i].result() for i in range(len(prompts))]
+    run.queue.give_back(g.prompt for g in groups if g.unknown)
+
+    rng = random.Random(derive(config.seed, "filter", run.state.step))
+    selection = select(groups, config.budget.exact_rho if config.budget.filter else None, rng)
+
+    alpha_c = run.controller.alpha_c if config.budget.controller else config.reward.alpha_c
+    examples = []
+    for group in selection.kept:
+        group_rewards = rewards(group, config.reward.alpha_a, alpha_c, config.reward.alpha_f)
+        weights = loss_weights(group_rewards, len(selection.kept))
+        ids = ids_of[group.prompt.id]
+        examples += [
+            Example(ids, completion.token_ids, weight, completion.logprobs)
+            for completion, weight in zip(group.completions, weights, strict=True)
+            if weight != 0  # exact: without a KL term its gradient is zero
+        ]
+
+    with run.phases("update"):
+        update = _update(run, examples) if selection.kept else {"grad_norm": 0.0, "clipped": 0, "logprob_gap": 0.0}
+    with run.phases("sync"):
+        run.engine.sync(run.model.state_dict())
+
+    row = _metrics(run, groups, selection) | update | {"alpha_c": alpha_c}
+    run.controller.observe(row["call_fraction"])
+    run.state.all_unknown = run.state.all_unknown + 1 if selection.unknown == len(groups) else 0
+    run.state.empty_steps += not selection.kept
+    return row
+
+
+def _update(run: Run, examples: list[Example]) -> dict[str, Any]:
+    """loss = sum_i c_i log pi(y_i | x_i) over packed micro-batches, then one optimizer step."""
+    config = run.config
+    device = run.model.device
+    gaps = [torch.zeros((), device=device)]
+    for batch in packed_batches(examples, config.token_cap, device):
+        logprob = response_logprobs(run.model, batch, config.rollout.temperature)
+        (batch.weight * logprob).sum().backward()
+        gaps.append((logprob.detach() - batch.rollout_logprob).abs().max())
+    for param in run.model.parameters():
+        if param.requires_grad and param.grad is None:  # every advantage was zero: a step with a zero gradient
+            param.grad = torch.zeros_like(param)
+    lr = learning_rate(config.optim, run.state.step, config.steps)
+    norm = float(clip_and_step(run.optimizer, lr, config.optim.grad_clip))
+    return {
+        "lr": lr,
+        "grad_norm": norm,
+        "clipped": int(norm > config.optim.grad_clip),
+        "logprob_gap": float(torch.stack(gaps).max()),
+        "tokens_trained": sum(len(e.prompt_ids) + len(e.response_ids) for e in examples),
+    }
+
+
+def _metrics(run: Run, groups: list[Group], selection: Selection) -> dict[str, Any]:
+    """What happened in the rollouts of a step; fractions are of all samples, before filtering."""
+    outcomes = [o for g in groups for o in g.outcomes]
+    lengths = [len(c.token_ids) for g in groups for c in g.completions]
+    share = {o: outcomes.count(o) / len(outcomes) for o in Outcome}
+    usage = run.oracle.usage
+    return {
+        "accuracy": share[Outcome.LOCAL_CORRECT] + share[Outcome.CLOUD_CORRECT],
+        "local_accuracy": share[Outcome.LOCAL_CORRECT],
+        "call_fraction": sum(g.calls for g in groups) / len(outcomes),
+        **{f"outcome/{o.value}": part for o, part in share.items()},
+        "both_endings": sum(g.both_endings for g in groups) / len(outcomes),
+        "verifier_limits": sum(g.limits for g in groups),
+        "response_tokens": sum(lengths) / len(lengths),
+        "tokens_sampled": sum(lengths),
+        "groups/d1": selection.d1,
+        "groups/d2": selection.d2,
+        "groups/d2_kept": selection.d2_kept,
+        "groups/unsolved": selection.unsolved,
+        "groups/unknown": selection.unknown,
+        "groups/trained": len(selection.kept),
+        "empty_steps": run.state.empty_steps,
+        "oracle/requests": usage.requests,
+        "oracle/cache_hits": usage.cache_hits,
+        "oracle/failures": usage.failures,
+        "oracle/tokens": usage.prompt_tokens + usage.completion_tokens,
+        "oracle/cost": usage.cost,
+    }
+
+
+def _remember_best(run: Run, row: dict[str, Any]) -> None:
+    """Best on validation: accuracy together, less what the call fraction is over the budget."""
+    over = max(0.0, row["eval/call_fraction"] - run.config.budget.cloud_fraction)
+    score = row["eval/accuracy"] - over
+    if score > run.state.best_score:
+        run.state.best_score, run.state.best_step = score, run.state.step
+        run.save()
+
+
+def _warn_if_collapsed(run: Run, call_fraction: float) -> None:
+    state = run.state
+    state.never_called = state.never_called + 1 if call_fraction == 0 else 0
+    state.always_called = state.always_called + 1 if call_fraction == 1 else 0
+    if COLLAPSED_AFTER in (state.never_called, state.always_called) and run.controller.alpha_c > 0:
+        what = "never called the cloud" if state.never_called else "always called the cloud"
+        fix = "raise reward.alpha_c" if state.never_called else "lower reward.alpha_c"
+        warn(f"policy collapsed: it {what} for {COLLAPSED_AFTER} steps (step {state.step}); {fix} or lengthen the warm start")

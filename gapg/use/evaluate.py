@@ -1,0 +1,105 @@
+"""How good a policy is: accuracy together with the cloud, alone, and how often it calls; with 95% intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from gapg.judge import Group, Judge, Outcome
+from gapg.rollout.records import Engine, Sampling
+from gapg.tasks.base import Prompt, Task
+from gapg.tracking import Display
+
+
+def respond(
+    engine: Engine,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    judge: Judge,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    title: str | None = None,
+) -> list[Group]:
+    """One judged response a prompt, in the order of the prompts."""
+    ids = [task.render(p, tokenizer) for p in prompts]
+    pending = {}
+    with Display(title or "evaluate", len(prompts), quiet=title is None) as display:
+        for i, completions in engine.generate(ids, 1, sampling):
+            pending[i] = judge.submit(prompts[i], completions)
+            display.advance()
+    return [pending[i].result() for i in range(len(prompts))]
+
+
+def wilson(hits: float, n: int) -> tuple[float, float]:
+    """95% Wilson interval of a proportion."""
+    if n == 0:
+        return (0.0, 1.0)
+    z, p = 1.959964, hits / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return (centre - half, centre + half)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Judged once: per problem whether it went to the cloud, and whether the right answer came out of it."""
+
+    name: str
+    called: list[bool]
+    correct: list[bool]
+    local_correct: list[bool]
+
+    def row(self) -> dict[str, Any]:
+        """The figures of `summary.json`; `local_accuracy` is answered locally and right, of all problems."""
+        n = len(self.correct)
+        row: dict[str, Any] = {"name": self.name, "n": n}
+        for key, hits in (("accuracy", self.correct), ("local_accuracy", self.local_correct), ("call_fraction", self.called)):
+            low, high = wilson(sum(hits), n)
+            row |= {key: sum(hits) / n, f"{key}_low": low, f"{key}_high": high}
+        return row
+
+
+def as_result(name: str, groups: Sequence[Group]) -> Result:
+    """Single-response groups as a result; groups whose oracle failed are left out (report their count beside it)."""
+    known = [g for g in groups if not g.unknown]
+    outcomes = [g.outcomes[0] for g in known]
+    return Result(
+        name,
+        called=[g.calls > 0 for g in known],
+        correct=[o in (Outcome.LOCAL_CORRECT, Outcome.CLOUD_CORRECT) for o in outcomes],
+        local_correct=[o is Outcome.LOCAL_CORRECT for o in outcomes],
+    )
+
+
+def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> tuple[int, int, float]:
+    """(right in a only, right in b only, two-sided exact p) on the same problems.
+
+    Raises ValueError when the lengths differ.
+    """
+    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
+    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
+    n, k = only_a + only_b, min(only_a, only_b)
+    tail = sum(math.comb(n, i) for i in range(k + 1))
+    return only_a, only_b, min(1.0, 2 * tail / 2**n)
+
+
+def prediction(group: Group) -> dict[str, Any]:
+    """One line of `predictions.jsonl`: all that is needed to judge again."""
+    completion = group.completions[0]
+    return {
+        "id": group.prompt.id,
+        "problem": group.prompt.text,
+        "gold": group.prompt.answer,
+        "response": completion.text,
+        "finish_reason": completion.finish_reason,
+        "outcome": group.outcomes[0].value,
+        "logprob_mean": sum(completion.logprobs) / len(completion.logprobs),
+        "help_margin": completion.help_margin,
+        "oracle_score": group.oracle_score,
+        "oracle_answers": [a.text for a in group.oracle_answers],
+    }

@@ -1,0 +1,97 @@
+"""Tables and pictures of a run, drawn from the files it wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from rich.console import Console
+from rich.table import Table
+
+from gapg.tracking import read_jsonl
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+
+BLUE, ORANGE, GREY, GREEN = "#2b6cb0", "#dd6b20", "#a0aec0", "#2f855a"
+
+
+def print_table(rows: Sequence[dict[str, Any]], cloud_fraction: float | None = None) -> None:
+    """The rows of a summary on standard output, each figure with its 95% interval."""
+    table = Table(title=None if cloud_fraction is None else f"cloud budget {cloud_fraction:.0%}")
+    for column, justify in (("", "left"), ("together", "right"), ("local", "right"), ("called", "right"), ("n", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for row in rows:
+        low, high = row["accuracy_low"], row["accuracy_high"]
+        table.add_row(
+            row["name"],
+            f"{row['accuracy']:.3f}  ({low:.3f} to {high:.3f})",
+            f"{row['local_accuracy']:.3f}",
+            f"{row['call_fraction']:.3f}",
+            str(row["n"]),
+        )
+    Console(highlight=False, width=100).print(table)
+
+
+def plot_run(folder: Path, summary: dict[str, Any], path: Path) -> None:
+    """One PNG: methods against the budget, curves over steps, seconds per phase."""
+    metrics = [row for row in read_jsonl(folder / "metrics.jsonl") if row["step"] > 0]
+    figure, axes = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    _methods(axes[0, 0], summary)
+    _curves(axes[0, 1], folder, summary["cloud_fraction"])
+    _budget(axes[1, 0], metrics, summary["cloud_fraction"])
+    _phases(axes[1, 1], metrics)
+    figure.suptitle(f"{folder.name}: seed {summary['seed']}, oracle: {summary['oracle']}")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _methods(axis: Any, summary: dict[str, Any]) -> None:
+    rows = [r for r in summary["rows"] if r["name"] != "cloud only"]
+    for row in rows:
+        ours = row["name"].startswith("GAPG")
+        colour = BLUE if ours else ORANGE if "router" in row["name"] else GREY
+        error = [[row["accuracy"] - row["accuracy_low"]], [row["accuracy_high"] - row["accuracy"]]]
+        axis.errorbar(row["call_fraction"], row["accuracy"], yerr=error, fmt="o", color=colour, capsize=3)
+        axis.annotate(row["name"], (row["call_fraction"], row["accuracy"]), (6, 3), textcoords="offset points", fontsize=7)
+    axis.axvline(summary["cloud_fraction"], color="black", linewidth=0.8, linestyle="--", label="cloud budget")
+    cloud = next((r for r in summary["rows"] if r["name"] == "cloud only"), None)
+    if cloud:
+        axis.axhline(cloud["accuracy"], color=GREEN, linewidth=0.8, linestyle=":", label="cloud only")
+    axis.set(xlabel="call fraction", ylabel="accuracy together", title="held-out problems, 95% intervals")
+    axis.margins(x=0.25)
+    axis.legend(loc="lower right", fontsize=8)
+
+
+def _curves(axis: Any, folder: Path, cloud_fraction: float) -> None:
+    runs = (("GAPG", folder, BLUE), ("task-tuned", folder / "task-tuned", ORANGE))
+    for name, where, colour in runs:
+        rows = [r for r in read_jsonl(where / "metrics.jsonl") if "eval/accuracy" in r]
+        steps = [r["step"] for r in rows]
+        if rows:
+            axis.plot(steps, [r["eval/accuracy"] for r in rows], color=colour, label=f"{name}: together")
+            axis.plot(steps, [r["eval/local_accuracy"] for r in rows], color=colour, ls="--", label=f"{name}: local")
+    axis.set(xlabel="step", ylabel="accuracy", title="validation problems, T = 1")
+    axis.legend(fontsize=8)
+
+
+def _budget(axis: Any, metrics: list[dict[str, Any]], cloud_fraction: float) -> None:
+    steps = [r["step"] for r in metrics]
+    axis.plot(steps, [r["call_fraction"] for r in metrics], color=BLUE, linewidth=0.8, label="called (training samples)")
+    axis.plot(steps, [r["alpha_c"] for r in metrics], color=GREY, label="alpha_c")
+    axis.plot(steps, [r["local_accuracy"] for r in metrics], color=GREEN, linewidth=0.8, label="local accuracy")
+    axis.axhline(cloud_fraction, color="black", linewidth=0.8, linestyle="--", label="cloud budget")
+    axis.set(xlabel="step", ylim=(0, 1), title="the budget, step by step")
+    axis.legend(fontsize=8)
+
+
+def _phases(axis: Any, metrics: list[dict[str, Any]]) -> None:
+    names = [key.removeprefix("seconds/") for key in dict.fromkeys(k for r in metrics for k in r if k.startswith("seconds/"))]
+    totals = [sum(r.get(f"seconds/{name}", 0.0) for r in metrics) for name in names]
+    bars = axis.barh(names, totals, color=BLUE)
+    axis.bar_label(bars, fmt="%.1f s", fontsize=8, padding=3)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.set(xlabel="seconds", title="time spent per phase, GAPG run")

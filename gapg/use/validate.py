@@ -1,0 +1,37 @@
+"""The evaluation during training: the policy as it samples, on problems kept out of training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gapg.judge import Group
+from gapg.tracking import say
+from gapg.use.evaluate import as_result, respond
+
+if TYPE_CHECKING:
+    from gapg.run import Run
+
+
+def validate(run: Run) -> dict[str, float]:
+    """`eval/accuracy`, `eval/local_accuracy`, `eval/call_fraction`; prints and logs one transcript of each outcome."""
+    if not run.validation:
+        return {}
+    groups = respond(run.engine, run.task, run.tokenizer, run.judge, run.validation, run.sampling("validate"))
+    row = as_result("", groups).row()
+    say(
+        f"step {run.state.step}: together {row['accuracy']:.3f}, local {row['local_accuracy']:.3f}, "
+        f"called {row['call_fraction']:.3f} of {row['n']} validation problems"
+    )
+    _transcripts(run, groups)
+    return {f"eval/{key}": row[key] for key in ("accuracy", "local_accuracy", "call_fraction")}
+
+
+def _transcripts(run: Run, groups: list[Group]) -> None:
+    shown = {}
+    for group in groups:
+        shown.setdefault(group.outcomes[0], group)
+    for outcome, group in sorted(shown.items(), key=lambda item: item[0].value):
+        text = f"{group.prompt.text} {group.completions[0].text}"
+        flat = " ".join(text.split())
+        say(f"    {outcome.value:<13} {flat[:150]}{'…' if len(flat) > 150 else ''}")
+        run.tracker.text(f"transcripts/{outcome.value}", text, run.state.step)

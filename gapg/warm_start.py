@@ -1,0 +1,108 @@
+"""Supervised steps on demonstrations, before the policy gradient: the model learns both endings. Resumable."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from gapg import checkpoint
+from gapg.batching import Example, packed_batches
+from gapg.config import ConfigError, ModelConfig, RunConfig
+from gapg.model import device, load_model
+from gapg.optim import clip_and_step, learning_rate, make_optimizer
+from gapg.policy import response_logprobs
+from gapg.seeding import derive
+from gapg.tasks import load_demonstrations
+from gapg.tasks.base import Demonstrated, Demonstration, Task
+from gapg.tracking import Display, say
+
+
+def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Runs or resumes the warm start under `folder`; returns the model folder. Raises ConfigError on bad demonstrations.
+
+    Loss: mean negative log-prob over the response tokens of a batch.
+    """
+    settings = config.warm_start
+    assert settings is not None
+    last = checkpoint.latest(folder)
+    begin = checkpoint.steps(folder)[-1] if last else 0
+    if last and begin >= settings.steps:
+        return last / "model"
+    if last:
+        say(f"resuming the warm start from step {begin}")
+    model_config = config.model if last is None else config.model.model_copy(update={"path": str(last / "model")})
+    model = load_model(model_config, tokenizer, config.seed)
+    optimizer = make_optimizer(model, settings.optim)
+    if last:
+        checkpoint.restore_optimizer(last, model, optimizer)
+    batches = _batches(config, task, begin)
+    with Display("warm start", settings.steps, begin) as display:
+        for step in range(begin, settings.steps):
+            examples = [_encode(d, task, tokenizer) for d in next(batches)]
+            tokens = sum(len(e.response_ids) for e in examples)
+            total = 0.0
+            for batch in packed_batches(examples, config.token_cap, device()):
+                loss = -response_logprobs(model, batch).sum() / tokens
+                loss.backward()
+                total += loss.detach()
+            lr = learning_rate(settings.optim, step, settings.steps)
+            clip_and_step(optimizer, lr, settings.optim.grad_clip)
+            display.advance(f"loss {float(total):.3f}" if step % 10 == 9 else "")
+            done = step + 1
+            if done % settings.checkpoint_every == 0 or done == settings.steps:
+                checkpoint.save(folder, done, model, tokenizer, optimizer, {"step": done})
+                checkpoint.prune(folder, keep=1, also=set())
+    return folder / f"step-{settings.steps}" / "model"
+
+
+def check_demonstrations(config: RunConfig, task: Task) -> None:
+    """Fails early, before the model is made. Raises ConfigError."""
+    settings = config.warm_start
+    if settings is None:
+        return
+    if settings.demonstrations is None and not isinstance(task, Demonstrated):
+        raise ConfigError(
+            f"warm_start.demonstrations is empty and task {task.name!r} makes none: "
+            'give a jsonl of {"prompt", "response"}, or set --warm-start ""'
+        )
+    if settings.demonstrations is not None and not Path(settings.demonstrations).is_file():
+        raise ConfigError(f"warm_start.demonstrations={settings.demonstrations}: no such file")
+
+
+def _batches(config: RunConfig, task: Task, begin: int) -> Iterator[list[Demonstration]]:
+    """Batches from step `begin` on: a function of (seed, step) alone."""
+    settings = config.warm_start
+    assert settings is not None
+    epoch, pool = -1, list[Demonstration]()
+    step = begin
+    while True:
+        batch = []
+        for k in range(step * settings.batch_size, (step + 1) * settings.batch_size):
+            while not pool or k // len(pool) != epoch:
+                epoch = 0 if not pool else k // len(pool)
+                pool = _epoch(config, task, epoch)
+            batch.append(pool[k % len(pool)])
+        yield batch
+        step += 1
+
+
+def _epoch(config: RunConfig, task: Task, epoch: int) -> list[Demonstration]:
+    settings = config.warm_start
+    assert settings is not None
+    seed = derive(config.seed, "demonstrations", epoch)
+    if settings.demonstrations is not None:
+        pool: Sequence[Demonstration] = load_demonstrations(Path(settings.demonstrations), task)
+    else:
+        assert isinstance(task, Demonstrated)
+        pool = task.demonstrations(seed)
+    shuffled = list(pool)
+    random.Random(seed).shuffle(shuffled)
+    return shuffled
+
+
+def _encode(demo: Demonstration, task: Task, tokenizer: PreTrainedTokenizerBase) -> Example:
+    response = tokenizer(demo.response, add_special_tokens=False)["input_ids"]
+    return Example(task.render(demo.prompt, tokenizer), response, 1.0)
