@@ -50,7 +50,9 @@ def packed_batches(examples: Sequence[Example], token_cap: int, device: torch.de
         return []
     lengths = np.array([len(e.prompt_ids) + len(e.response_ids) for e in examples], np.int64)
     offsets = np.concatenate([[0], lengths.cumsum()])
-    tokens = np.fromiter(chain.from_iterable(chain(e.prompt_ids, e.response_ids) for e in examples), np.int64, offsets[-1])
+    tokens = np.fromiter(
+        chain.from_iterable(chain(e.prompt_ids, e.response_ids) for e in examples), np.int64, offsets[-1]
+    )
     prompt_lengths = np.array([len(e.prompt_ids) for e in examples], np.int64)
     weights = np.array([e.weight for e in examples], np.float32)
     batches = []

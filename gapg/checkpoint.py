@@ -1,8 +1,8 @@
 """Checkpoints that appear whole or not at all, and hold everything a resumed run needs. No pickle.
 
-    <run>/checkpoints/step-40/model/               a Hugging Face folder
-                             /optimizer.safetensors
-                             /state.json            step, data cursor, budget, oracle spend, counters
+<run>/checkpoints/step-40/model/               a Hugging Face folder
+                         /optimizer.safetensors
+                         /state.json            step, data cursor, budget, oracle spend, counters
 """
 
 from __future__ import annotations

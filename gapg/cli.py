@@ -120,6 +120,7 @@ def _train(config: RunConfig, *, resume: bool) -> None:
     """Checks everything cheap first, then: warm start, GAPG, and with `compare` the baseline beside it and the table."""
     from gapg.model import load_tokenizer
     from gapg.run import build_run, check_prompts, make_oracle, make_task, open_folder, set_threads
+    from gapg.studies import compare
     from gapg.tracking import say
     from gapg.train import OracleDown, train
     from gapg.use.validate import validate
@@ -134,18 +135,18 @@ def _train(config: RunConfig, *, resume: bool) -> None:
         make_oracle(config.oracle, task, folder, config.seed).close()
         say(f"cloud budget {config.budget.cloud_fraction:.0%} of problems: rho = {config.budget.exact_rho}; {folder}/")
         set_threads(config)
-        model_path = warm_start(config, folder / "warm-start" / "checkpoints", task, tokenizer) if config.warm_start else None
-        baseline = None
-        if config.compare:
-            from gapg.studies import compare
-
-            baseline = compare.start_task_tuned(config, model_path)
-            set_threads(config, side_by_side=2)
+        model_path = (
+            warm_start(config, folder / "warm-start" / "checkpoints", task, tokenizer) if config.warm_start else None
+        )
+        baseline = compare.start_task_tuned(config, model_path) if config.compare else None
+        set_threads(config, side_by_side=2 if config.compare else 1)
         run = build_run(config, folder, task, model_path)
         try:
+            if baseline is not None and run.state.step == 0:
+                compare.assess_before_training(run)
             train(run, validate)
             if baseline is not None:
-                _finish_comparison(run, config, baseline, model_path)
+                compare.finish(run, baseline)
         except OracleDown as error:
             print(f"gapg: {error}", file=sys.stderr)
             sys.exit(EXIT_ORACLE)

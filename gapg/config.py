@@ -46,7 +46,7 @@ class ModelConfig(Section):
     """A Hugging Face folder or hub name. Leave empty to make `llama` from scratch."""
     llama: LlamaConfig = LlamaConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """The weights' type in training. The optimizer keeps the same type, so bfloat16 is for large models only."""
+    """What the model computes in. Weights and optimizer are float32 always: bfloat16 weights lose small updates."""
     gradient_checkpointing: bool = False
 
 

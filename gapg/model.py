@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,6 +22,10 @@ from gapg.seeding import derive
 from gapg.tasks.base import Task, Tokenized
 
 
+# the run has a display of its own, and a bar for a model of three layers tells nothing
+transformers.utils.logging.disable_progress_bar()
+
+
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -29,7 +34,9 @@ def load_tokenizer(config: ModelConfig, task: Task) -> PreTrainedTokenizerBase:
     """The model folder's tokenizer, or the task's own for a model made from scratch. Raises ConfigError."""
     if config.path is None:
         if not isinstance(task, Tokenized):
-            raise ConfigError(f"model.path is empty and task {task.name!r} brings no tokenizer: set model.path to a model")
+            raise ConfigError(
+                f"model.path is empty and task {task.name!r} brings no tokenizer: set model.path to a model"
+            )
         return task.tokenizer()
     _check_folder(config.path)
     try:
@@ -42,16 +49,15 @@ def load_tokenizer(config: ModelConfig, task: Task) -> PreTrainedTokenizerBase:
 
 
 def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """The policy in training mode on `device()`, its attention the packed one. Raises ConfigError."""
+    """The policy in training mode on `device()`, float32 weights, packed attention. Raises ConfigError."""
     attention.register()
-    dtype = getattr(torch, config.dtype)
     if config.path is None:
-        model = _from_scratch(config, tokenizer, seed).to(dtype)
+        model = _from_scratch(config, tokenizer, seed)
     else:
         _check_folder(config.path)
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                config.path, dtype=dtype, attn_implementation=attention.NAME, use_safetensors=True
+                config.path, dtype=torch.float32, attn_implementation=attention.NAME, use_safetensors=True
             )
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.path={config.path}: cannot be loaded: {_first_line(error)}") from None

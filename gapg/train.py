@@ -52,7 +52,9 @@ def train(run: Run, validate: Validate) -> None:
             _warn_if_collapsed(run, row["call_fraction"])
             if state.all_unknown >= UNKNOWN_STEPS:
                 path = run.save()
-                raise OracleDown(f"the oracle failed every group of {UNKNOWN_STEPS} steps; saved {path}; mend it, then --resume")
+                raise OracleDown(
+                    f"the oracle failed every group of {UNKNOWN_STEPS} steps; saved {path}; mend it, then --resume"
+                )
             if state.step % config.checkpoint_every == 0 or state.step == config.steps:
                 run.save()
             display.advance(
@@ -108,10 +110,10 @@ def train_step(run: Run) -> dict[str, Any]:
 def _update(run: Run, examples: list[Example]) -> dict[str, Any]:
     """loss = sum_i c_i log pi(y_i | x_i) over packed micro-batches, then one optimizer step."""
     config = run.config
-    device = run.model.device
+    device, compute = run.model.device, getattr(torch, config.model.dtype)
     gaps = [torch.zeros((), device=device)]
     for batch in packed_batches(examples, config.token_cap, device):
-        logprob = response_logprobs(run.model, batch, config.rollout.temperature)
+        logprob = response_logprobs(run.model, batch, config.rollout.temperature, compute)
         (batch.weight * logprob).sum().backward()
         gaps.append((logprob.detach() - batch.rollout_logprob).abs().max())
     for param in run.model.parameters():
@@ -160,6 +162,8 @@ def _metrics(run: Run, groups: list[Group], selection: Selection) -> dict[str, A
 
 def _remember_best(run: Run, row: dict[str, Any]) -> None:
     """Best on validation: accuracy together, less what the call fraction is over the budget."""
+    if "eval/accuracy" not in row:
+        return
     over = max(0.0, row["eval/call_fraction"] - run.config.budget.cloud_fraction)
     score = row["eval/accuracy"] - over
     if score > run.state.best_score:
@@ -174,4 +178,6 @@ def _warn_if_collapsed(run: Run, call_fraction: float) -> None:
     if COLLAPSED_AFTER in (state.never_called, state.always_called) and run.controller.alpha_c > 0:
         what = "never called the cloud" if state.never_called else "always called the cloud"
         fix = "raise reward.alpha_c" if state.never_called else "lower reward.alpha_c"
-        warn(f"policy collapsed: it {what} for {COLLAPSED_AFTER} steps (step {state.step}); {fix} or lengthen the warm start")
+        warn(
+            f"policy collapsed: it {what} for {COLLAPSED_AFTER} steps (step {state.step}); {fix} or lengthen the warm start"
+        )

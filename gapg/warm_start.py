@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from gapg import checkpoint
@@ -38,6 +39,7 @@ def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTraine
     optimizer = make_optimizer(model, settings.optim)
     if last:
         checkpoint.restore_optimizer(last, model, optimizer)
+    compute = getattr(torch, config.model.dtype)
     batches = _batches(config, task, begin)
     with Display("warm start", settings.steps, begin) as display:
         for step in range(begin, settings.steps):
@@ -45,7 +47,7 @@ def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTraine
             tokens = sum(len(e.response_ids) for e in examples)
             total = 0.0
             for batch in packed_batches(examples, config.token_cap, device()):
-                loss = -response_logprobs(model, batch).sum() / tokens
+                loss = -response_logprobs(model, batch, compute=compute).sum() / tokens
                 loss.backward()
                 total += loss.detach()
             lr = learning_rate(settings.optim, step, settings.steps)

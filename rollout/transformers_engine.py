@@ -18,11 +18,18 @@ COMPACT_BELOW = 0.75
 
 
 class TransformersEngine:
-    """Decodes with a second module that shares the trainer's tensors, so that `sync` copies nothing."""
+    """Decodes with a second module. In the trainer's own type it shares its tensors, so that `sync` copies nothing."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_rows: int = 2048) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        dtype: torch.dtype = torch.float32,
+        max_rows: int = 2048,
+    ) -> None:
         config = copy.deepcopy(model.config)
-        self.model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=model.dtype)
+        self.model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
         self.model.to(model.device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.max_rows = max_rows
@@ -33,8 +40,10 @@ class TransformersEngine:
         self.sync(model.state_dict())
 
     def sync(self, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """Shares the given tensors; a module of the same type then follows the trainer's in-place updates by itself."""
-        self.model.load_state_dict(dict(state_dict), strict=True, assign=True)
+        """Takes the given weights: shared where type and device are the module's own, else copied."""
+        like = next(self.model.parameters())
+        weights = {name: t.to(like.device, like.dtype) for name, t in state_dict.items()}
+        self.model.load_state_dict(weights, strict=True, assign=True)
         self.model.tie_weights()
 
     def close(self) -> None:

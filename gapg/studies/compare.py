@@ -21,10 +21,11 @@ from gapg.run import Run, build_run, make_oracle, make_task, open_folder, set_th
 from gapg.seeding import derive
 from gapg.studies.routers import at_random, by_logprob, logprob_threshold, offload
 from gapg.tasks.base import STOP, Split
-from gapg.tracking import read_jsonl, write_whole
+from gapg.tracking import read_jsonl, say, write_whole
 from gapg.train import train
 from gapg.use.calibrate import fit_bias, help_control, masked
 from gapg.use.evaluate import Result, mcnemar, prediction, respond
+from gapg.use.report import plot_run, print_table
 from gapg.use.validate import validate
 
 
@@ -117,7 +118,7 @@ def compare(config: RunConfig, bias: float) -> dict[str, Any]:
     """`summary.json`: a row a method, on the same held-out problems, and the paired tests. Reads predictions only."""
     c, folder = config.budget.cloud_fraction, config.output_dir
     tuned, ours = folder / "task-tuned" / "predictions", folder / "predictions"
-    results = [_result("warm start", folder / "warm-start" / "predictions" / "heldout-sampled.jsonl")]
+    results = [_result("warm start", ours / "heldout-before.jsonl")]
     tests = []
     for decoding, gapg in (("greedy", "heldout-calibrated"), ("sampled", "heldout-sampled")):
         heldout = read_jsonl(tuned / f"heldout-{decoding}.jsonl")
@@ -154,14 +155,23 @@ def _result(name: str, path: Path) -> Result:
     )
 
 
-def assess_warm_start(config: RunConfig, warm_model: Path) -> None:
-    """The warm start as it is, at the training temperature."""
-    folder = config.output_dir / "warm-start"
-    if (folder / "predictions" / "heldout-sampled.jsonl").exists():
-        return
-    quiet = config.model_copy(update={"tensorboard": False, "wandb": False, "output_dir": folder})
-    run = build_run(quiet, folder, make_task(config), warm_model)
-    assess(run, "heldout-sampled", "heldout", config.rollout.temperature, help_control(run.tokenizer))
-    run.close()
+def assess_before_training(run: Run) -> None:
+    """The starting point, at the training temperature; call it on a run at step 0."""
+    assess(run, "heldout-before", "heldout", run.config.rollout.temperature, help_control(run.tokenizer))
 
 
+def finish(run: Run, baseline: multiprocessing.process.BaseProcess) -> dict[str, Any]:
+    """Assesses GAPG, waits for the baseline, and leaves table, picture and summary.json. Raises RuntimeError."""
+    bias = assess_gapg(run)
+    if baseline.is_alive():
+        say("waiting for the task-tuned baseline")
+    baseline.join()
+    folder = run.folder
+    if baseline.exitcode:
+        raise RuntimeError(f"the task-tuned baseline failed; see {folder / 'task-tuned' / 'log.txt'}, then --resume")
+    summary = compare(run.config, bias)
+    write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    plot_run(folder, summary, folder / "summary.png")
+    print_table(summary["rows"], summary["cloud_fraction"])
+    say(f"{folder}/summary.png  {folder}/summary.json  {folder}/predictions/")
+    return summary

@@ -25,9 +25,7 @@ def help_control(tokenizer: PreTrainedTokenizerBase) -> HelpControl:
         shared += 1
     if shared == len(phrase):
         raise ConfigError("the tokenizer encodes the help phrase as a part of the answer tag: it cannot be calibrated")
-    return HelpControl(
-        token_id=phrase[shared], prefix_ids=tuple(phrase[:shared]), rest_ids=tuple(phrase[shared + 1 :])
-    )
+    return HelpControl(token_id=phrase[shared], prefix_ids=tuple(phrase[:shared]), rest_ids=tuple(phrase[shared + 1 :]))
 
 
 def masked(control: HelpControl) -> HelpControl:

@@ -58,7 +58,11 @@ class Result:
         """The figures of `summary.json`; `local_accuracy` is answered locally and right, of all problems."""
         n = len(self.correct)
         row: dict[str, Any] = {"name": self.name, "n": n}
-        for key, hits in (("accuracy", self.correct), ("local_accuracy", self.local_correct), ("call_fraction", self.called)):
+        for key, hits in (
+            ("accuracy", self.correct),
+            ("local_accuracy", self.local_correct),
+            ("call_fraction", self.called),
+        ):
             low, high = wilson(sum(hits), n)
             row |= {key: sum(hits) / n, f"{key}_low": low, f"{key}_high": high}
         return row

@@ -21,7 +21,13 @@ BLUE, ORANGE, GREY, GREEN = "#2b6cb0", "#dd6b20", "#a0aec0", "#2f855a"
 def print_table(rows: Sequence[dict[str, Any]], cloud_fraction: float | None = None) -> None:
     """The rows of a summary on standard output, each figure with its 95% interval."""
     table = Table(title=None if cloud_fraction is None else f"cloud budget {cloud_fraction:.0%}")
-    for column, justify in (("", "left"), ("together", "right"), ("local", "right"), ("called", "right"), ("n", "right")):
+    for column, justify in (
+        ("", "left"),
+        ("together", "right"),
+        ("local", "right"),
+        ("called", "right"),
+        ("n", "right"),
+    ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for row in rows:
         low, high = row["accuracy_low"], row["accuracy_high"]
@@ -55,7 +61,9 @@ def _methods(axis: Any, summary: dict[str, Any]) -> None:
         colour = BLUE if ours else ORANGE if "router" in row["name"] else GREY
         error = [[row["accuracy"] - row["accuracy_low"]], [row["accuracy_high"] - row["accuracy"]]]
         axis.errorbar(row["call_fraction"], row["accuracy"], yerr=error, fmt="o", color=colour, capsize=3)
-        axis.annotate(row["name"], (row["call_fraction"], row["accuracy"]), (6, 3), textcoords="offset points", fontsize=7)
+        axis.annotate(
+            row["name"], (row["call_fraction"], row["accuracy"]), (6, 3), textcoords="offset points", fontsize=7
+        )
     axis.axvline(summary["cloud_fraction"], color="black", linewidth=0.8, linestyle="--", label="cloud budget")
     cloud = next((r for r in summary["rows"] if r["name"] == "cloud only"), None)
     if cloud:
@@ -79,7 +87,9 @@ def _curves(axis: Any, folder: Path, cloud_fraction: float) -> None:
 
 def _budget(axis: Any, metrics: list[dict[str, Any]], cloud_fraction: float) -> None:
     steps = [r["step"] for r in metrics]
-    axis.plot(steps, [r["call_fraction"] for r in metrics], color=BLUE, linewidth=0.8, label="called (training samples)")
+    axis.plot(
+        steps, [r["call_fraction"] for r in metrics], color=BLUE, linewidth=0.8, label="called (training samples)"
+    )
     axis.plot(steps, [r["alpha_c"] for r in metrics], color=GREY, label="alpha_c")
     axis.plot(steps, [r["local_accuracy"] for r in metrics], color=GREEN, linewidth=0.8, label="local accuracy")
     axis.axhline(cloud_fraction, color="black", linewidth=0.8, linestyle="--", label="cloud budget")
@@ -88,7 +98,9 @@ def _budget(axis: Any, metrics: list[dict[str, Any]], cloud_fraction: float) -> 
 
 
 def _phases(axis: Any, metrics: list[dict[str, Any]]) -> None:
-    names = [key.removeprefix("seconds/") for key in dict.fromkeys(k for r in metrics for k in r if k.startswith("seconds/"))]
+    names = [
+        key.removeprefix("seconds/") for key in dict.fromkeys(k for r in metrics for k in r if k.startswith("seconds/"))
+    ]
     totals = [sum(r.get(f"seconds/{name}", 0.0) for r in metrics) for name in names]
     bars = axis.barh(names, totals, color=BLUE)
     axis.bar_label(bars, fmt="%.1f s", fontsize=8, padding=3)

@@ -1,0 +1,47 @@
+PYTHON ?= python3
+BIN := .venv/bin
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
+IMPORTS := import torch; from transformers import LlamaForCausalLM; from vllm import LLM
+ARGS ?=
+
+.PHONY: quickstart test lint clean
+
+# Trains the tiny model, then prints and plots the comparison. ARGS="--seed 3 --output-dir runs/x" overrides settings.
+quickstart: .venv/.small
+	$(BIN)/gapg train quickstart $(ARGS)
+
+# Everything, real vLLM included.
+test: .venv/.full
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.full
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy gapg/*.py gapg/tasks gapg/use gapg/studies kernels rollout
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv build *.egg-info gapg/*.so
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gapg needs Python 3.11 or newer: make PYTHON=python3.12 quickstart")'
+	$(PYTHON) -m venv .venv
+
+.venv/.small: pyproject.toml setup.py constraints.txt csrc/bindings.cpp csrc/packing.h | $(BIN)/python
+	[ -e .venv/.full ] || $(BIN)/pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+# On a CPU: the exact versions, without resolving, because resolving adds torchvision builds that break the CPU torch.
+# torch 2.13.0 without its CUDA libraries may not import from a plain index; then, and only then, PyTorch's CPU index.
+.venv/.full: pyproject.toml setup.py constraints.txt csrc/bindings.cpp csrc/packing.h | $(BIN)/python
+ifeq ($(HAS_GPU),yes)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[vllm,dev,bench]'
+else
+	$(BIN)/pip install --quiet --no-deps -r constraints.txt -e .
+	@$(BIN)/python -c '$(IMPORTS)' >/dev/null 2>&1 || { \
+	  echo "the CPU build of torch is not in your package index: adding $(CPU_WHEELS)"; \
+	  $(BIN)/pip install --quiet --no-deps --force-reinstall 'torch==2.13.0+cpu' --extra-index-url $(CPU_WHEELS); }
+	$(BIN)/python -c '$(IMPORTS)' >/dev/null
+endif
+	@touch $@
