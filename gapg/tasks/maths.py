@@ -146,7 +146,7 @@ def _rows(where: str, source: Source) -> Sequence[Mapping[str, Any]]:
 
 
 def _jsonl(where: str, path: Path) -> list[Mapping[str, Any]]:
-    rows = []
+    rows: list[Mapping[str, Any]] = []
     with path.open(encoding="utf-8") as lines:
         for n, line in enumerate(lines, 1):
             if not line.strip():
