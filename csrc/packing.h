@@ -9,6 +9,7 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace gapg {
@@ -162,6 +163,72 @@ inline Packing pack(std::span<const int64_t> lengths, int64_t cap, int64_t ranks
   }
   for (const int32_t sequence : decreasing) packing.order[cursor[bin_of[sequence]]++] = sequence;
   return packing;
+}
+
+// What is laid out: S sequences, back to back in `tokens`, of which sequence s is tokens[starts[s] .. starts[s + 1]], its
+// first prompts[s] tokens the prompt and the rest the response.
+struct Sequences {
+  std::span<const int64_t> tokens, starts, prompts;
+  std::span<const float> coefficients;  // one per sequence
+};
+
+// The caller's buffers: T tokens and R response tokens in the bin, B sequences.
+struct Layout {
+  std::span<int64_t> input_ids, position_ids;                // [T]
+  std::span<int32_t> cu_seqlens;                             // [B + 1]
+  std::span<int64_t> response_index, targets, sequence_ids;  // [R]
+  std::span<float> coefficients;                             // [R]
+};
+
+struct Sizes {
+  int64_t tokens = 0, responses = 0;
+};
+
+// T and R of a bin. Throws std::invalid_argument on members outside 0..S-1, starts that leave `tokens` or decrease, and
+// prompts outside 1..length: after this check, lay_out with buffers of these sizes stays inside every array.
+inline Sizes measure(const Sequences& all, std::span<const int64_t> members) {
+  const auto count = static_cast<int64_t>(all.prompts.size());
+  if (static_cast<int64_t>(all.starts.size()) != count + 1 || static_cast<int64_t>(all.coefficients.size()) != count) {
+    throw std::invalid_argument("want one more start than prompt lengths, and as many coefficients");
+  }
+  Sizes sizes;
+  for (const int64_t s : members) {
+    if (s < 0 || s >= count) throw std::invalid_argument("there is no sequence " + std::to_string(s));
+    const int64_t begin = all.starts[s], end = all.starts[s + 1];
+    const std::string_view problem =
+        begin < 0 || begin > end || end > static_cast<int64_t>(all.tokens.size()) ? "lies outside the tokens"
+        : all.prompts[s] < 1                                                      ? "has no prompt token"
+        : all.prompts[s] > end - begin ? "has a prompt longer than itself"
+                                       : "";
+    if (!problem.empty()) throw std::invalid_argument("sequence " + std::to_string(s) + " " + std::string(problem));
+    sizes.tokens += end - begin;
+    sizes.responses += end - begin - all.prompts[s];
+    if (sizes.tokens > INT32_MAX) throw std::invalid_argument("a bin holds at most 2^31-1 tokens");
+  }
+  return sizes;
+}
+
+// Lays a bin's sequences end to end, in the order given. The hidden state at position p - 1 predicts the token at p, so
+// a response token at p gets response_index p - 1; that is why a prompt needs at least one token. Call measure first.
+inline void lay_out(const Sequences& all, std::span<const int64_t> members, const Layout& out) {
+  int64_t position = 0, response = 0;
+  out.cu_seqlens[0] = 0;
+  for (size_t b = 0; b < members.size(); ++b) {
+    const int64_t s = members[b];
+    const int64_t length = all.starts[s + 1] - all.starts[s];
+    const int64_t answered = length - all.prompts[s];
+    const auto source = all.tokens.subspan(all.starts[s], length);
+    std::ranges::copy(source, out.input_ids.begin() + position);
+    std::iota(out.position_ids.begin() + position, out.position_ids.begin() + position + length, int64_t{0});
+    const auto first = out.response_index.begin() + response;
+    std::iota(first, first + answered, position + all.prompts[s] - 1);
+    std::ranges::copy(source.subspan(all.prompts[s]), out.targets.begin() + response);
+    std::fill_n(out.sequence_ids.begin() + response, answered, s);
+    std::fill_n(out.coefficients.begin() + response, answered, all.coefficients[s]);
+    position += length;
+    response += answered;
+    out.cu_seqlens[b + 1] = static_cast<int32_t>(position);
+  }
 }
 
 }  // namespace gapg

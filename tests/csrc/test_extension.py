@@ -1,0 +1,90 @@
+"""What the extension itself guarantees, whoever calls it: it stays inside every buffer and computes without the GIL."""
+
+import threading
+import time
+
+import gapg._csrc as _csrc
+import numpy as np
+import pytest
+
+
+def int64s(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "cap", "ranks"),
+    [((3, 9), 8, 1), ((0,), 8, 1), ((-1,), 8, 1), ((1,), 0, 1), ((1,), 2**31, 1), ((1,), 8, 0), ((1,), 8, -2)],
+)
+def test_pack_refuses_what_would_leave_its_tables(lengths: tuple[int, ...], cap: int, ranks: int) -> None:
+    with pytest.raises(ValueError):
+        _csrc.pack(int64s(*lengths), cap, ranks)
+
+
+@pytest.mark.parametrize("lengths", [np.array([1, 2], np.int32), np.array([1.0]), [1, 2]])
+def test_arguments_are_never_copied_silently(lengths: object) -> None:
+    with pytest.raises(TypeError):
+        _csrc.pack(lengths, 8, 1)
+
+
+# sequences (10, 11, 12) and (13, 14), prompts of 1 and 2
+BATCH = (int64s(10, 11, 12, 13, 14), int64s(0, 3, 5), int64s(1, 2), np.array([0.5, 1.0], np.float32))
+
+
+@pytest.mark.parametrize("member", [-1, 2, 2**40, -(2**63)])
+def test_unknown_members_are_refused(member: int) -> None:
+    with pytest.raises(ValueError, match=f"no sequence {member}"):
+        _csrc.measure(*BATCH, int64s(member))
+
+
+@pytest.mark.parametrize("starts", [(0, 3, 6), (0, -1, 5), (4, 3, 5), (0, 3, 2**62), (0, 3), (0, 3, 5, 5)])
+def test_starts_that_leave_the_tokens_are_refused(starts: tuple[int, ...]) -> None:
+    tokens, _, prompts, coefficients = BATCH
+    with pytest.raises(ValueError):
+        _csrc.measure(tokens, int64s(*starts), prompts, coefficients, int64s(0, 1))
+
+
+def test_layout_refuses_buffers_of_another_size_and_fills_the_right_ones() -> None:
+    sizes = {"input_ids": 5, "position_ids": 5, "cu_seqlens": 3, "response_index": 2, "targets": 2, "sequence_ids": 2}
+    dtypes = {"cu_seqlens": np.int32, "response_coefficients": np.float32}
+
+    def buffers(**override: int) -> list[np.ndarray]:
+        wanted = {**sizes, "response_coefficients": 2, **override}
+        return [np.full(size, 99, dtypes.get(name, np.int64)) for name, size in wanted.items()]
+
+    for name, size in {**sizes, "response_coefficients": 2}.items():
+        for wrong in (size - 1, size + 1):
+            with pytest.raises(ValueError, match=name):
+                _csrc.lay_out(*BATCH, int64s(1, 0), *buffers(**{name: wrong}))
+    filled = buffers()
+    _csrc.lay_out(*BATCH, int64s(1, 0), *filled)
+    expected = [[13, 14, 10, 11, 12], [0, 1, 0, 1, 2], [0, 2, 5], [2, 3], [11, 12], [0, 0], [0.5, 0.5]]
+    assert [array.tolist() for array in filled] == expected
+
+
+def test_read_only_buffers_are_not_written() -> None:
+    buffer = np.zeros(2, np.int64)
+    buffer.flags.writeable = False
+    empty = [np.zeros(0, np.int64)] * 3
+    with pytest.raises(ValueError):
+        _csrc.lay_out(
+            *BATCH, int64s(1), buffer, np.zeros(2, np.int64), np.zeros(2, np.int32), *empty, np.zeros(0, np.float32)
+        )
+
+
+def test_packing_lets_other_threads_run() -> None:
+    lengths = np.random.default_rng(0).integers(1, 5_000, size=3_000_000)
+    finished = threading.Event()
+
+    def work() -> None:
+        _csrc.pack(lengths, 16_384, 1)
+        finished.set()
+
+    worker = threading.Thread(target=work)
+    ticks = 0
+    worker.start()
+    while not finished.is_set():  # holding the GIL, the packer would let this loop turn a handful of times
+        ticks += 1
+        time.sleep(0.001)
+    worker.join()
+    assert ticks > 20
