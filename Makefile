@@ -18,7 +18,7 @@ test: .venv/.full
 lint: .venv/.full
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy gapg/*.py gapg/tasks gapg/use gapg/studies kernels rollout
+	$(BIN)/mypy gapg
 	$(BIN)/lint-imports
 
 clean:

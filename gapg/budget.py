@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 EMA = 0.9
 LOW, HIGH = 0.02, 0.98
-"""alpha_c stays inside these parts of alpha_a: at 0 help has no gradient left to come back by, at 1 nothing is local."""
+"""alpha_c stays inside these parts of alpha_a: at 0 help has no gradient to come back by, at 1 nothing is local."""
 
 
 @dataclass(slots=True)

@@ -66,7 +66,7 @@ def prune(root: Path, keep: int, also: set[int]) -> None:
     """Deletes all but the last `keep` checkpoints and the steps in `also`, and what a killed save left behind."""
     for step in steps(root)[:-keep]:
         if step not in also:
-            # renamed first: a kill in the middle of a deletion must not leave half a checkpoint under a whole one's name
+            # renamed first: a kill during the deletion must not leave half a checkpoint under a whole one's name
             doomed = root / f".partial-step-{step}"
             os.replace(root / f"step-{step}", doomed)
             shutil.rmtree(doomed)

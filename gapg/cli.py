@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,10 +61,10 @@ OWN_OPTIONS = {"train": {"--resume"}, "eval": {"--config", "--output-dir"}, "con
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Exit codes: 0 done, 2 something to mend in the command or config, 3 the oracle stayed away (the run was saved)."""
+    """Exit codes: 0 done, 2 a command or config to mend, 3 the oracle stayed away (the run was saved)."""
     try:
         own, overrides = _split(list(sys.argv[1:] if argv is None else argv))
-        command = tyro.cli(Command, args=own, prog="gapg", description=__doc__)  # type: ignore[call-overload]
+        command = tyro.cli(Command, args=own, prog="gapg", description=__doc__)
         match command:
             case Train():
                 _train(load_config(command.config, parse_overrides(overrides)), resume=command.resume)
@@ -117,7 +116,7 @@ def _config(command: Config, overrides: list[str]) -> None:
 
 
 def _train(config: RunConfig, *, resume: bool) -> None:
-    """Checks everything cheap first, then: warm start, GAPG, and with `compare` the baseline beside it and the table."""
+    """Checks everything cheap first, then: warm start, GAPG, and with `compare` the baseline and the table."""
     from gapg.model import load_tokenizer
     from gapg.run import build_run, check_prompts, make_oracle, make_task, open_folder, set_threads
     from gapg.studies import compare

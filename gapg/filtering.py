@@ -1,4 +1,4 @@
-"""Adaptive prompt filtering: which groups a step learns from (arXiv 2509.24050, section on adaptive prompt filtering)."""
+"""Adaptive prompt filtering: which groups a step learns from (arXiv 2509.24050)."""
 
 from __future__ import annotations
 

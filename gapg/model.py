@@ -21,7 +21,6 @@ from gapg.config import ConfigError, ModelConfig
 from gapg.seeding import derive
 from gapg.tasks.base import Task, Tokenized
 
-
 # the run has a display of its own, and a bar for a model of three layers tells nothing
 transformers.utils.logging.disable_progress_bar()
 
@@ -63,7 +62,8 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
             raise ConfigError(f"model.path={config.path}: cannot be loaded: {_first_line(error)}") from None
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.to(device()).train()
+    model.to(device())  # type: ignore[arg-type]
+    return model.train()
 
 
 def _from_scratch(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gapg import checkpoint
 from gapg.batching import Example, packed_batches
-from gapg.config import ConfigError, ModelConfig, RunConfig
+from gapg.config import ConfigError, RunConfig
 from gapg.model import device, load_model
 from gapg.optim import clip_and_step, learning_rate, make_optimizer
 from gapg.policy import response_logprobs
@@ -45,7 +45,7 @@ def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTraine
         for step in range(begin, settings.steps):
             examples = [_encode(d, task, tokenizer) for d in next(batches)]
             tokens = sum(len(e.response_ids) for e in examples)
-            total = 0.0
+            total = torch.zeros((), device=device())
             for batch in packed_batches(examples, config.token_cap, device()):
                 loss = -response_logprobs(model, batch, compute=compute).sum() / tokens
                 loss.backward()

@@ -42,7 +42,7 @@ class TransformersEngine:
     def sync(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Takes the given weights: shared where type and device are the module's own, else copied."""
         like = next(self.model.parameters())
-        weights = {name: t.to(like.device, like.dtype) for name, t in state_dict.items()}
+        weights = {k: t.to(like.device, like.dtype if t.is_floating_point() else None) for k, t in state_dict.items()}
         self.model.load_state_dict(weights, strict=True, assign=True)
         self.model.tie_weights()
 
@@ -70,7 +70,7 @@ class TransformersEngine:
                 yield indices[local], completions
 
     def _find_stop_tokens(self, stop: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(ends, may_end), both [V] bool: tokens that end a response, and tokens after which the text must be looked at."""
+        """(ends, may_end), both [V] bool: tokens that end a response, and those after which the text is looked at."""
         size = self.model.config.get_text_config().vocab_size
         texts = self.tokenizer.batch_decode([[i] for i in range(size)])
         ends = torch.tensor([any(s in text for s in stop) for text in texts])
@@ -251,7 +251,7 @@ class _Wave:
             Completion(
                 token_ids=tuple(tokens[:length]),
                 logprobs=tuple(logprobs[:length]),
-                text=self.engine.tokenizer.decode(tokens[:length], skip_special_tokens=True),
+                text=str(self.engine.tokenizer.decode(tokens[:length], skip_special_tokens=True)),
                 finish_reason="stop" if stopped else "length",
                 help_margin=None if self.sampling.help is None else margin,
             )

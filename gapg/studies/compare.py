@@ -30,7 +30,7 @@ from gapg.use.validate import validate
 
 
 def task_tuned_config(config: RunConfig) -> RunConfig:
-    """The same run with calls that never pay: task-tuning only, help not masked (masking it in training is unstable)."""
+    """The same run with calls that never pay: task-tuning only; help is not masked (in training that is unstable)."""
     return config.model_copy(
         update={
             "output_dir": config.output_dir / "task-tuned",
@@ -52,10 +52,7 @@ def start_task_tuned(config: RunConfig, warm_model: Path | None) -> multiprocess
 
 
 def _task_tuned(config: RunConfig, warm_model: Path | None) -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    # a killed parent must not leave a child behind that writes into the folder of the run that resumes it
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     lock = open_folder(config, resume=True)
     sys.stderr = (config.output_dir / "log.txt").open("a", buffering=1)
     set_threads(config)
@@ -66,6 +63,14 @@ def _task_tuned(config: RunConfig, warm_model: Path | None) -> None:
     finally:
         run.close()
         lock.close()
+
+
+def _end_with_parent() -> None:
+    """A killed parent must not leave a child behind that writes into the folder of the run that resumes it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def assess_task_tuned(run: Run) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gapg.judge import Group
+from gapg.judge import Group, Outcome
 from gapg.tracking import say
 from gapg.use.evaluate import as_result, respond
 
@@ -27,7 +27,7 @@ def validate(run: Run) -> dict[str, float]:
 
 
 def _transcripts(run: Run, groups: list[Group]) -> None:
-    shown = {}
+    shown: dict[Outcome, Group] = {}
     for group in groups:
         shown.setdefault(group.outcomes[0], group)
     for outcome, group in sorted(shown.items(), key=lambda item: item[0].value):
