@@ -1,0 +1,153 @@
+"""Answers that were paid for, kept in one SQLite file that several processes may use at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+LAYOUT = 1
+"""Version of the table, kept in the file's `user_version`."""
+
+
+class CacheError(Exception):
+    """The cache's file cannot be used. The message says what to do about it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CachedAnswer:
+    """One answer as it was paid for: its text, tokens, and cost in the config's currency."""
+
+    text: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+
+
+def cache_key(
+    endpoint: str,
+    model: str,
+    messages: Sequence[Mapping[str, str]],
+    sampling: Mapping[str, float | int | None],
+    sample: int,
+) -> str:
+    """The hex SHA-256 of everything an answer depends on. API keys are no part of it: another key hits the same row."""
+    parts = [endpoint, model, [dict(m) for m in messages], dict(sampling), sample]
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class AnswerCache:
+    """A table from key to answer, in WAL mode, for any number of threads and processes on one machine.
+
+    Neither questions nor credentials are stored, so the file can be shared. Without a path it lives in memory.
+
+    Args:
+        path: The file; it and its folder are made when missing. It must be on a local disk: WAL needs shared memory,
+            which network file systems lack.
+        busy_timeout_s: Seconds to wait for another process's lock.
+
+    Raises:
+        CacheError: The file is no usable cache, here and in every method.
+    """
+
+    def __init__(self, path: str | Path | None = None, *, busy_timeout_s: float = 20.0) -> None:
+        self.path = None if path is None else Path(path)
+        self._timeout_s = busy_timeout_s
+        self._lock = Lock()
+        self._db: sqlite3.Connection | None = None
+        try:
+            if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            name = ":memory:" if self.path is None else str(self.path)
+            self._db = sqlite3.connect(name, timeout=busy_timeout_s, check_same_thread=False, isolation_level=None)
+            self._prepare(self._db)
+        except (sqlite3.Error, OSError) as error:
+            self.close()
+            raise self._explain(error) from error
+        except CacheError:
+            self.close()
+            raise
+
+    def get(self, key: str) -> CachedAnswer | None:
+        """The answer stored under `key`, or None."""
+        row = self._run("SELECT text, prompt_tokens, completion_tokens, cost FROM answers WHERE key = ?", (key,))
+        return None if row is None else CachedAnswer(*row)
+
+    def put(self, key: str, answer: CachedAnswer) -> None:
+        """Stores an answer on disk before it returns. The first one stored under a key stays."""
+        self._run(
+            "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)",
+            (key, answer.text, answer.prompt_tokens, answer.completion_tokens, answer.cost),
+        )
+
+    def __len__(self) -> int:
+        row = self._run("SELECT COUNT(*) FROM answers", ())
+        assert row is not None
+        return int(row[0])
+
+    def close(self) -> None:
+        """Closes the file; calling it twice is harmless."""
+        with self._lock:
+            if self._db is not None:
+                self._db.close()
+                self._db = None
+
+    def _run(self, sql: str, values: tuple[object, ...]) -> tuple[str, int, int, float] | None:
+        with self._lock:
+            if self._db is None:
+                raise CacheError("the answer cache was closed")
+            try:
+                row: tuple[str, int, int, float] | None = self._db.execute(sql, values).fetchone()
+                return row
+            except sqlite3.Error as error:
+                raise self._explain(error) from error
+
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        # SQLite does not wait for locks while it switches a file to WAL, so two processes that start together collide.
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                db.execute("PRAGMA journal_mode = WAL")
+                break
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+        db.execute("PRAGMA synchronous = NORMAL")
+        db.execute("BEGIN IMMEDIATE")
+        layout = db.execute("PRAGMA user_version").fetchone()[0]
+        if layout not in (0, LAYOUT):
+            raise CacheError(
+                f"the answer cache {self.path} has layout {layout}, and this version reads {LAYOUT}: "
+                "use another file, or the version that wrote it"
+            )
+        db.execute(
+            "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL,"
+            " prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cost REAL NOT NULL) WITHOUT ROWID"
+        )
+        db.execute(f"PRAGMA user_version = {LAYOUT}")
+        db.execute("COMMIT")
+
+    def _explain(self, error: sqlite3.Error | OSError) -> CacheError:
+        text = str(error)
+        if "locked" in text or "locking" in text:
+            fix = (
+                f"another process held it for over {self._timeout_s:g} s, or its file system has no locks: "
+                "end that process, or move the cache to a local disk"
+            )
+        elif isinstance(error, sqlite3.DatabaseError) and ("not a database" in text or "malformed" in text):
+            fix = (
+                "the file is damaged or is no cache: move it away (with its -wal and -shm) to start an empty one, "
+                "or try `sqlite3 FILE .recover`"
+            )
+        elif "full" in text:
+            fix = "the disk is full: free some space"
+        else:
+            fix = "check that the folder exists on a local disk and can be written"
+        return CacheError(f"the answer cache {self.path} cannot be used ({text}): {fix}")

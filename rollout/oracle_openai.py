@@ -1,0 +1,338 @@
+"""A cloud model behind the OpenAI API: bounded in time, in rate and in money; no answer is paid for twice."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import os
+import random
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import openai
+from openai.types.chat import ChatCompletion
+
+from gapg.rollout.cache import AnswerCache, CachedAnswer, CacheError, cache_key
+from gapg.rollout.oracle_limits import Ledger, RateLimiter
+from gapg.rollout.oracle_retry import Failure, backoff_s, classify
+from gapg.rollout.records import OracleAnswer, OracleQuestion, OracleUsage
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK_KEY = "EMPTY"
+CLOSED = "the oracle was closed"
+
+
+class OpenAIOracle:
+    """Asks a chat model over HTTP. Whatever goes wrong comes back as an answer without text, and is never cached.
+
+    Requests run on one background thread. A question that is open already is not sent again; answers are kept in a
+    SQLite file, which other processes may share. The key is read from the environment and goes nowhere but into the
+    request's header.
+
+    Args:
+        base_url: The API's root, usually ending in /v1. Answers are cached per (base_url, model).
+        model: The model's name there.
+        api_key_env: The environment variable that holds the key. A server on this machine needs none.
+        samples: Answers a question, k; each is a request of its own.
+        temperature: The cloud's sampling temperature; None leaves it out, for models that refuse it.
+        max_tokens: The longest answer, in tokens.
+        max_tokens_field: What the API calls that; OpenAI's reasoning models want "max_completion_tokens".
+        concurrency: Most requests open at once.
+        timeout_s: Seconds until one request is given up, and tried again.
+        deadline_s: Seconds from an answer's first request until it is given up, retries and waits included.
+        max_retries: Further requests after the first that failed.
+        requests_per_minute: The most requests in any 60 seconds.
+        tokens_per_minute: The most tokens, prompt and answer, in any 60 seconds (estimated until they are known).
+        spending_cap: The most this run may cost, resumes included. Before a request is sent its worst price is set
+            aside: a token for every byte of the prompt, and `max_tokens`. A request that ended without an HTTP status
+            may have been billed, so it is counted at that price.
+        price_per_million_prompt: In the cap's currency; needed with a cap (0 for a free server).
+        price_per_million_completion: Likewise.
+        cache_path: The SQLite file; None keeps answers in memory only.
+
+    Raises:
+        ValueError: No key, an unusable URL or setting, a cap without prices.
+        CacheError: The cache file cannot be used.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        api_key_env: str = "OPENAI_API_KEY",
+        samples: int = 1,
+        temperature: float | None = 0.0,
+        max_tokens: int = 1024,
+        max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
+        concurrency: int = 32,
+        timeout_s: float = 60.0,
+        deadline_s: float = 300.0,
+        max_retries: int = 6,
+        requests_per_minute: int | None = None,
+        tokens_per_minute: int | None = None,
+        spending_cap: float | None = None,
+        price_per_million_prompt: float | None = None,
+        price_per_million_completion: float | None = None,
+        cache_path: str | Path | None = None,
+    ) -> None:
+        prices = (price_per_million_prompt, price_per_million_completion)
+        if spending_cap is not None and None in prices:
+            raise ValueError(
+                "a spending cap needs price_per_million_prompt and price_per_million_completion (0 is a price)"
+            )
+        if min(samples, max_tokens, concurrency) < 1 or min(timeout_s, deadline_s) <= 0 or max_retries < 0:
+            raise ValueError("samples, max_tokens, concurrency, timeout_s and deadline_s must be positive")
+        self._endpoint = base_url.rstrip("/")
+        key, on_this_machine = _read_key(self._endpoint, api_key_env)
+        self._model = model
+        self._samples = samples
+        self._max_tokens = max_tokens
+        self._sampling: dict[str, float | int | None] = {max_tokens_field: max_tokens}
+        if temperature is not None:
+            self._sampling["temperature"] = temperature
+        self._timeout_s = timeout_s
+        self._deadline_s = deadline_s
+        self._max_retries = max_retries
+        self._prices = (prices[0] or 0.0, prices[1] or 0.0)
+        self._redact = (key, api_key_env)
+        self._ledger = Ledger(spending_cap)
+        self._limiter = RateLimiter(requests_per_minute, tokens_per_minute)
+        self._slots = asyncio.Semaphore(concurrency)
+        self._jitter = random.Random()  # its own: the run's seeded generators stay untouched
+        self._cache = AnswerCache(cache_path)
+        self._open: dict[str, asyncio.Task[OracleAnswer]] = {}
+        self._futures: set[Future[list[OracleAnswer]]] = set()
+        self._closed = False
+        self._lock = Lock()
+        self._loop = asyncio.new_event_loop()
+        self._client = self._connect(key, on_this_machine)
+        self._thread = Thread(target=self._loop.run_forever, name="oracle", daemon=True)
+        self._thread.start()
+
+    def _connect(self, key: str, on_this_machine: bool) -> openai.AsyncOpenAI:
+        # A proxy from the environment is for the cloud; it cannot reach this machine's own servers.
+        http_client = openai.DefaultAsyncHttpxClient(trust_env=False) if on_this_machine else None
+        return openai.AsyncOpenAI(
+            base_url=self._endpoint, api_key=key, max_retries=0, timeout=self._timeout_s, http_client=http_client
+        )
+
+    def __repr__(self) -> str:
+        return f"OpenAIOracle({self._endpoint!r}, {self._model!r})"
+
+    def ask(self, question: OracleQuestion) -> Future[list[OracleAnswer]]:
+        """Sends the question. The future ends with `samples` answers, at the latest when the oracle is closed.
+
+        A cached answer costs 0; its token counts are those that were paid for.
+        """
+        future: Future[list[OracleAnswer]] = Future()
+        future.set_running_or_notify_cancel()  # others may wait for the same request, so it cannot be cancelled
+        with self._lock:
+            if self._closed:
+                future.set_result([OracleAnswer(None, error=CLOSED)] * self._samples)
+                return future
+            self._futures.add(future)
+            asyncio.run_coroutine_threadsafe(self._answer_all(question, future), self._loop)
+        return future
+
+    @property
+    def usage(self) -> OracleUsage:
+        """Totals so far, those given to `restore` included. `requests` counts retries; a request without an HTTP
+        status counts at its worst cost, and without tokens."""
+        return self._ledger.usage
+
+    def restore(self, usage: OracleUsage) -> None:
+        """Continues from these totals, against the same spending cap."""
+        self._ledger.restore(usage)
+
+    def close(self) -> None:
+        """Cancels what is open, whose futures end with failures, and frees the oracle. Calling it twice is harmless."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop)
+        self._thread.join(timeout=10)
+        for future in list(self._futures):  # cancelled before they began, or held by a thread that hangs
+            self._finish(future, [OracleAnswer(None, error=CLOSED)] * self._samples)
+        if not self._thread.is_alive():
+            self._loop.close()
+        self._cache.close()
+
+    async def _shut_down(self) -> None:
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        try:
+            await asyncio.wait_for(self._client.close(), timeout=5)
+            await self._loop.shutdown_default_executor()  # answers on their way into the cache
+        finally:
+            self._loop.stop()
+
+    def _finish(self, future: Future[list[OracleAnswer]], answers: list[OracleAnswer]) -> None:
+        self._futures.discard(future)
+        if not future.done():
+            future.set_result(answers)
+
+    async def _answer_all(self, question: OracleQuestion, future: Future[list[OracleAnswer]]) -> None:
+        answers = [OracleAnswer(None, error=CLOSED)] * self._samples
+        try:
+            answers = list(await asyncio.gather(*(self._answer(question, i) for i in range(self._samples))))
+        except Exception as error:  # a failure is an answer, never an exception
+            logger.exception("the oracle failed on question %s", question.id)
+            answers = [OracleAnswer(None, error=self._clean(f"{type(error).__name__}: {error}"))] * self._samples
+        finally:
+            self._finish(future, answers)
+
+    async def _answer(self, question: OracleQuestion, sample: int) -> OracleAnswer:
+        """One answer: shared with an open request for the same, or cached, or asked for."""
+        key = cache_key(self._endpoint, self._model, question.messages, self._sampling, sample)
+        task = self._open.get(key)
+        if task is not None:
+            answer = await asyncio.shield(task)
+            if answer.text is not None:
+                self._ledger.count(cache_hits=1)
+                return replace(answer, cached=True, cost=0.0)
+            return answer
+        task = self._open[key] = asyncio.create_task(self._look_up_or_ask(question, key))
+        task.add_done_callback(lambda _: self._open.pop(key, None))
+        return await task
+
+    async def _look_up_or_ask(self, question: OracleQuestion, key: str) -> OracleAnswer:
+        try:
+            found = await asyncio.to_thread(self._cache.get, key)
+        except CacheError as error:  # without a cache the same answer would be paid for again and again
+            self._ledger.count(failures=1)
+            return OracleAnswer(None, error=str(error))
+        if found is not None:
+            self._ledger.count(cache_hits=1)
+            return OracleAnswer(found.text, None, True, found.prompt_tokens, found.completion_tokens)
+        async with self._slots:
+            answer = await self._ask_with_retries(question)
+        if answer.text is None:
+            self._ledger.count(failures=1)
+            return answer
+        stored = CachedAnswer(answer.text, answer.prompt_tokens, answer.completion_tokens, answer.cost)
+        try:
+            # Shielded: an answer that was paid for is kept even if the oracle is closed meanwhile.
+            await asyncio.shield(asyncio.to_thread(self._cache.put, key, stored))
+        except CacheError as error:
+            logger.warning("an oracle answer was paid for but not cached: %s", error)
+        return answer
+
+    async def _ask_with_retries(self, question: OracleQuestion) -> OracleAnswer:
+        loop = asyncio.get_running_loop()
+        deadline = float("inf")  # set when the first request leaves: waiting for one's turn is no fault of the server
+        error = ""
+        for attempt in range(self._max_retries + 1):
+            try:
+                async with asyncio.timeout_at(None if deadline == float("inf") else deadline):
+                    entry = await self._limiter.admit(self._tokens_expected(question))
+                    worst = self._worst_cost(question)
+                    if not await self._ledger.reserve(worst):
+                        return OracleAnswer(None, error=self._cap_reached(worst))
+            except TimeoutError:
+                break
+            deadline = min(deadline, loop.time() + self._deadline_s)
+            result = await self._request(question, worst, entry, deadline)
+            if isinstance(result, OracleAnswer):
+                return result
+            error = self._clean(result.error)
+            if not result.retry:
+                return OracleAnswer(None, error=error)
+            pause = backoff_s(attempt, result.retry_after_s, self._jitter.random())
+            if attempt == self._max_retries:
+                return OracleAnswer(None, error=f"no answer after {attempt + 1} requests; the last one: {error}")
+            if loop.time() + pause >= deadline:
+                break
+            await asyncio.sleep(pause)
+        return OracleAnswer(None, error=f"no answer within the deadline of {self._deadline_s:g} s; last: {error}")
+
+    async def _request(
+        self, question: OracleQuestion, worst: float, entry: list[float], deadline: float
+    ) -> OracleAnswer | Failure:
+        """One HTTP request, settled in the ledger whatever becomes of it."""
+        spent: dict[str, int | float] = {"requests": 1, "cost": worst}  # what it counts as if it is cancelled
+        try:
+            limit = min(self._timeout_s, deadline - asyncio.get_running_loop().time())
+            body: dict[str, Any] = {"model": self._model, "messages": list(question.messages), **self._sampling}
+            try:
+                # The client's own timeout is per read, which a server that trickles never meets.
+                reply = await asyncio.wait_for(self._client.chat.completions.create(**body), limit)
+                answer = self._read(reply, worst)
+            except Exception as error:
+                failure = classify(error, self._endpoint, limit)
+                spent["cost"] = worst if failure.may_be_billed else 0.0
+                return failure
+            spent |= {
+                "prompt_tokens": answer.prompt_tokens,
+                "completion_tokens": answer.completion_tokens,
+                "cost": answer.cost,
+            }
+            self._limiter.correct(entry, answer.prompt_tokens + answer.completion_tokens)
+            return answer
+        finally:
+            self._ledger.settle(worst, **spent)
+
+    def _read(self, reply: ChatCompletion, worst: float) -> OracleAnswer:
+        """The reply's text, "" if there is none (cut off in its reasoning, refused). ValueError for a broken reply."""
+        if not isinstance(reply, ChatCompletion) or not reply.choices or reply.choices[0].message is None:
+            raise ValueError("the reply is no chat completion")
+        text = (reply.choices[0].message.content or "").encode(errors="replace").decode()  # no lone surrogates
+        if reply.usage is None:
+            return OracleAnswer(text, cost=worst)
+        prompt, completion = reply.usage.prompt_tokens, reply.usage.completion_tokens
+        return OracleAnswer(text, None, False, prompt, completion, self._cost(prompt, completion))
+
+    def _cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        return (prompt_tokens * self._prices[0] + completion_tokens * self._prices[1]) / 1e6
+
+    def _worst_cost(self, question: OracleQuestion) -> float:
+        # No tokenizer makes more tokens than bytes; the rest is for the chat template.
+        return self._cost(_size(question) + 16 * (len(question.messages) + 1), self._max_tokens)
+
+    def _tokens_expected(self, question: OracleQuestion) -> int:
+        return _size(question) // 3 + self._max_tokens
+
+    def _cap_reached(self, worst: float) -> str:
+        return (
+            f"spending cap of {self._ledger.cap:g} reached: {self._ledger.usage.cost:.6g} is spent, and a request may "
+            f"cost {worst:.3g}; raise the cap to go on"
+        )
+
+    def _clean(self, text: str) -> str:
+        key, name = self._redact
+        return text if key == LOOPBACK_KEY else text.replace(key, f"[{name}]")
+
+
+def _size(question: OracleQuestion) -> int:
+    """Bytes of the question's messages as JSON."""
+    return len(json.dumps(question.messages, ensure_ascii=False).encode())
+
+
+def _read_key(endpoint: str, api_key_env: str) -> tuple[str, bool]:
+    """(the key, whether the endpoint is on this machine)."""
+    parts = urlsplit(endpoint)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"base_url must look like https://host/v1, and {endpoint.rpartition('@')[2]!r} does not")
+    if parts.username or parts.password:
+        raise ValueError(f"base_url must not hold credentials: put the key into the environment variable {api_key_env}")
+    try:
+        on_this_machine = ipaddress.ip_address(parts.hostname).is_loopback
+    except ValueError:
+        on_this_machine = parts.hostname == "localhost"
+    key = os.environ.get(api_key_env, "").strip()
+    if not key and not on_this_machine:
+        raise ValueError(
+            f"no key for {parts.hostname}: the environment variable {api_key_env} is not set. "
+            f"Set it (export {api_key_env}=...), or name another variable with api_key_env"
+        )
+    return key or LOOPBACK_KEY, on_this_machine
