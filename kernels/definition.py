@@ -1,4 +1,4 @@
-"""The fused head in odds form, in plain PyTorch: what the GPU kernel computes, and the route where there is no such GPU.
+"""The fused head in odds form, in plain PyTorch: what the GPU kernel computes, and the route where it cannot run.
 
 With logits ``l = (h W^T + bias) / temperature``, a target ``y`` and ``b = 58 ln 2`` a row is described by odds
 against its target instead of by a softmax::
@@ -64,7 +64,7 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
 def scaled_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, out: Tensor | None = None
 ) -> Tensor:
-    """``(hidden @ weight^T + bias) / temperature``, [C, V] float32; float32 inputs are written into ``out`` if given."""
+    """``(hidden @ weight^T + bias) / temperature``, [C, V] float32, in ``out`` if given (float32 inputs only)."""
     scale = 1.0 / temperature
     if hidden.dtype == torch.float32:
         if out is None:

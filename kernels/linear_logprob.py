@@ -62,11 +62,12 @@ def linear_logprob(
     grad = torch.is_grad_enabled() and (
         hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    plan = _Plan.of(hidden, weight, workspace_bytes)
-    plan.require_one_row(grad)
+    plan = _Plan.of(hidden, weight, workspace_bytes, kernel=False)  # the larger need: whether E is kept never
+    plan.require_one_row(grad)  # depends on the device, and a compiler can trace it
     keep = grad and plan.fits(hidden.shape[0])
-    result: Tensor = _forward_op(hidden, weight, target.long(), bias, float(temperature), workspace_bytes, keep)[0]
-    return result
+    logprob: Tensor
+    logprob, *_ = _forward_op(hidden, weight, target.long(), bias, float(temperature), workspace_bytes, keep)
+    return logprob
 
 
 def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: float) -> None:
@@ -101,10 +102,10 @@ class _Plan(NamedTuple):
     workspace: int
 
     @staticmethod
-    def of(hidden: Tensor, weight: Tensor, workspace: int) -> _Plan:
+    def of(hidden: Tensor, weight: Tensor, workspace: int, *, kernel: bool) -> _Plan:
         vocab = weight.shape[0]
         stored = _pitch(vocab, hidden.dtype) * hidden.element_size()
-        if uses_kernel(hidden):
+        if kernel:
             scratch = 4 * -(-vocab // 128)  # partial sums, one a vocabulary tile
         else:
             scratch = 0 if hidden.dtype == torch.float32 else 4 * vocab  # float32 logits; float32 makes E in place
@@ -171,7 +172,8 @@ def _forward_op(
     hidden, weight = hidden.contiguous(), weight.contiguous()
     logprob, odds, unit, e = _forward_outputs(hidden, weight, keep)
     route = _route(hidden)
-    for part in _Plan.of(hidden, weight, workspace_bytes).chunks(rows, kept=keep, store=keep):
+    plan = _Plan.of(hidden, weight, workspace_bytes, kernel=uses_kernel(hidden))
+    for part in plan.chunks(rows, kept=keep, store=keep):
         store = e[part, :vocab] if keep else None
         chunk = route(hidden[part], weight, bias, target[part], temperature, store)
         logprob[part], odds[part], unit[part] = chunk
@@ -222,7 +224,8 @@ def _backward_op(
     weight_sum: Tensor | None = None
     bias_sum: Tensor | None = None
     route = _route(hidden)
-    for part in _Plan.of(hidden, weight, workspace_bytes).chunks(rows, kept=kept, store=True):
+    plan = _Plan.of(hidden, weight, workspace_bytes, kernel=uses_kernel(hidden))
+    for part in plan.chunks(rows, kept=kept, store=True):
         h, y = hidden[part], index[part]
         chunk = definition.RowScales(*(scale[part] for scale in scales))
         if kept:
