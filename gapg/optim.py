@@ -15,7 +15,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Learning rate of step `step` (from 0) of `steps`: up over `warmup_steps`, flat until `flat`, down to `final_lr`."""
+    """Learning rate of step `step` of `steps`, from 0: up over `warmup_steps`, flat until `flat`, to `final_lr`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     start = max(config.warmup_steps, int(config.flat * steps))

@@ -193,7 +193,7 @@ def check_prompts(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerB
     fitting = [p for p in prompts if len(task.render(p, tokenizer)) <= limit]
     if len(fitting) < len(prompts):
         say(
-            f"{len(prompts) - len(fitting)} of {len(prompts)} prompts over rollout.max_prompt_tokens={limit} are left out"
+            f"left out: {len(prompts) - len(fitting)} of {len(prompts)} prompts, over rollout.max_prompt_tokens={limit}"
         )
     if len(fitting) < 2:
         raise ConfigError(f"no training prompt fits rollout.max_prompt_tokens={limit}: raise it")

@@ -178,6 +178,4 @@ def _warn_if_collapsed(run: Run, call_fraction: float) -> None:
     if COLLAPSED_AFTER in (state.never_called, state.always_called) and run.controller.alpha_c > 0:
         what = "never called the cloud" if state.never_called else "always called the cloud"
         fix = "raise reward.alpha_c" if state.never_called else "lower reward.alpha_c"
-        warn(
-            f"policy collapsed: it {what} for {COLLAPSED_AFTER} steps (step {state.step}); {fix} or lengthen the warm start"
-        )
+        warn(f"policy collapsed: it {what} for {COLLAPSED_AFTER} steps; {fix} or lengthen the warm start")

@@ -22,7 +22,7 @@ from gapg.tracking import Display, say
 
 
 def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Runs or resumes the warm start under `folder`; returns the model folder. Raises ConfigError on bad demonstrations.
+    """Runs or resumes the warm start under `folder`; returns the model folder. Raises ConfigError.
 
     Loss: mean negative log-prob over the response tokens of a batch.
     """

@@ -92,7 +92,7 @@ class OracleAnswer:
 
 @dataclass(frozen=True, slots=True)
 class OracleUsage:
-    """What the oracle has cost so far in this run: requests sent, cache hits, tokens, money in the config's currency."""
+    """What the oracle has cost so far in this run: requests sent, cache hits, tokens, money."""
 
     requests: int = 0
     cache_hits: int = 0

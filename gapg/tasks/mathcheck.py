@@ -23,8 +23,8 @@ _KEPT_ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "VIR
 class MathChecker:
     """One worker process, started at the first check and again whenever it died or had to be killed. Thread-safe.
 
-    seconds: time for one answer; what takes longer is LIMIT. (The worker interrupts itself at this; where it cannot,
-    it is killed at twice that, which costs a second for a new one.)
+    seconds: CPU time for one answer; what takes more is LIMIT. The worker interrupts itself at this; where it cannot,
+    the kernel ends it at about twice that, and this side after five times that on the clock.
     max_chars: longer answers are LIMIT, unread.
     memory_bytes: the worker's address space.
     A worker that dies is replaced and asked once more: only an answer that kills two workers is LIMIT.
@@ -77,7 +77,7 @@ class MathChecker:
         except OSError:
             self.close()
             return None
-        word = self._read_line(2 * self.seconds)
+        word = self._read_line(5 * self.seconds)
         if word not in ("correct", "wrong", "limit"):
             self.close()
         return "limit" if word == "" else word
