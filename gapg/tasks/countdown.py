@@ -64,7 +64,7 @@ class Countdown:
         if not 0 < heldout < 1:
             raise ValueError(f"heldout: must be a fraction between 0 and 1, not {heldout!r}")
         self.style, self.max_word, self.max_value = style, max(max_number, max_target, max_value), max_value
-        self.traces = lru_cache(maxsize=None)(lambda numbers: arithmetic.traces(numbers, max_value))
+        self.traces = lru_cache(maxsize=2048)(lambda numbers: arithmetic.traces(numbers, max_value))
         if problems is None:
             found = self._enumerate(counts, max_number, max_target)
         else:
