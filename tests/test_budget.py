@@ -1,0 +1,93 @@
+"""The controller on a simulated policy whose calls follow alpha_c; its clips, and its state through JSON."""
+
+import json
+import math
+import random
+from dataclasses import asdict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gapg.budget import HIGH, LOW, BudgetController
+from gapg.config import BudgetConfig
+
+
+def controller(c: float, alpha_a: float = 1.0, start: float = 0.3) -> BudgetController:
+    budget = BudgetConfig(cloud_fraction=c)
+    return BudgetController(c, alpha_a, start, budget.gain, budget.damping, start)
+
+
+@pytest.mark.parametrize("c", [0.2, 0.3, 0.5])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_it_finds_the_budget(c: float, seed: int) -> None:
+    """A policy that moves, each step, a twelfth of the way to the calls its alpha_c is worth; 256 noisy samples a step.
+
+    Its calls at a price alpha are those of problems with P(local success) < alpha, here normal in the logit.
+    """
+    rng, control, calls = random.Random(seed), controller(c), 0.15
+    seen = []
+    for _ in range(400):
+        wanted = 0.5 * math.erfc(-(math.log(control.alpha_c / (1 - control.alpha_c)) + 0.4) / 1.2 / math.sqrt(2))
+        calls += (wanted - calls) / 12
+        f = sum(rng.random() < calls for _ in range(256)) / 256
+        control.observe(f)
+        seen.append(calls)
+    assert sum(seen[200:]) / 200 == pytest.approx(c, abs=0.01)
+    assert max(abs(s - c) for s in seen[200:]) < 0.06
+
+
+@given(
+    st.floats(0.05, 0.95),
+    st.floats(0.1, 10),
+    st.lists(st.floats(0, 1), min_size=1, max_size=60),
+)
+def test_alpha_c_stays_inside_alpha_a(c: float, alpha_a: float, fractions: list[float]) -> None:
+    control = controller(c, alpha_a, 0.3 * alpha_a)
+    for f in fractions:
+        control.observe(f)
+        for value in (control.alpha_c, control.integral):
+            assert LOW * alpha_a <= value <= HIGH * alpha_a < alpha_a
+
+
+def test_it_goes_to_the_clip_and_comes_back() -> None:
+    control = controller(0.3)
+    for _ in range(100):
+        control.observe(1.0)
+    assert control.alpha_c == control.integral == LOW
+    for _ in range(100):
+        control.observe(0.0)
+    assert control.alpha_c == control.integral == HIGH
+
+
+def test_the_law() -> None:
+    """By hand: ema starts at the first f, and the new alpha_c holds from the next step on."""
+    control = BudgetController(0.3, 1.0, 0.5, gain=0.05, damping=2.0, alpha_c=0.5)
+    control.observe(0.4)
+    assert control.ema == 0.4
+    assert control.integral == pytest.approx(0.495)
+    assert control.alpha_c == pytest.approx(0.295)
+    control.observe(0.2)
+    assert control.ema == pytest.approx(0.38)
+    assert control.integral == pytest.approx(0.5)
+    assert control.alpha_c == pytest.approx(0.34)
+
+
+def test_calls_on_the_budget_change_nothing() -> None:
+    control = controller(0.25, start=0.4)
+    for _ in range(10):
+        control.observe(0.25)
+    assert (control.integral, control.alpha_c) == (0.4, 0.4)
+
+
+@given(st.lists(st.floats(0, 1), max_size=20), st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_its_state_survives_json_bit_for_bit(before: list[float], after: list[float]) -> None:
+    control = controller(0.3)
+    for f in before:
+        control.observe(f)
+    again = BudgetController(**json.loads(json.dumps(asdict(control))))
+    assert again == control
+    for f in after:
+        control.observe(f)
+        again.observe(f)
+    assert again == control
