@@ -102,7 +102,7 @@ def plain_odds(
     # exp first, then the exact factor 2^-58: subtracting b in the exponent would round every element at b's size.
     x.sub_(torch.where(far, largest, target_logit)[:, None]).exp_().mul_(torch.where(far, 1.0, UNIT)[:, None])
     x.scatter_(1, column, 0.0)
-    odds = x.sum(1)
+    odds = torch.where(gap.isnan(), gap, x.sum(1))  # with V = 1 the column just zeroed was the only NaN
     if store is not None and store.dtype != x.dtype:
         store.copy_(x)
     return RowOdds(finish_logprob(odds, unit, gap, target), odds, unit)

@@ -182,7 +182,9 @@ def row_sum_kernel(
     odds = tl.zeros((BR,), tl.float32)
     for tile in range(0, tiles):
         odds += tl.load(partial_ptr + tile * C + rows, mask=inside, other=0.0)
-    # A NaN target makes NaN everywhere; a masked one has S = 0 and log-prob 0 (0 - x, as -0 would print oddly).
+    logit = tl.load(logit_ptr + rows, mask=inside, other=0.0)
+    odds = tl.where(logit != logit, logit, odds)  # a target out of range is NaN even where V = 1 left no other column
+    # A masked row has S = 0 and log-prob 0 (0 - x, as -x would be -0).
     logprob = 0.0 - _log1p(odds * 288230376151711744.0)  # 2^58
     tl.store(logprob_ptr + rows, logprob, mask=inside)
     tl.store(odds_ptr + rows, odds, mask=inside)
@@ -256,7 +258,7 @@ def repair_kernel(
 def fused_odds(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: float, store: Tensor | None
 ) -> RowOdds:
-    """One chunk's forward by the Triton kernels; arguments and result as `definition.plain_odds`.
+    """One chunk's forward by the Triton kernels; arguments and result as those of `definition.plain_odds`.
 
     Args:
         hidden: [C, H] bfloat16, contiguous, H a multiple of 8.

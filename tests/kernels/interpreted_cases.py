@@ -32,7 +32,15 @@ def cases() -> dict[str, Inputs]:
     phantom = tail._replace(bias=torch.full((1000,), -30.0))
     targets = torch.cat([tail.target[:14], torch.tensor([-100, -1, 1000, -101, 2**40, 999])])
     odd = tail._replace(target=targets)
-    return ladder | {"one row": one, "several tiles": tiles, "phantom tail": phantom, "odd targets": odd, "far": far()}
+    single = Inputs(torch.randn(4, 16), torch.randn(1, 16), torch.tensor([0, 1, 2**40, -100]), torch.ones(4))
+    return ladder | {
+        "vocabulary of one": single,
+        "one row": one,
+        "several tiles": tiles,
+        "phantom tail": phantom,
+        "odd targets": odd,
+        "far": far(),
+    }
 
 
 def far() -> Inputs:
