@@ -73,6 +73,7 @@ inline int32_t best_fit(std::span<const int64_t> lengths, std::span<const int32_
                         std::span<int32_t> bin_of) {
   CapacitySet rooms(cap);
   std::vector<int32_t> head(cap + 1, -1), next;
+  const int64_t shortest = decreasing.empty() ? 0 : lengths[decreasing.back()];
   for (const int32_t sequence : decreasing) {
     const int64_t length = lengths[sequence];
     int64_t room = rooms.at_least(length);
@@ -88,7 +89,7 @@ inline int32_t best_fit(std::span<const int64_t> lengths, std::span<const int32_
     }
     bin_of[sequence] = bin;
     room -= length;
-    if (room == 0) continue;
+    if (room < shortest) continue;  // nothing fits any more
     if (head[room] < 0) rooms.insert(room);
     next[bin] = head[room];
     head[room] = bin;
@@ -140,14 +141,15 @@ inline Packing pack(std::span<const int64_t> lengths, int64_t cap, int64_t ranks
   if (cap < 1 || cap > most) throw std::invalid_argument("cap must lie in 1..2^31-1");
   if (ranks < 1 || ranks > most) throw std::invalid_argument("ranks must lie in 1..2^31-1");
   if (lengths.size() > static_cast<size_t>(most)) throw std::invalid_argument("at most 2^31-1 sequences");
-  int64_t total = 0;
+  int64_t total = 0, longest = 0;
   for (const int64_t length : lengths) {
     if (length < 1 || length > cap) throw std::invalid_argument("every length must lie in 1..cap");
     total = std::min(cap, total + length);
+    longest = std::max(longest, length);
   }
   cap = std::max<int64_t>(total, 1);  // a cap above the sum changes nothing but the memory
 
-  const std::vector<int32_t> decreasing = sorted_decreasing(lengths, cap);
+  const std::vector<int32_t> decreasing = sorted_decreasing(lengths, longest);
   std::vector<int32_t> bin_of(lengths.size());
   const int32_t filled = best_fit(lengths, decreasing, cap, bin_of);
   Bins bins{std::vector<int64_t>(filled, 0), std::vector<int64_t>(filled, 0), bin_of};
