@@ -3,6 +3,7 @@
 import copy
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import (
     GraniteConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen3Config,
 )
@@ -21,7 +23,8 @@ from transformers import (
 from gapg import attention
 from gapg.advantage import loss_weights
 from gapg.batching import Example, packed_batches
-from gapg.config import ConfigError
+from gapg.config import ConfigError, ModelConfig
+from gapg.model import load_model
 from gapg.policy import check_supported, response_logprobs
 
 CPU = torch.device("cpu")
@@ -179,12 +182,15 @@ def test_a_model_is_either_refused_or_exact(model: Callable[[], PreTrainedModel]
 
 
 @pytest.mark.parametrize("dropout", [{"resid_pdrop": 0.1}, {"attn_pdrop": 0.1}, {"embd_pdrop": 0.1}])
-def test_a_model_with_dropout_is_refused_or_trained_without(dropout: dict[str, float]) -> None:
+def test_a_model_with_dropout_is_refused_or_trained_without(
+    dropout: dict[str, float], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     """Dropout would make the trained policy another one than the one that was sampled."""
     none = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
     size = {"n_embd": 32, "n_head": 2, "n_layer": 2, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 1}
-    policy = tiny(GPT2Config, **size, **{**none, **dropout}).train()
+    tiny(GPT2Config, **size, **{**none, **dropout}).save_pretrained(tmp_path)
     try:
+        policy = load_model(ModelConfig(path=str(tmp_path)), tokenizer, seed=0)
         check_supported(policy)
     except ConfigError as refusal:
         assert "dropout" in str(refusal) or "pdrop" in str(refusal)
