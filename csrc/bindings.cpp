@@ -48,7 +48,8 @@ std::pair<Int64s, Int64s> pack(const Int64s& lengths, int64_t cap, int64_t ranks
   return {to_numpy(std::move(packing.order)), to_numpy(std::move(packing.offsets))};
 }
 
-gapg::Sequences sequences(const Int64s& tokens, const Int64s& starts, const Int64s& prompts, const Floats& coefficients) {
+gapg::Sequences sequences(const Int64s& tokens, const Int64s& starts, const Int64s& prompts,
+                          const Floats& coefficients) {
   return {view(tokens, "tokens"), view(starts, "starts"), view(prompts, "prompts"), view(coefficients, "coefficients")};
 }
 

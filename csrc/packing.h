@@ -167,8 +167,8 @@ inline Packing pack(std::span<const int64_t> lengths, int64_t cap, int64_t ranks
   return packing;
 }
 
-// What is laid out: S sequences, back to back in `tokens`, of which sequence s is tokens[starts[s] .. starts[s + 1]], its
-// first prompts[s] tokens the prompt and the rest the response.
+// What is laid out: S sequences, back to back in `tokens`. Sequence s is tokens[starts[s] .. starts[s + 1]], its first
+// prompts[s] tokens the prompt and the rest the response.
 struct Sequences {
   std::span<const int64_t> tokens, starts, prompts;
   std::span<const float> coefficients;  // one per sequence
