@@ -19,6 +19,9 @@ PROMPTS = [[7, 7, 3], [3], [9, 9, 9, 9, 3, 4]]
 GENERATED: list[list[int]] = [[1, 3], [3, 4, 5], []]
 """What three requests have generated so far; the prompts' own tokens must not count as a prefix."""
 
+CONFIG: Any = None
+"""The processors need none."""
+
 CONTROLS = [
     HelpControl(4, (3,), (5, 6), 2.0),
     HelpControl(4, (), (5, 6), 2.0),
@@ -28,7 +31,7 @@ CONTROLS = [
 
 
 @pytest.fixture
-def trace(request: pytest.FixtureRequest) -> Iterator[Any]:
+def trace() -> Iterator[Any]:
     from gapg.rollout.vllm_help import HelpTrace
 
     yield HelpTrace
@@ -49,7 +52,7 @@ def run_first(logits: torch.Tensor) -> torch.Tensor:
 
     from gapg.rollout.vllm_help import HelpProcessor
 
-    processor = HelpProcessor(Any, torch.device("cpu"), False)
+    processor = HelpProcessor(CONFIG, torch.device("cpu"), False)
     added = [(i, params(i), PROMPTS[i], GENERATED[i]) for i in range(3)] + [(3, params(None), [1], [3])]
     processor.update_state(BatchUpdate(4, removed=[], added=added, moved=[]))
     return processor.apply(logits)
@@ -70,7 +73,7 @@ def run_second(logits: torch.Tensor) -> torch.Tensor:
     states: Any = SimpleNamespace(
         max_num_reqs=6, all_token_ids=SimpleNamespace(gpu=tokens), prompt_len=SimpleNamespace(gpu=prompt_len)
     )
-    processor = HelpProcessorV2(Any, states)
+    processor = HelpProcessorV2(CONFIG, states)
     for i, slot in enumerate(slots):
         assert processor.add_request(slot, params(i if i < 3 else None)) == (i < 3)
     mapping = torch.tensor(slots, dtype=torch.int32)
@@ -127,7 +130,7 @@ def test_rows_that_sample_nothing_are_left_alone(trace: Any) -> None:
         all_token_ids=SimpleNamespace(gpu=torch.zeros(1, 16, dtype=torch.int32)),
         prompt_len=SimpleNamespace(gpu=torch.tensor([6])),
     )
-    processor = HelpProcessorV2(Any, states)
+    processor = HelpProcessorV2(CONFIG, states)
     processor.add_request(0, params(0))
     mapping = torch.zeros(1, dtype=torch.int32)
     for position in (2, 11):  # inside the prompt, and beyond the last token that may be generated
