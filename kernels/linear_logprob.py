@@ -26,6 +26,9 @@ DEFAULT_WORKSPACE = 2 << 30
 PITCH = 64
 """E's rows are this many elements apart or a multiple of it: an odd V would break TMA stores and slow the GEMMs."""
 
+KERNEL_CAPABILITY = (9, 0)
+"""The CUDA architecture the Triton kernels are compiled and checked for."""
+
 
 def linear_logprob(
     hidden: Tensor,
@@ -142,8 +145,19 @@ def uses_kernel(hidden: Tensor) -> bool:
         hidden.is_cuda
         and hidden.dtype == torch.bfloat16
         and hidden.shape[1] % 16 == 0
-        and torch.cuda.get_device_capability(hidden.device) == (9, 0)
+        and torch.cuda.get_device_capability(hidden.device) == KERNEL_CAPABILITY
     )
+
+
+def describe(device: torch.device | str) -> str:
+    """Which forward `linear_logprob` takes on this device, and why, in one line."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return f"plain PyTorch in odds form (the Triton kernel needs CUDA; this is {device.type})"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != KERNEL_CAPABILITY:
+        return f"plain PyTorch in odds form over cuBLAS (the Triton kernel is for sm_90; this is sm_{major}{minor})"
+    return "Triton GEMM with odds epilogue (sm_90) for bfloat16; plain PyTorch in odds form over cuBLAS for float32"
 
 
 Route = Callable[[Tensor, Tensor, Tensor | None, Tensor, float, Tensor | None], RowOdds]
@@ -173,10 +187,11 @@ def _forward_op(
     logprob, odds, unit, e = _forward_outputs(hidden, weight, keep)
     route = _route(hidden)
     plan = _Plan.of(hidden, weight, workspace_bytes, kernel=uses_kernel(hidden))
-    for part in plan.chunks(rows, kept=keep, store=keep):
-        store = e[part, :vocab] if keep else None
-        chunk = route(hidden[part], weight, bias, target[part], temperature, store)
-        logprob[part], odds[part], unit[part] = chunk
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round the float32 GEMMs in here to 16 bits
+        for part in plan.chunks(rows, kept=keep, store=keep):
+            store = e[part, :vocab] if keep else None
+            chunk = route(hidden[part], weight, bias, target[part], temperature, store)
+            logprob[part], odds[part], unit[part] = chunk
     return logprob, odds, unit, e
 
 
@@ -225,20 +240,21 @@ def _backward_op(
     bias_sum: Tensor | None = None
     route = _route(hidden)
     plan = _Plan.of(hidden, weight, workspace_bytes, kernel=uses_kernel(hidden))
-    for part in plan.chunks(rows, kept=kept, store=True):
-        h, y = hidden[part], index[part]
-        chunk = definition.RowScales(*(scale[part] for scale in scales))
-        if kept:
-            e_part = e[part, :vocab]
-        else:
-            e_part = e.new_empty(h.shape[0], e.shape[1])[:, :vocab]
-            route(h, weight, bias, target[part], temperature, e_part)
-        if needs[0]:
-            grad_hidden[part] = definition.hidden_gradient(e_part, weight, y, chunk, hidden.dtype)
-        if needs[1]:
-            weight_sum = definition.add_weight_gradient(weight_sum, e_part, h, y, chunk)
-        if needs[2]:
-            bias_sum = definition.add_bias_gradient(bias_sum, e_part, y, chunk)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for part in plan.chunks(rows, kept=kept, store=True):
+            h, y = hidden[part], index[part]
+            chunk = definition.RowScales(*(scale[part] for scale in scales))
+            if kept:
+                e_part = e[part, :vocab]
+            else:
+                e_part = e.new_empty(h.shape[0], e.shape[1])[:, :vocab]
+                route(h, weight, bias, target[part], temperature, e_part)
+            if needs[0]:
+                grad_hidden[part] = definition.hidden_gradient(e_part, weight, y, chunk, hidden.dtype)
+            if needs[1]:
+                weight_sum = definition.add_weight_gradient(weight_sum, e_part, h, y, chunk)
+            if needs[2]:
+                bias_sum = definition.add_bias_gradient(bias_sum, e_part, y, chunk)
     if needs[1]:
         grad_weight = grad_weight.zero_() if weight_sum is None else weight_sum.to(weight.dtype)
     if needs[2]:

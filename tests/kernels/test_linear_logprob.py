@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from gapg.kernels import definition
-from gapg.kernels.linear_logprob import _forward_op, _Plan, linear_logprob
+from gapg.kernels.linear_logprob import _forward_op, _Plan, describe, linear_logprob
 
 DTYPES = [torch.bfloat16, torch.float32]
 ROUNDING = {torch.bfloat16: 3e-3, torch.float32: 1e-5}
@@ -234,6 +234,19 @@ def test_backward_twice_gives_the_same() -> None:
     first = torch.autograd.grad(out, (hidden, weight), retain_graph=True)
     second = torch.autograd.grad(out, (hidden, weight))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("workspace", [2 << 30, 20_000])
+def test_autocast_does_not_reach_inside(workspace: int) -> None:
+    inputs = inputs_at(0.35, rows=30, width=32, vocab=700, dtype=torch.float32, bias=True)
+    want = run(fused(workspace), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(fused(workspace), inputs)
+    assert_same(got, want)
+
+
+def test_it_says_which_route_a_device_gets() -> None:
+    assert "plain PyTorch" in describe("cpu") and "cpu" in describe(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
