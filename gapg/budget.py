@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-EMA = 0.9
+EMA = 0.7
 LOW, HIGH = 0.02, 0.98
 """alpha_c stays inside these parts of alpha_a: at 0 help has no gradient to come back by, at 1 nothing is local."""
 
@@ -16,7 +16,7 @@ class BudgetController:
     Without the filter the best policy calls exactly where P(local success) < alpha_c P(oracle right), so alpha_c is a
     threshold and the call fraction its quantile. With f the call fraction of all samples of a step, before filtering:
 
-        ema <- 0.9 ema + 0.1 f          I <- I - gain (f - c)          alpha_c = I - damping (ema - c)
+        ema <- 0.7 ema + 0.3 f          I <- I - gain (f - c)          alpha_c = I - damping (ema - c)
 
     both clipped to [0.02, 0.98] alpha_a. `ema` starts at the first f. The new alpha_c holds from the next step on.
     """

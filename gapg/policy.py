@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from gapg import attention
 from gapg.batching import PackedBatch
 from gapg.config import ConfigError
 from gapg.kernels.linear_logprob import linear_logprob
@@ -23,10 +24,7 @@ def response_logprobs(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens,
-            cu_seq_lens_k=batch.cu_seqlens,
-            max_length_q=batch.max_length,
-            max_length_k=batch.max_length,
+            **attention.packed_arguments(batch.cu_seqlens, batch.max_length),
         ).last_hidden_state[0]
     head = model.get_output_embeddings()
     hidden_RH = hidden_TH.index_select(0, batch.response_index).to(compute)

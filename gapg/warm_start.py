@@ -70,8 +70,10 @@ def check_demonstrations(config: RunConfig, task: Task) -> None:
             f"warm_start.demonstrations is empty and task {task.name!r} makes none: "
             'give a jsonl of {"prompt", "response"}, or set --warm-start ""'
         )
-    if settings.demonstrations is not None and not Path(settings.demonstrations).is_file():
-        raise ConfigError(f"warm_start.demonstrations={settings.demonstrations}: no such file")
+    try:
+        _epoch(config, task, 0)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"warm_start.demonstrations: {' '.join(str(error).split())}") from None
 
 
 def _batches(config: RunConfig, task: Task, begin: int) -> Iterator[list[Demonstration]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -21,10 +22,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gapg.rollout.records import OracleQuestion
-from gapg.tasks.base import Prompt, Split, Verdict
+from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_PHRASE, Demonstration, Prompt, Split, Verdict
 from gapg.tasks.mathcheck import MathChecker
 from gapg.tasks.templates import ANSWER_ONLY, ENDINGS, render_instruction
 
+_HELP = 0.2
 _log = logging.getLogger(__name__)
 
 
@@ -69,6 +71,7 @@ class Maths:
         held = _source("heldout", heldout, inherited | {"split": "test"})
         if replace(held, limit=None) == replace(source, limit=None):
             raise ValueError("task.args.heldout: is the same data as task.args.train; name another path or split")
+        self._solutions: dict[str, str] = {}
         loaded, held_out = self._load("train", source), self._load("heldout", held)
         # Whatever the rows say, nothing is trained on that is evaluated on.
         trained = {key: prompt for key, prompt in loaded.items() if key not in held_out}
@@ -93,7 +96,10 @@ class Maths:
         for n, row in enumerate(rows, 1):
             text, answer = (_cell(where, source, key, row, n) for key in ("question", "answer"))
             key = hashlib.sha256(" ".join(text.lower().split()).encode()).hexdigest()[:16]
-            found.setdefault(key, Prompt(key, text, _gold(where, source, answer, n), self.name))
+            gold = _gold(where, source, answer, n)
+            found.setdefault(key, Prompt(key, text, gold, self.name))
+            if which == "train" and answer != gold:
+                self._solutions.setdefault(key, _worked(answer, source.answer_pattern))
         return found
 
     def prompts(self, split: Split) -> Sequence[Prompt]:
@@ -107,6 +113,23 @@ class Maths:
     def verify(self, prompt: Prompt, answers: Sequence[str]) -> list[Verdict]:
         """math-verify's verdicts against the gold, in a worker process under limits."""
         return self.checker.check(prompt.answer, answers)
+
+    def demonstrations(self, seed: int) -> Sequence[Demonstration]:
+        """The data's own worked solutions, ended by an answer block; every fifth breaks off and calls for help.
+
+        Raises ValueError where the answer column holds answers only.
+        """
+        if not self._solutions:
+            raise ValueError("task.args.train: has no worked solutions to demonstrate; set warm_start.demonstrations")
+        rng = random.Random(seed)
+        made = []
+        for prompt in self._splits["train"]:
+            if worked := self._solutions.get(prompt.id):
+                ending = f"\n{ANSWER_OPEN} {prompt.answer} {ANSWER_CLOSE}"
+                if rng.random() < _HELP:
+                    worked, ending = worked[: rng.randrange(len(worked))].rsplit(" ", 1)[0], f"\n{HELP_PHRASE}"
+                made.append(Demonstration(prompt, worked + ending))
+        return made
 
     def question(self, prompt: Prompt) -> OracleQuestion:
         """One user message: the problem, and a request for an answer block."""
@@ -198,6 +221,13 @@ def _gold(where: str, source: Source, text: str, n: int) -> str:
             f"which ends in {text[-60:]!r}"
         )
     return matches[-1][1].strip()
+
+
+def _worked(solution: str, answer_pattern: str | None) -> str:
+    """A solution without its final answer line and without GSM8K's calculator notes (`<<48/2=24>>`)."""
+    if answer_pattern is not None:
+        solution = re.sub(answer_pattern, "", solution)
+    return re.sub(r"<<[^<>]*>>", "", solution).strip()
 
 
 def _last_boxed(text: str) -> str | None:
