@@ -289,10 +289,11 @@ def _end_tokens(model_dir: Path) -> list[int]:
 
 
 def _weight_names(model_dir: Path) -> set[str]:
-    """The names in the folder's safetensors files; empty if it has none."""
+    """The names in the folder's safetensors files, and a tied head's, which is saved once but must be sent twice."""
     from safetensors import safe_open
 
-    names: set[str] = set()
+    tied = json.loads((model_dir / "config.json").read_text()).get("tie_word_embeddings", False)
+    names = {"lm_head.weight"} if tied else set()
     for path in model_dir.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             names.update(file.keys())

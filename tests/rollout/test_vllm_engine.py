@@ -215,6 +215,8 @@ def test_after_a_sync_the_engine_is_like_a_fresh_one(
     engine.sync(model.state_dict())
     assert generate(engine, PROMPTS, 1, sampling) == fresh
     if tied:
+        with pytest.raises(ValueError, match=r"lm_head\.weight"):  # it would leave the CPU's packed head stale
+            engine.sync(dict(model.named_parameters()))
         engine.close()
         engine.close()
         with pytest.raises(RuntimeError, match="was closed"):
