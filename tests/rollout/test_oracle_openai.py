@@ -200,15 +200,20 @@ def test_two_processes_share_one_cache(make: Make, server: Any, tmp_path: Path) 
 from gapg.rollout.oracle_openai import OpenAIOracle
 from gapg.rollout.records import OracleQuestion
 oracle = OpenAIOracle({server.url!r}, "shared", cache_path={str(tmp_path / "c.sqlite")!r})
+print("ready", flush=True)
 asked = [oracle.ask(OracleQuestion(str(i), ({{"role": "user", "content": str(i)}},))) for i in range(40)]
 assert all(f.result(20)[0].text == f"answer to {{i}}" for i, f in enumerate(asked))
 oracle.close()
 """
-    processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
-    assert [p.wait(timeout=30) for p in processes] == [0, 0]
+    here = make("shared", cache_path=tmp_path / "c.sqlite")
+    there = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert there.stdout is not None and there.stdout.readline() == "ready\n"
+    futures = [here.ask(question(str(i))) for i in range(20, 60)]
+    assert all(get(f).text == f"answer to {i}" for i, f in enumerate(futures, 20))
+    assert there.wait(timeout=30) == 0
     third = make("shared", cache_path=tmp_path / "c.sqlite")
-    assert all(get(third.ask(question(str(i)))).cached for i in range(40))
-    assert third.usage == OracleUsage(cache_hits=40)
+    assert all(get(third.ask(question(str(i)))).cached for i in range(60))
+    assert third.usage == OracleUsage(cache_hits=60)
 
 
 def test_a_server_killed_midway_is_a_failure_and_its_return_is_noticed(
