@@ -1,0 +1,171 @@
+"""Figures of an evaluation: intervals, the paired test, and predictions from which one can judge again."""
+
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gapg.judge import Judge, Outcome
+from gapg.rollout.oracle_solver import SolverOracle
+from gapg.rollout.records import Completion, Sampling
+from gapg.rollout.transformers_engine import TransformersEngine
+from gapg.studies.routers import at_random, by_logprob, logprob_threshold, offload
+from gapg.tasks.base import HELP_PHRASE, STOP
+from gapg.tasks.countdown import Countdown
+from gapg.use.evaluate import Result, as_result, mcnemar, prediction, respond, wilson
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (300, 1000, 0.2724, 0.3291)],
+)
+def test_wilson_against_published_values(hits: int, n: int, low: float, high: float) -> None:
+    assert wilson(hits, n) == (pytest.approx(low, abs=2e-4), pytest.approx(high, abs=2e-4))
+
+
+@given(st.integers(0, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_holds_its_point(case: tuple[int, int]) -> None:
+    hits, n = case
+    low, high = wilson(hits, n)
+    assert -1e-12 <= low < high <= 1 + 1e-12
+    if n:
+        assert low - 1e-12 <= hits / n <= high + 1e-12
+        mirrored = wilson(n - hits, n)
+        assert mirrored == (pytest.approx(1 - high), pytest.approx(1 - low))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=40))
+def test_mcnemar_is_the_exact_sign_test(pairs: list[tuple[bool, bool]]) -> None:
+    a, b = [x for x, _ in pairs], [y for _, y in pairs]
+    only_a, only_b, p = mcnemar(a, b)
+    assert (only_a, only_b) == (sum(x > y for x, y in pairs), sum(y > x for x, y in pairs))
+    n = only_a + only_b
+    # the chance, under a fair coin, of a split at least as uneven
+    exact = sum(math.comb(n, k) for k in range(n + 1) if abs(2 * k - n) >= abs(only_a - only_b)) / 2**n
+    assert p == pytest.approx(exact)
+    assert mcnemar(b, a) == (only_b, only_a, p)
+
+
+def test_mcnemar_wants_the_same_problems() -> None:
+    with pytest.raises(ValueError):
+        mcnemar([True], [True, False])
+
+
+def judged(countdown: Countdown, text: str, accuracy: float = 1.0, i: int = 0):  # type: ignore[no-untyped-def]
+    oracle = SolverOracle(countdown.solve, accuracy=accuracy, wrong="0")
+    completion = Completion((5, 6), (-0.5, -1.5), text, "stop", help_margin=-2.0)
+    return Judge(countdown, oracle, ask_always=True).submit(countdown.prompts("heldout")[i], [completion]).result()
+
+
+def test_a_result_counts_each_outcome_in_its_place(countdown: Countdown) -> None:
+    gold = countdown.prompts("heldout")[0].answer
+    groups = [
+        judged(countdown, f"<answer> {gold} </answer>"),
+        judged(countdown, "<answer> 1 </answer>"),
+        judged(countdown, HELP_PHRASE),
+        judged(countdown, HELP_PHRASE, accuracy=0.0),
+    ]
+    assert [g.outcomes[0] for g in groups] == [
+        Outcome.LOCAL_CORRECT,
+        Outcome.LOCAL_WRONG,
+        Outcome.CLOUD_CORRECT,
+        Outcome.CLOUD_WRONG,
+    ]
+    row = as_result("x", groups).row()
+    assert (row["n"], row["accuracy"], row["local_accuracy"], row["call_fraction"]) == (4, 0.5, 0.25, 0.5)
+    assert (row["accuracy_low"], row["accuracy_high"]) == wilson(2, 4)
+
+
+def test_groups_without_an_oracle_are_left_out_not_wrong(countdown: Countdown) -> None:
+    def fails(_: str) -> str:
+        raise OSError("down")
+
+    pending = Judge(countdown, SolverOracle(fails, accuracy=1.0, wrong="0")).submit(
+        countdown.prompts("heldout")[0], [Completion((5,), (-0.5,), HELP_PHRASE, "stop")]
+    )
+    group = pending.result()
+    assert group.unknown
+    row = as_result("x", [group, judged(countdown, HELP_PHRASE)]).row()
+    assert (row["n"], row["accuracy"]) == (1, 1.0)
+    assert prediction(group)["outcome"] == "unknown"
+
+
+def test_nothing_judged_is_a_row_too(countdown: Countdown) -> None:
+    """Every call of an evaluation failed: a report of nothing, not a division by zero."""
+    row = as_result("x", []).row()
+    assert row["n"] == 0
+    json.dumps(row)
+
+
+def test_a_prediction_can_be_judged_again(countdown: Countdown) -> None:
+    """From its line of JSON alone: the problem's text, the response's text and the oracle's answers."""
+    gold = countdown.prompts("heldout")[1].answer
+    for text in (f"<answer> {gold} </answer>", "<answer> 1 </answer>", HELP_PHRASE):
+        group = judged(countdown, text, i=1)
+        line = json.loads(json.dumps(prediction(group)))
+        prompt = next(p for p in countdown.prompts("heldout") if p.id == line["id"])
+        assert (line["problem"], line["gold"], line["response"]) == (prompt.text, prompt.answer, text)
+        again = Judge(
+            countdown, SolverOracle(lambda _, answers=line["oracle_answers"]: answers[0], 1.0, wrong="0")
+        ).submit(prompt, [Completion((1,), (0.0,), line["response"], "stop")])
+        assert again.result().outcomes[0].value == line["outcome"]
+        assert line["logprob_mean"] == -1.0
+        assert line["oracle_score"] == 1.0
+
+
+def test_respond_keeps_the_order_of_the_prompts(
+    countdown: Countdown, make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompts = countdown.prompts("heldout")[:30]
+    engine = TransformersEngine(make_model(seed=31), tokenizer, max_rows=8)
+    judge = Judge(countdown, SolverOracle(countdown.solve, 1.0, wrong="0"))
+    groups = respond(engine, countdown, tokenizer, judge, prompts, Sampling(12, stop=STOP, seed=3))
+    assert [g.prompt for g in groups] == list(prompts)
+    assert all(len(g.completions) == 1 for g in groups)
+
+
+# --- routers outside the model ---------------------------------------------------------------------------------------
+
+predictions = st.lists(
+    st.fixed_dictionaries(
+        {
+            "outcome": st.sampled_from(["local_correct", "local_wrong"]),
+            "oracle_score": st.sampled_from([0.0, 1.0]),
+            "logprob_mean": st.floats(-5, 0),
+        }
+    ),
+    min_size=1,
+    max_size=60,
+)
+
+
+@given(predictions, st.floats(0, 1), st.integers(0, 1000))
+def test_random_offloading_sends_exactly_its_part(rows: list[dict[str, object]], c: float, seed: int) -> None:
+    to_cloud = at_random(rows, c, seed)
+    assert sum(to_cloud) == round(c * len(rows))
+    result = offload("x", rows, to_cloud)
+    assert result.called == to_cloud
+    for row, cloud, right, local in zip(rows, to_cloud, result.correct, result.local_correct, strict=True):
+        assert right == (row["oracle_score"] == 1.0 if cloud else row["outcome"] == "local_correct")
+        assert local == (right and not cloud)
+
+
+@given(predictions, st.floats(0, 0.99))
+def test_the_logprob_router_calls_at_most_its_part_of_the_calibration_set(
+    rows: list[dict[str, float]], c: float
+) -> None:
+    called = by_logprob(rows, logprob_threshold(rows, c))
+    assert sum(called) <= round(c * len(rows))
+    if len({r["logprob_mean"] for r in rows}) == len(rows) and round(c * len(rows)) < len(rows):
+        assert sum(called) == round(c * len(rows))
+    kept = [r["logprob_mean"] for r, go in zip(rows, called, strict=True) if not go]
+    sent = [r["logprob_mean"] for r, go in zip(rows, called, strict=True) if go]
+    assert not sent or not kept or max(sent) < min(kept)
+
+
+def test_a_row_is_made_of_plain_numbers() -> None:
+    json.dumps(Result("x", [True, False], [True, True], [False, True]).row())
