@@ -27,7 +27,7 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def imports(name: str, path: Path, everything: set[str], *, typing: bool = False) -> set[str]:
-    """What a module imports, lazily or not, and with `typing` under TYPE_CHECKING too; ours by module, others by root."""
+    """What a module imports, lazily or not, and with `typing` under TYPE_CHECKING; ours by module, others by root."""
     tree = ast.parse(path.read_text())
     skipped: set[ast.AST] = set()
     if not typing:
