@@ -1,0 +1,341 @@
+"""The loop on a real task with a tiny model: it learns, says what it did, survives any kill, and stops in time."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gapg import checkpoint, tracking
+from gapg.config import RunConfig, load_config
+from gapg.judge import Judge
+from gapg.model import load_tokenizer
+from gapg.rollout.records import OracleAnswer, OracleQuestion, OracleUsage
+from gapg.run import Run, build_run, make_task
+from gapg.tracking import read_jsonl
+from gapg.train import COLLAPSED_AFTER, UNKNOWN_STEPS, OracleDown, _warn_if_collapsed, train, train_step
+from gapg.use.validate import validate
+from gapg.warm_start import warm_start
+
+SETTINGS = {
+    "task.args": "{max_number: 4, max_target: 12}",
+    "model.llama": "{hidden_size: 48, num_layers: 2, num_heads: 2, intermediate_size: 96}",
+    "warm_start.steps": "150",
+    "warm_start.batch_size": "32",
+    "warm_start.checkpoint_every": "200",
+    "warm_start.optim.lr": "6e-3",
+    "rollout.prompts_per_step": "8",
+    "rollout.samples_per_prompt": "4",
+    "steps": "3",
+    "checkpoint_every": "2",
+    "eval.every": "2",
+    "eval.problems": "12",
+    "compare": "false",
+    "tensorboard": "false",
+    "threads": "1",
+}
+
+
+def tiny(folder: Path, **overrides: str) -> RunConfig:
+    changed = {key.replace("__", "."): value for key, value in overrides.items()}
+    return load_config("quickstart", {**SETTINGS, "output_dir": str(folder), **changed})
+
+
+@pytest.fixture(scope="module")
+def warm_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """After a short warm start, real but far from good."""
+    folder = tmp_path_factory.mktemp("warm")
+    config = tiny(folder)
+    task = make_task(config)
+    return warm_start(config, folder / "checkpoints", task, load_tokenizer(config.model, task))
+
+
+@pytest.fixture
+def start(warm_model: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """`start(**overrides)`: a run from the warm start, or from its last checkpoint, in the test's own folder."""
+    opened: list[Run] = []
+
+    def make(**overrides: str) -> Run:
+        config = tiny(tmp_path / "run", **overrides)
+        config.output_dir.mkdir(exist_ok=True)
+        opened.append(build_run(config, config.output_dir, make_task(config), warm_model))
+        return opened[-1]
+
+    yield make
+    for run in opened:
+        run.close()
+
+
+KEYS = {
+    *("step", "accuracy", "local_accuracy", "call_fraction", "alpha_c", "lr", "grad_norm", "clipped", "logprob_gap"),
+    *(
+        "outcome/local_correct",
+        "outcome/local_wrong",
+        "outcome/cloud_correct",
+        "outcome/cloud_wrong",
+        "outcome/unknown",
+    ),
+    *("both_endings", "verifier_limits", "response_tokens", "tokens_sampled", "tokens_trained", "empty_steps"),
+    *("groups/d1", "groups/d2", "groups/d2_kept", "groups/unsolved", "groups/unknown", "groups/trained"),
+    *("oracle/requests", "oracle/cache_hits", "oracle/failures", "oracle/tokens", "oracle/cost"),
+    *("seconds/rollout", "seconds/oracle", "seconds/update", "seconds/sync"),
+}
+EVAL = {"eval/accuracy", "eval/local_accuracy", "eval/call_fraction"}
+
+
+def test_three_steps_end_to_end(start: Callable[..., Run]) -> None:
+    run = start()
+    before = {k: v.clone() for k, v in run.model.state_dict().items()}
+    train(run, validate)
+    rows = read_jsonl(run.folder / "metrics.jsonl")
+    assert [r["step"] for r in rows] == [0, 1, 2, 3]
+    assert set(rows[0]) == {"step", *EVAL}
+    assert set(rows[1]) == KEYS
+    assert set(rows[2]) == set(rows[3]) == KEYS | EVAL | {"seconds/evaluate"}, "every second step, and the last"
+    for row in rows[1:]:
+        assert all(isinstance(v, int | float) and math.isfinite(v) for v in row.values())
+        assert sum(row[k] for k in row if k.startswith("outcome/")) == pytest.approx(1)
+        assert sum(row[f"groups/{k}"] for k in ("d1", "d2", "unsolved", "unknown")) == 8
+        assert row["groups/trained"] == row["groups/d1"] + row["groups/d2_kept"]
+        assert row["accuracy"] == pytest.approx(row["local_accuracy"] + row["outcome/cloud_correct"])
+        assert row["logprob_gap"] < 1e-4, "the engine's log-probs are the trainer's"
+        assert row["alpha_c"] > 0
+    assert rows[3]["oracle/requests"] + rows[3]["oracle/cache_hits"] >= rows[1]["oracle/requests"] > 0
+    assert any(not torch.equal(before[k], v) for k, v in run.model.state_dict().items())
+    assert checkpoint.latest(run.folder / "checkpoints") == run.folder / "checkpoints" / "step-3"
+    assert run.queue.cursor == 24
+
+
+def test_it_learns(start: Callable[..., Run]) -> None:
+    """A weak model whose calls pay 0.3: it learns that calling is better than what it can do, and says so sharply."""
+    run = start(
+        steps="25",
+        optim__lr="2e-3",
+        rollout__prompts_per_step="16",
+        rollout__samples_per_prompt="8",
+        budget__controller="false",
+        budget__filter="false",
+        eval__every="0",
+        checkpoint_every="1000",
+    )
+    train(run, validate)
+    rows = read_jsonl(run.folder / "metrics.jsonl")
+
+    def mean(key: str, part: slice) -> float:
+        return sum(r[key] for r in rows[part]) / len(rows[part])
+
+    first, last = slice(0, 5), slice(-5, None)
+    # 640 samples each: two standard errors of a difference are about 0.055
+    assert mean("accuracy", last) > mean("accuracy", first) + 0.2
+
+    def reward(part: slice) -> float:
+        return mean("local_accuracy", part) + 0.3 * mean("outcome/cloud_correct", part)
+
+    assert reward(last) > reward(first)
+
+
+def test_a_step_without_a_kept_group_changes_nothing(start: Callable[..., Run]) -> None:
+    """|D| = 0: no optimizer step, counted, and the row still has every key."""
+    run = start(oracle__accuracy="0")
+    run.engine.sync({k: torch.zeros_like(v) for k, v in run.model.state_dict().items()})  # uniform: solves nothing
+    before = {k: v.clone() for k, v in run.model.state_dict().items()}
+    row = train_step(run)
+    assert row["groups/trained"] == 0
+    assert row["empty_steps"] == run.state.empty_steps == 1
+    assert all(torch.equal(before[k], v) for k, v in run.model.state_dict().items())
+    assert not run.optimizer.state
+    assert set(row) == {k for k in KEYS if k != "step" and not k.startswith("seconds/")}
+
+
+class Down:
+    """An oracle of the protocol whose server is gone."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def ask(self, question: OracleQuestion) -> Future[list[OracleAnswer]]:
+        self.asked.append(question.id)
+        future: Future[list[OracleAnswer]] = Future()
+        future.set_result([OracleAnswer(None, error="connection refused")])
+        return future
+
+    @property
+    def usage(self) -> OracleUsage:
+        return OracleUsage(requests=len(self.asked), failures=len(self.asked))
+
+    def restore(self, usage: OracleUsage) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None: ...
+
+
+def cut_off(run: Run) -> Down:
+    """Takes the oracle away, and the model's wits too, so that every group needs it."""
+    down = Down()
+    run.oracle, run.judge = down, Judge(run.task, down)
+    run.engine.sync({k: torch.zeros_like(v) for k, v in run.model.state_dict().items()})
+    run.engine.sync = lambda _: None  # type: ignore[method-assign]
+    return down
+
+
+def test_an_oracle_that_stays_away_stops_the_run_without_harm(start: Callable[..., Run], capsys: Any) -> None:
+    run = start(steps="50", eval__every="0", checkpoint_every="1000")
+    before = {k: v.clone() for k, v in run.model.state_dict().items()}
+    down = cut_off(run)
+    with pytest.raises(OracleDown, match="--resume"):
+        train(run, validate)
+    assert run.state.step == UNKNOWN_STEPS == 3
+    rows = read_jsonl(run.folder / "metrics.jsonl")
+    assert [r["groups/unknown"] for r in rows] == [8, 8, 8]
+    assert [r["groups/trained"] + r["groups/d1"] + r["groups/d2"] for r in rows] == [0, 0, 0]
+    assert all(torch.equal(before[k], v) for k, v in run.model.state_dict().items())
+    # its prompts came first in the next step, and wait in the queue still
+    assert set(down.asked[:8]) == set(down.asked[8:16]) == set(down.asked[16:]) == set(run.queue.returned)
+    assert len(run.queue.returned) == 8
+    saved = checkpoint.latest(run.folder / "checkpoints")
+    assert saved == run.folder / "checkpoints" / "step-3"
+    assert json.loads((saved / "state.json").read_text())["queue"]["returned"] == run.queue.returned
+    run.close()
+
+    mended = start(steps="4", eval__every="0", checkpoint_every="1000")  # the config's own oracle again
+    assert mended.state.step == 3
+    train(mended, validate)
+    assert mended.queue.returned == []
+    assert mended.queue.cursor == 8, "the same prompts, no new ones"
+    assert mended.state.all_unknown == 0
+
+
+def test_one_failed_answer_is_no_reason_to_stop(start: Callable[..., Run]) -> None:
+    run = start(steps="2", eval__every="0")
+    real = run.oracle
+
+    class Flaky(Down):
+        def ask(self, question: OracleQuestion) -> Future[list[OracleAnswer]]:
+            failed = super().ask(question)
+            return failed if len(self.asked) % 3 == 0 else real.ask(question)
+
+    run.judge = Judge(run.task, Flaky())
+    train(run, validate)
+    rows = read_jsonl(run.folder / "metrics.jsonl")
+    assert any(0 < r["groups/unknown"] < 8 for r in rows)
+    assert run.state.all_unknown == 0
+
+
+def test_validation_without_an_oracle_does_not_end_in_a_traceback(start: Callable[..., Run]) -> None:
+    """Nothing could be judged: the run goes on until OracleDown says so."""
+    run = start(steps="50", eval__every="1", checkpoint_every="1000")
+    cut_off(run)
+    with pytest.raises(OracleDown):
+        train(run, validate)
+
+
+# --- kills -----------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL between two writes: nothing of ours may catch it."""
+
+
+class Moments:
+    """Dies at the n-th moment, the moments being just before and just after every line and every checkpoint."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, die_at: int | None) -> None:
+        self.count, self.die_at = 0, die_at
+        for module, name in ((tracking, "append_jsonl"), (checkpoint, "save")):
+            monkeypatch.setattr(module, name, self._around(getattr(module, name)))
+
+    def _around(self, write: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self._tick()
+            result = write(*args, **kwargs)
+            self._tick()
+            return result
+
+        return wrapped
+
+    def _tick(self) -> None:
+        self.count += 1
+        if self.count == self.die_at:
+            raise Killed
+
+
+def improving() -> Callable[[Run], dict[str, float]]:
+    """A validation whose score is a function of the step alone, best at step 3: the best is saved on the way."""
+
+    def score(run: Run) -> dict[str, float]:
+        value = {0: 0.1, 1: 0.2, 2: 0.1, 3: 0.5}.get(run.state.step, 0.3)
+        return {"eval/accuracy": value, "eval/local_accuracy": value, "eval/call_fraction": 0.0}
+
+    return score
+
+
+def finished(run: Run) -> tuple[Any, ...]:
+    """Everything that a run leaves, apart from how long it took."""
+    rows = read_jsonl(run.folder / "metrics.jsonl")
+    rows = [{k: v for k, v in r.items() if not k.startswith("seconds/")} for r in rows]
+    root = run.folder / "checkpoints"
+    last = checkpoint.latest(root)
+    assert last
+    files = [(last / name).read_bytes() for name in ("state.json", "optimizer.safetensors", "model/model.safetensors")]
+    return [r["step"] for r in rows], rows, checkpoint.steps(root), files
+
+
+def test_a_kill_between_any_two_writes_changes_nothing(
+    start: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"steps": "4", "eval__every": "1", "checkpoint_every": "2", "rollout__prompts_per_step": "2"}
+    failures, expected, moment, total = {}, None, 0, 1
+    while moment <= total:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        with monkeypatch.context() as patch:
+            moments = Moments(patch, moment or None)
+            run = start(**settings)
+            with suppress(Killed):
+                train(run, improving())
+        if moment:
+            run = start(**settings)  # resumes
+            train(run, improving())
+            left = finished(run)
+            if left != expected:
+                names = ("steps in metrics.jsonl", "values", "checkpoints", "bits")
+                failures[moment] = [n for n, a, b in zip(names, left, expected, strict=True) if a != b] + [left[0]]
+        else:
+            expected, total = finished(run), moments.count
+            assert total >= 20
+            assert expected[0] == [0, 1, 2, 3, 4]
+        moment += 1
+    assert not failures, f"killed at moment: {failures}"
+
+
+# --- warnings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("fraction", "what"), [(0.0, "never called"), (1.0, "always called")])
+def test_a_collapsed_policy_is_said_loudly_and_once(
+    start: Callable[..., Run], capsys: pytest.CaptureFixture[str], fraction: float, what: str
+) -> None:
+    run = start()
+    for _ in range(COLLAPSED_AFTER - 1):
+        _warn_if_collapsed(run, fraction)
+    assert "collapsed" not in capsys.readouterr().err
+    for _ in range(30):
+        _warn_if_collapsed(run, fraction)
+    error = capsys.readouterr().err
+    assert error.count(f"policy collapsed: it {what} the cloud for 20 steps") == 1
+    _warn_if_collapsed(run, 0.3)
+    for _ in range(COLLAPSED_AFTER):
+        _warn_if_collapsed(run, fraction)
+    assert "policy collapsed" in capsys.readouterr().err, "and again after it had recovered"
+
+
+def test_task_tuning_may_never_call(start: Callable[..., Run], capsys: pytest.CaptureFixture[str]) -> None:
+    run = start(reward__alpha_c="0", budget__controller="false")
+    for _ in range(30):
+        _warn_if_collapsed(run, 0.0)
+    assert "collapsed" not in capsys.readouterr().err
