@@ -19,6 +19,7 @@ class BudgetController:
         ema <- 0.7 ema + 0.3 f          I <- I - gain (f - c)          alpha_c = I - damping (ema - c)
 
     both clipped to [0.02, 0.98] alpha_a. `ema` starts at the first f. The new alpha_c holds from the next step on.
+    A longer memory in `ema` delays the damping, and the fraction swings with a period of some 50 steps.
     """
 
     cloud_fraction: float
