@@ -35,6 +35,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     lines = captured.err.splitlines()
     assert len(lines) == 1, captured.err
     assert lines[0].startswith("gapg: ")
+    del left
     gc.collect()  # a refused start holds its lock until its frames are gone
     return lines[0]
 
