@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -128,6 +129,7 @@ def test_a_running_run_keeps_others_out(tmp_path: Path) -> None:
         while not (tmp_path / "run" / "config.yaml").exists():
             assert first.poll() is None
             time.sleep(0.05)
+        first.send_signal(signal.SIGSTOP)  # it keeps its lock, and leaves the processor to the other
         second = start(tmp_path / "run", "--resume")
         _, error = second.communicate(timeout=60)
         assert second.returncode == 2
