@@ -60,21 +60,28 @@ def test_training_goes_on_with_the_same_bits(
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_a_restored_optimizer_has_what_a_moved_one_would(
-    make_model: MakeModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_restored_optimizer_has_what_pytorch_would_restore(
+    make_model: MakeModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, device: str
 ) -> None:
-    """PyTorch's own load_state_dict puts every state where the optimizer wants it (fused: the step counter too)."""
+    """load_state_dict puts every state where the optimizer wants it; of a fused one, the step counter beside the rest.
+
+    The meta device stands in for a GPU.
+    """
     model = make_model()
     optimizer = make_optimizer(model, OptimConfig(lr=1e-3))
     step(model, optimizer, 0)
     path = checkpoint.save(tmp_path, 1, model, tokenizer, optimizer, {})
+    saved = optimizer.state_dict()
+    model.to(device)
     ours, theirs = (make_optimizer(model, OptimConfig(lr=1e-3)) for _ in range(2))
-    theirs.load_state_dict(optimizer.state_dict())
+    theirs.load_state_dict(saved)
     checkpoint.restore_optimizer(path, model, ours)
     for p in model.parameters():
         for slot in ("step", "exp_avg", "exp_avg_sq"):
-            assert ours.state[p][slot].device == theirs.state[p][slot].device
-            assert torch.equal(ours.state[p][slot], theirs.state[p][slot])
+            assert ours.state[p][slot].device == theirs.state[p][slot].device, slot
+            if device == "cpu":
+                assert torch.equal(ours.state[p][slot], theirs.state[p][slot])
 
 
 @pytest.mark.gpu

@@ -191,6 +191,14 @@ def test_a_finished_run_resumes_to_nothing(trained: Path) -> None:
     assert checkpoint.steps(trained / "checkpoints") == [1]
 
 
+def test_no_steps_leave_a_model_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--steps 0` is a warm start alone; what it says is done must be there."""
+    argv = ["--output-dir", str(tmp_path / "run"), "--warm-start.steps", "2", "--warm-start.batch-size", "4"]
+    main(["train", "quickstart", *SMALL, *argv, "--steps", "0"])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("done: ")]
+    assert (Path(said[0].removeprefix("done: ")) / "config.json").is_file()
+
+
 EVAL = ["--eval.heldout", "20", "--threads", "1"]
 
 
