@@ -155,8 +155,8 @@ def test_prune_keeps_the_last_and_the_best(
 ) -> None:
     root = tmp_path_factory.mktemp("checkpoints")
     fake(root, *steps)
-    (root / ".partial-step-9").mkdir()
-    (root / ".partial-step-9" / "half").write_text("x")
+    (root / ".partial-step-999").mkdir()
+    (root / ".partial-step-999" / "half").write_text("x")
     checkpoint.prune(root, keep, also)
     left = sorted(set(sorted(steps)[-keep:]) | (steps & also))
     assert checkpoint.steps(root) == left
