@@ -80,9 +80,17 @@ def restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optim
     params = dict(model.named_parameters())
     for key, value in tensors.items():
         name, _, slot = key.rpartition("/")
-        # AdamW keeps its step counter on the CPU unless told otherwise
-        optimizer.state[params[name]][slot] = value if slot == "step" else value.to(params[name].device)
+        # the fused AdamW keeps its step counter where the parameter is
+        optimizer.state[params[name]][slot] = value.to(params[name].device)
     return json.loads((path / "state.json").read_text())
+
+
+def mark_best(root: Path, step: int) -> None:
+    """Points the link `best` at the checkpoint of `step`."""
+    partial = root / ".best"
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(f"step-{step}")
+    os.replace(partial, root / "best")
 
 
 def _flatten(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -6,14 +6,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tyro.conf import Positional, subcommand
 
 from gapg.config import ConfigError, RunConfig, dump_config, load_config, parse_overrides, presets
 
-EXIT_USAGE, EXIT_ORACLE = 2, 3
+if TYPE_CHECKING:
+    from gapg.tasks.base import Task
+
+EXIT_FAILED, EXIT_USAGE, EXIT_ORACLE = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,14 @@ OWN_OPTIONS = {"train": {"--resume"}, "eval": {"--config", "--output-dir"}, "con
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Exit codes: 0 done, 2 a command or config to mend, 3 the oracle stayed away (the run was saved)."""
+    """Exit codes: 0 done, 1 failed, 2 a command or config to mend, 3 the oracle stayed away (the run was saved)."""
     try:
         own, overrides = _split(list(sys.argv[1:] if argv is None else argv))
+        _check_words(own)
         command = tyro.cli(Command, args=own, prog="gapg", description=__doc__)
         match command:
             case Train():
-                _train(load_config(command.config, parse_overrides(overrides)), resume=command.resume)
+                _train(_run_config(command, parse_overrides(overrides)), resume=command.resume)
             case Eval():
                 from gapg.use.evaluate_command import evaluate_command
 
@@ -106,6 +110,26 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     return own, overrides
 
 
+def _check_words(own: list[str]) -> None:
+    """One line for what tyro would say in a box."""
+    command, words = own[0] if own else "", [w for w in own[1:] if not w.startswith("-")]
+    if "-h" in own or "--help" in own:
+        return
+    if command not in OWN_OPTIONS:
+        said = f"{command!r} is no command" if command else "no command given"
+        raise ConfigError(f"{said}; use gapg train, eval, config or info (--help says more)")
+    usage = {"train": "NAME", "eval": "CHECKPOINT", "config": "list | config show NAME"}
+    if command in usage and not words:
+        raise ConfigError(f"usage: gapg {command} {usage[command]} [--key value …]; gapg {command} --help says more")
+
+
+def _run_config(command: Train, overrides: dict[str, str]) -> RunConfig:
+    """The named config; on a resume the one the run was started with, so that its options need not be given again."""
+    config = load_config(command.config, overrides)
+    saved = config.output_dir / "config.yaml"
+    return load_config(str(saved), overrides) if command.resume and saved.exists() else config
+
+
 def _config(command: Config, overrides: list[str]) -> None:
     if command.action == "list":
         print("\n".join(presets()))
@@ -116,39 +140,67 @@ def _config(command: Config, overrides: list[str]) -> None:
 
 
 def _train(config: RunConfig, *, resume: bool) -> None:
-    """Checks everything cheap first, then: warm start, GAPG, and with `compare` the baseline and the table."""
+    """Checks everything cheap first, then: warm start, GAPG, and an evaluation or, with `compare`, the comparison."""
+    from gapg.folder import open_folder, save_config
     from gapg.model import load_tokenizer
-    from gapg.run import build_run, check_prompts, make_oracle, make_task, open_folder, set_threads
+    from gapg.parts import check_run, make_oracle, make_reward, make_task
+    from gapg.run import set_threads
     from gapg.studies import compare
     from gapg.tracking import say
-    from gapg.train import OracleDown, train
-    from gapg.use.validate import validate
+    from gapg.train import OracleDown
     from gapg.warm_start import check_demonstrations, warm_start
 
-    folder = config.output_dir
     task = make_task(config)
+    make_reward(config)
     check_demonstrations(config, task)
     tokenizer = load_tokenizer(config.model, task)
-    check_prompts(config, task, tokenizer)
+    check_run(config, task, tokenizer)
+    if config.compare:
+        compare.check_comparable(tokenizer)
     with open_folder(config, resume=resume):
-        make_oracle(config.oracle, task, folder, config.seed).close()
-        say(f"cloud budget {config.budget.cloud_fraction:.0%} of problems: rho = {config.budget.exact_rho}; {folder}/")
+        make_oracle(config, task, config.output_dir).close()
+        save_config(config)
+        rho, folder = config.budget.exact_rho, config.output_dir
+        say(f"cloud budget {config.budget.cloud_fraction:.0%} of problems: rho = {rho}; {folder}/")
         set_threads(config)
-        model_path = (
-            warm_start(config, folder / "warm-start" / "checkpoints", task, tokenizer) if config.warm_start else None
-        )
-        baseline = compare.start_task_tuned(config, model_path) if config.compare else None
-        set_threads(config, side_by_side=2 if config.compare else 1)
-        run = build_run(config, folder, task, model_path)
+        warm = warm_start(config, folder / "warm-start" / "checkpoints", task, tokenizer) if config.warm_start else None
         try:
-            if baseline is not None and run.state.step == 0:
-                compare.assess_before_training(run)
-            train(run, validate)
-            if baseline is not None:
-                compare.finish(run, baseline)
+            _gapg(config, task, warm)
         except OracleDown as error:
             print(f"gapg: {error}", file=sys.stderr)
             sys.exit(EXIT_ORACLE)
-        finally:
-            run.close()
-        say(f"done: {folder}/checkpoints/step-{run.state.step}/model")
+        except compare.BaselineFailed as error:
+            print(f"gapg: {error}", file=sys.stderr)
+            sys.exit(EXIT_FAILED)
+
+
+def _gapg(config: RunConfig, task: Task, warm: Path | None) -> None:
+    from gapg.run import Run, build_run, set_threads
+    from gapg.studies import compare
+    from gapg.tracking import say
+    from gapg.train import train
+    from gapg.use.evaluate_command import evaluate
+    from gapg.use.validate import validate
+
+    folder = config.output_dir
+    baseline = compare.start_task_tuned(config, warm) if config.compare else None
+    set_threads(config, side_by_side=2 if config.compare else 1)
+    run = build_run(config, folder, task, warm)
+
+    def watch_and_validate(run: Run) -> dict[str, float]:
+        if baseline is not None:
+            compare.check_alive(baseline, folder)
+        return validate(run)
+
+    try:
+        if baseline is not None and run.state.step == 0:
+            compare.assess_before_training(run)
+        train(run, watch_and_validate)
+        if run.state.step > 0:
+            say(f"trained: {folder}/checkpoints/step-{run.state.step}/model")
+        if baseline is not None:
+            compare.finish(run, baseline)
+        elif config.eval.heldout != 0:
+            evaluate(config, folder, task, run.tokenizer, run.engine, run.oracle)
+    finally:
+        run.close()

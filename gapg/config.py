@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from datetime import date
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 PRESETS = Path(__file__).parent / "configs"
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
@@ -21,7 +23,14 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+    )
 
 
 class TaskConfig(Section):
@@ -96,6 +105,8 @@ class RewardConfig(Section):
     """Reward of a call the cloud answers rightly; where the controller starts. 0 is task-tuning only."""
     alpha_f: Annotated[float, Field(ge=0)] = 0.0
     """Added for exactly one terminal ending."""
+    function: str = "gapg.judge:rewards"
+    """Import path of a function (group, alpha_a, alpha_c, alpha_f) -> one reward a response."""
 
     @model_validator(mode="after")
     def _ordered(self) -> RewardConfig:
@@ -137,8 +148,11 @@ class OracleConfig(Section):
     api_key_env: str = "OPENAI_API_KEY"
     """Name of the environment variable with the key; the key itself is never stored."""
     samples: Count = 1
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    temperature: Annotated[float, Field(ge=0)] | None = 0.0
+    """Empty leaves it out of the request, for models that refuse it."""
     max_tokens: Count = 1024
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the server calls the limit; reasoning models of OpenAI want `max_completion_tokens`."""
     concurrency: Count = 16
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
     deadline_s: Annotated[float, Field(gt=0)] = 300.0
@@ -146,14 +160,18 @@ class OracleConfig(Section):
     requests_per_minute: Count | None = None
     tokens_per_minute: Count | None = None
     spending_cap: Annotated[float, Field(ge=0)] | None = None
-    """No new request is sent that could take the run's cost over this."""
-    price_per_million_prompt: Annotated[float, Field(ge=0)] = 0.0
-    price_per_million_completion: Annotated[float, Field(ge=0)] = 0.0
+    """No new request is sent that could take the run's cost over this; needs both prices."""
+    price_per_million_prompt: Annotated[float, Field(ge=0)] | None = None
+    price_per_million_completion: Annotated[float, Field(ge=0)] | None = None
     cache: str | None = None
     """SQLite file of paid answers, shared by runs; empty: `oracle.sqlite` in the output folder."""
 
     @model_validator(mode="after")
-    def _model_named(self) -> OracleConfig:
+    def _complete(self) -> OracleConfig:
+        if self.spending_cap is not None and None in (self.price_per_million_prompt, self.price_per_million_completion):
+            raise ValueError(
+                "oracle.spending_cap needs oracle.price_per_million_prompt and oracle.price_per_million_completion"
+            )
         if self.kind == "openai" and not self.model:
             raise ValueError("oracle.model is empty: name the cloud model, e.g. --oracle.model gpt-5-mini")
         return self
@@ -164,8 +182,8 @@ class EvalConfig(Section):
     """Steps between evaluations during training (0: none)."""
     problems: Count = 500
     """Problems kept out of training for these evaluations, and for choosing the best checkpoint."""
-    heldout: Count | None = None
-    """Held-out problems of the final evaluation (empty: all)."""
+    heldout: Annotated[int, Field(ge=0)] | None = None
+    """Held-out problems of the final evaluation (empty: all; 0: none)."""
 
 
 class RunConfig(Section):
@@ -192,6 +210,24 @@ class RunConfig(Section):
     tensorboard: bool = True
     wandb: bool = False
 
+    @field_validator("task", mode="before")
+    @classmethod
+    def _task_by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("output_dir", mode="before")
+    @classmethod
+    def _path_of_any_name(cls, value: Any) -> Any:
+        return str(value)
+
+    @model_validator(mode="after")
+    def _possible(self) -> RunConfig:
+        if self.compare and self.rollout.engine != "transformers":
+            raise ValueError("compare=true trains two models side by side: it needs rollout.engine=transformers")
+        if self.wandb and find_spec("wandb") is None:
+            raise ValueError("wandb=true: W&B is not installed; pip install 'gapg[wandb]'")
+        return self
+
 
 def load_config(name: str, overrides: Mapping[str, str] | None = None) -> RunConfig:
     """The preset or YAML file `name` with dotted overrides (`{"optim.lr": "1e-4"}`) applied.
@@ -204,8 +240,8 @@ def load_config(name: str, overrides: Mapping[str, str] | None = None) -> RunCon
         if not path.is_file():
             raise ConfigError(f"config {name!r} is neither a file nor a preset; presets: {', '.join(presets())}")
     try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}")
@@ -233,8 +269,21 @@ def _set(tree: dict[str, Any], key: str, value: str) -> None:
                 raise ConfigError(_unknown(key))
             tree[part] = {}
         tree = tree[part]
-    # YAML 1.1 reads 1e-4 as a string, but pydantic turns it into a float where one is expected
-    tree[parts[-1]] = yaml.safe_load(value) if value != "" else None
+    tree[parts[-1]] = _value(value)
+
+
+def _value(text: str) -> Any:
+    """An option's text as YAML: numbers, lists, mappings; what YAML cannot read or reads as nothing stays text.
+
+    (`#### (.+)` is a comment to YAML. It reads 1e-4 as a string, which pydantic turns into a float where one is due.)
+    """
+    if text in ("", "null", "~"):
+        return None
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return text if value is None or isinstance(value, date) else value
 
 
 def _one_line(error: ValidationError) -> str:

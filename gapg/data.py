@@ -31,13 +31,13 @@ class PromptQueue:
         while len(drawn) < n:
             prompt = self._at(self.cursor)
             self.cursor += 1
-            if prompt.id not in seen or n > len(self.prompts):
+            if prompt.id not in seen or len(seen) == len(self.prompts):
                 drawn.append(prompt)
                 seen.add(prompt.id)
         return drawn
 
     def give_back(self, prompts: Iterable[Prompt]) -> None:
-        self.returned += [p.id for p in prompts if p.id not in self.returned]
+        self.returned = list(dict.fromkeys([*self.returned, *(p.id for p in prompts)]))
 
     def _at(self, cursor: int) -> Prompt:
         epoch, offset = divmod(cursor, len(self.prompts))

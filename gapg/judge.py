@@ -181,16 +181,23 @@ class PendingGroup:
 def oracle_score(task: Task, prompt: Prompt, replies: Sequence[OracleAnswer]) -> float | None:
     """Mean correctness of the cloud's replies; None when none came.
 
-    A reply that ends in an answer block is judged by what is inside it, any other as a whole (a cloud model may box
-    its result instead). When some of k samples failed, the mean is over those that came: it stays unbiased, whereas
-    dropping the group would throw away paid answers.
+    A reply with an answer block is judged by what is inside the last one, any other as a whole (a cloud model may box
+    its result instead): that an ending must be terminal is a rule for the policy, not for the cloud. When some of k
+    samples failed, the mean is over those that came: it stays unbiased, and dropping the group would throw away paid
+    answers.
     """
     texts = [reply.text for reply in replies if reply.text is not None]
     if not texts:
         return None
-    inside = [parse(text).answer for text in texts]
+    inside = [_last_block(text) for text in texts]
     verdicts = task.verify(prompt, [text if a is None else a for text, a in zip(texts, inside, strict=True)])
     return sum(v is Verdict.CORRECT for v in verdicts) / len(texts)
+
+
+def _last_block(text: str) -> str | None:
+    close = text.rfind(ANSWER_CLOSE)
+    start = text.rfind(ANSWER_OPEN, 0, close) if close >= 0 else -1
+    return text[start + len(ANSWER_OPEN) : close].strip() if start >= 0 else None
 
 
 def _outcome(parsed: Parsed, verdict: Verdict | None, score: float | None) -> Outcome:

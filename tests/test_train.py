@@ -16,8 +16,9 @@ from gapg import checkpoint, tracking
 from gapg.config import RunConfig, load_config
 from gapg.judge import Judge
 from gapg.model import load_tokenizer
+from gapg.parts import make_task
 from gapg.rollout.records import OracleAnswer, OracleQuestion, OracleUsage
-from gapg.run import Run, build_run, make_task
+from gapg.run import Run, build_run
 from gapg.tracking import read_jsonl
 from gapg.train import COLLAPSED_AFTER, UNKNOWN_STEPS, OracleDown, _warn_if_collapsed, train, train_step
 from gapg.use.validate import validate

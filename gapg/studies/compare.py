@@ -6,21 +6,26 @@ GAPG and the task-tuned baseline start from the same warm start and train side b
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from gapg.config import RunConfig
+from transformers import PreTrainedTokenizerBase
+
+from gapg.config import ConfigError, RunConfig
+from gapg.folder import open_folder, save_config
 from gapg.judge import Judge
+from gapg.parts import fitting_prompts, make_oracle, make_task
 from gapg.rollout.records import HelpControl, Sampling
-from gapg.run import Run, build_run, make_oracle, make_task, open_folder, set_threads
+from gapg.run import Run, build_run, set_threads
 from gapg.seeding import derive
 from gapg.studies.routers import at_random, by_logprob, logprob_threshold, offload
-from gapg.tasks.base import STOP, Split
+from gapg.tasks.base import STOP
 from gapg.tracking import read_jsonl, say, write_whole
 from gapg.train import train
 from gapg.use.calibrate import fit_bias, help_control, masked
@@ -29,17 +34,40 @@ from gapg.use.report import plot_run, print_table
 from gapg.use.validate import validate
 
 
+def _cache(config: RunConfig) -> str:
+    return str(config.output_dir / "oracle.sqlite")
+
+
+class BaselineFailed(RuntimeError):
+    """The baseline's process ended with an error."""
+
+
 def task_tuned_config(config: RunConfig) -> RunConfig:
     """The same run with calls that never pay: task-tuning only; help is not masked (in training that is unstable)."""
     return config.model_copy(
         update={
             "output_dir": config.output_dir / "task-tuned",
+            # one cache and one cap: an answer is paid for once
+            "oracle": config.oracle.model_copy(update={"cache": config.oracle.cache or _cache(config)}),
             "reward": config.reward.model_copy(update={"alpha_c": 0.0}),
             "budget": config.budget.model_copy(update={"filter": False, "controller": False}),
             "compare": False,
             "threads": config.threads or 1,
         }
     )
+
+
+def check_comparable(tokenizer: PreTrainedTokenizerBase) -> None:
+    """The comparison masks and biases the help phrase. Raises ConfigError where it is not a token of its own."""
+    if help_control(tokenizer).rest_ids:
+        raise ConfigError("compare=true: the tokenizer splits the help phrase into several tokens; set --compare false")
+
+
+def check_alive(baseline: multiprocessing.process.BaseProcess, folder: Path) -> None:
+    """Raises BaselineFailed as soon as the baseline has failed, so that nobody waits for half a comparison."""
+    if baseline.exitcode:
+        log = folder / "task-tuned" / "log.txt"
+        raise BaselineFailed(f"the task-tuned baseline failed; see {log}, then go on with --resume")
 
 
 def start_task_tuned(config: RunConfig, warm_model: Path | None) -> multiprocessing.process.BaseProcess:
@@ -54,6 +82,7 @@ def start_task_tuned(config: RunConfig, warm_model: Path | None) -> multiprocess
 def _task_tuned(config: RunConfig, warm_model: Path | None) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     lock = open_folder(config, resume=True)
+    save_config(config)
     sys.stderr = (config.output_dir / "log.txt").open("a", buffering=1)
     set_threads(config)
     run = build_run(config, config.output_dir, make_task(config), warm_model)
@@ -74,32 +103,37 @@ def _end_with_parent() -> None:
 
 
 def assess_task_tuned(run: Run) -> None:
-    """Help masked, greedy and at the training temperature; the training problems set the routers' thresholds."""
+    """Help masked, greedy and at the training temperature; the validation problems set the routers' thresholds."""
     control = masked(help_control(run.tokenizer))
     for name, temperature in (("greedy", 0.0), ("sampled", run.config.rollout.temperature)):
-        for split in ("train", "heldout"):
-            assess(run, f"{split}-{name}", split, temperature, control)
+        for split in ("validation", "heldout"):
+            assess(run, f"{split}-{name}", temperature, control)
 
 
 def assess_gapg(run: Run) -> float:
-    """As trained, and greedy with the bias fitted on the training problems; returns the bias."""
+    """As trained, and greedy with the bias fitted on the validation problems; returns the bias."""
     control = help_control(run.tokenizer)
-    assess(run, "heldout-sampled", "heldout", run.config.rollout.temperature, control)
-    assess(run, "heldout-greedy", "heldout", 0.0, control)
-    margins = [p["help_margin"] for p in assess(run, "train-masked", "train", 0.0, masked(control))]
+    assess(run, "heldout-sampled", run.config.rollout.temperature, control)
+    assess(run, "heldout-greedy", 0.0, control)
+    rows = assess(run, "validation-masked", 0.0, masked(control))
+    margins = [-math.inf if p["help_margin"] is None else p["help_margin"] for p in rows]
     bias = fit_bias(margins, run.config.budget.cloud_fraction)
-    assess(run, "heldout-calibrated", "heldout", 0.0, replace(control, bias=bias))
+    assess(run, "heldout-calibrated", 0.0, replace(control, bias=bias))
     return bias
 
 
-def assess(run: Run, name: str, split: Split, temperature: float, control: HelpControl) -> list[dict[str, Any]]:
-    """Predictions of the current policy on a split, the cloud's answer to every problem included; made once."""
-    path = run.folder / "predictions" / f"{name}.jsonl"
-    if path.exists():
-        return read_jsonl(path)
-    prompts = run.task.prompts(split)
-    if split == "heldout":
-        prompts = prompts[: run.config.eval.heldout]
+def assess(run: Run, name: str, temperature: float, control: HelpControl) -> list[dict[str, Any]]:
+    """Predictions of the current policy on the split the name begins with, the cloud's answer to each problem included.
+
+    Kept with the step they belong to, and made again where the oracle failed.
+    """
+    path = _predictions(run.folder, name, run.state.step)
+    kept = read_jsonl(path)
+    if kept and all(row["oracle_score"] is not None for row in kept):
+        return kept
+    prompts = run.validation
+    if name.startswith("heldout"):
+        prompts = fitting_prompts(run.config, run.task, run.tokenizer, "heldout")
     rollout = run.config.rollout
     sampling = Sampling(
         max_new_tokens=rollout.max_new_tokens,
@@ -109,49 +143,66 @@ def assess(run: Run, name: str, split: Split, temperature: float, control: HelpC
         help=control,
     )
     # its own oracle, so that the run's totals stay those of training
-    oracle = make_oracle(run.config.oracle, run.task, run.folder, run.config.seed)
+    oracle = make_oracle(run.config, run.task, run.folder)
     judge = Judge(run.task, oracle, ask_always=True)
     groups = respond(run.engine, run.task, run.tokenizer, judge, prompts, sampling, title=f"evaluate {name}")
     oracle.close()
-    rows = [prediction(g) for g in groups]
+    rows = [prediction(g, run.config.reward) for g in groups]
     path.parent.mkdir(exist_ok=True)
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
+def _predictions(folder: Path, name: str, step: int) -> Path:
+    return folder / "predictions" / f"{name}-step-{step}.jsonl"
+
+
 def compare(config: RunConfig, bias: float) -> dict[str, Any]:
-    """`summary.json`: a row a method, on the same held-out problems, and the paired tests. Reads predictions only."""
-    c, folder = config.budget.cloud_fraction, config.output_dir
-    tuned, ours = folder / "task-tuned" / "predictions", folder / "predictions"
-    results = [_result("warm start", ours / "heldout-before.jsonl")]
-    tests = []
-    for decoding, gapg in (("greedy", "heldout-calibrated"), ("sampled", "heldout-sampled")):
-        heldout = read_jsonl(tuned / f"heldout-{decoding}.jsonl")
-        threshold = logprob_threshold(read_jsonl(tuned / f"train-{decoding}.jsonl"), c)
+    """A row a method, on the same held-out problems, and the paired tests. Reads predictions only.
+
+    Problems on which the cloud failed any of them are left out of all, and counted.
+    """
+    c, last = config.budget.cloud_fraction, config.steps
+    folder, tuned = config.output_dir, config.output_dir / "task-tuned"
+    names = ("heldout-before", "heldout-sampled", "heldout-greedy", "heldout-calibrated")
+    ours = {n: read_jsonl(_predictions(folder, n, 0 if n == "heldout-before" else last)) for n in names}
+    theirs = {n: read_jsonl(_predictions(tuned, n, last)) for n in ("heldout-greedy", "heldout-sampled")}
+    everything = [*ours.values(), *theirs.values()]
+    scores = zip(*([row["oracle_score"] for row in rows] for rows in everything), strict=True)
+    known = [i for i, of_problem in enumerate(scores) if None not in of_problem]
+    ours = {name: [rows[i] for i in known] for name, rows in ours.items()}
+    theirs = {name: [rows[i] for i in known] for name, rows in theirs.items()}
+
+    results, tests = [_result("before training (T=1)", ours["heldout-before"])], []
+    for decoding, mine in (
+        ("greedy", _result("GAPG, greedy, calibrated bias", ours["heldout-calibrated"])),
+        ("sampled", _result("GAPG, as trained (T=1)", ours["heldout-sampled"])),
+    ):
+        heldout = theirs[f"heldout-{decoding}"]
+        calibration = read_jsonl(_predictions(tuned, f"validation-{decoding}", last))
         alone = offload(f"task-tuned, {decoding}", heldout, [False] * len(heldout))
         chance = offload(f"+ random offloading, {decoding}", heldout, at_random(heldout, c, config.seed))
-        router = offload(f"+ log-prob router, {decoding}", heldout, by_logprob(heldout, threshold))
-        name = "GAPG, greedy, calibrated bias" if decoding == "greedy" else "GAPG, as trained (T=1)"
-        mine = _result(name, ours / f"{gapg}.jsonl")
+        router = offload(
+            f"+ log-prob router, {decoding}", heldout, by_logprob(heldout, logprob_threshold(calibration, c))
+        )
         results += [alone, chance, router, mine]
         for other in (chance, router):
             wins, losses, p = mcnemar(mine.correct, other.correct)
             tests.append({"a": mine.name, "b": other.name, "only_a": wins, "only_b": losses, "p": p})
-    results.append(_result("GAPG, greedy, no bias", ours / "heldout-greedy.jsonl"))
-    cloud = read_jsonl(ours / "heldout-greedy.jsonl")
-    results.append(offload("cloud only", cloud, [True] * len(cloud)))
+    results.append(_result("GAPG, greedy, no bias", ours["heldout-greedy"]))
+    results.append(offload("cloud only", ours["heldout-greedy"], [True] * len(known)))
     return {
         "cloud_fraction": c,
         "seed": config.seed,
         "oracle": config.oracle.kind,
         "help_bias": bias,
+        "left_out": len(everything[0]) - len(known),
         "rows": [r.row() for r in results],
         "paired_tests": tests,
     }
 
 
-def _result(name: str, path: Path) -> Result:
-    rows = [row for row in read_jsonl(path) if row["outcome"] != "unknown"]
+def _result(name: str, rows: list[dict[str, Any]]) -> Result:
     return Result(
         name,
         called=[r["outcome"].startswith("cloud") for r in rows],
@@ -162,19 +213,18 @@ def _result(name: str, path: Path) -> Result:
 
 def assess_before_training(run: Run) -> None:
     """The starting point, at the training temperature; call it on a run at step 0."""
-    assess(run, "heldout-before", "heldout", run.config.rollout.temperature, help_control(run.tokenizer))
+    assess(run, "heldout-before", run.config.rollout.temperature, help_control(run.tokenizer))
 
 
 def finish(run: Run, baseline: multiprocessing.process.BaseProcess) -> dict[str, Any]:
-    """Assesses GAPG, waits for the baseline, and leaves table, picture and summary.json. Raises RuntimeError."""
+    """Assesses GAPG, waits for the baseline, and leaves table, picture and summary.json. Raises BaselineFailed."""
     bias = assess_gapg(run)
     if baseline.is_alive():
         say("waiting for the task-tuned baseline")
     baseline.join()
     folder = run.folder
-    if baseline.exitcode:
-        raise RuntimeError(f"the task-tuned baseline failed; see {folder / 'task-tuned' / 'log.txt'}, then --resume")
-    summary = compare(run.config, bias)
+    check_alive(baseline, folder)
+    summary = compare(run.config, bias) | {"training_oracle_usage": asdict(run.oracle.usage)}
     write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     plot_run(folder, summary, folder / "summary.png")
     print_table(summary["rows"], summary["cloud_fraction"])

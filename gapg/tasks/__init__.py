@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from gapg.tasks.base import HELP_PHRASE, STOP, Demonstration, Prompt, Task
 
-__all__ = ["NAMES", "load_demonstrations", "load_task"]
+__all__ = ["NAMES", "find_object", "load_demonstrations", "load_task"]
 
 NAMES = {"countdown": "gapg.tasks.countdown:Countdown", "maths": "gapg.tasks.maths:Maths"}
 _MEMBERS = ("prompts", "render", "verify", "question")
@@ -23,7 +23,7 @@ def load_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
     Raises ValueError, one line that names what is wrong: an unknown name, a module or attribute that is not there,
     arguments the task does not take, members of `Task` it lacks; and whatever ValueError the task raises itself.
     """
-    factory = _find(NAMES.get(name, name))
+    factory = find_object(NAMES.get(name, name), "task.name")
     try:
         inspect.signature(factory).bind(**(args or {}))
     except TypeError as error:
@@ -39,20 +39,25 @@ def load_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
     return cast(Task, task)
 
 
-def _find(path: str) -> Any:
+def find_object(path: str, key: str) -> Any:
+    """The callable an import path (`mypkg.mymodule:name`) names. Raises ValueError naming `key` and the fix."""
     module_name, colon, attribute = path.partition(":")
     if not (module_name and colon and attribute):
         raise ValueError(
-            f"task.name: {path!r} is neither {', '.join(NAMES)} nor an import path like mypkg.mytask:MyTask"
+            f"{key}: {path!r} is neither {', '.join(NAMES)} nor an import path like mypkg.mytask:MyTask"
+            if key == "task.name"
+            else f"{key}: {path!r} is no import path like mypkg.mymodule:name"
         )
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"task.name: cannot import {module_name!r}: no module {error.name!r}; is it installed or on PYTHONPATH?"
+            f"{key}: cannot import {module_name!r}: no module {error.name!r}; is it installed or on PYTHONPATH?"
         ) from None
+    except Exception as error:
+        raise ValueError(f"{key}: importing {module_name!r} failed: {type(error).__name__}: {error}") from None
     if not callable(found := getattr(module, attribute, None)):
-        raise ValueError(f"task.name: module {module_name!r} has no class or function {attribute!r}")
+        raise ValueError(f"{key}: module {module_name!r} has no class or function {attribute!r}")
     return found
 
 

@@ -16,6 +16,9 @@ from gapg.tasks.base import ANSWER_OPEN, HELP_PHRASE
 def help_control(tokenizer: PreTrainedTokenizerBase) -> HelpControl:
     """The help phrase as tokens, split where it first differs from an answer block (often after a shared `<`).
 
+    The phrase is tokenized by itself. A tokenizer that has other tokens for it after a blank is steered only where the
+    model begins it without one.
+
     Raises ConfigError for a tokenizer that cannot tell the two endings apart.
     """
     phrase = tokenizer.encode(HELP_PHRASE, add_special_tokens=False)
@@ -38,12 +41,15 @@ def fit_bias(margins: Sequence[float], cloud_fraction: float) -> float:
 
     margins: for each problem, decoded greedily with help masked, max over positions of (help logit - best other
     logit). With bias b a problem calls exactly where its margin exceeds -b: one pass, exact on these problems.
-    Raises ValueError when no margin is finite (the phrase's prefix never came up).
+    Where fewer problems can be made to call (the phrase's prefix never came up in the others), all of those do.
+    Raises ValueError when there are none.
     """
-    ordered = sorted(margins, reverse=True)
-    calls = round(cloud_fraction * len(ordered))
-    low = ordered[min(calls, len(ordered) - 1)]
-    high = ordered[max(calls - 1, 0)]
-    if not math.isfinite(high):
+    reachable = sorted((m for m in margins if math.isfinite(m)), reverse=True)
+    if not reachable:
         raise ValueError("no response came near the help phrase: a bias cannot reach the wanted call fraction")
-    return -(high + low) / 2 if math.isfinite(low) else -high + 1e-3
+    calls = round(cloud_fraction * len(margins))
+    if calls == 0:
+        return -reachable[0] - 1.0
+    if calls >= len(reachable):
+        return -reachable[-1] + 1.0
+    return -(reachable[calls - 1] + reachable[calls]) / 2

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from gapg.judge import Group, Judge, Outcome
+from gapg.config import RewardConfig
+from gapg.judge import Group, Judge, Outcome, rewards
 from gapg.rollout.records import Engine, Sampling
 from gapg.tasks.base import Prompt, Task
 from gapg.tracking import Display
@@ -42,7 +43,8 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
     z, p = 1.959964, hits / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return (centre - half, centre + half)
+    # at 0 and n rounding would leave the proportion itself outside
+    return (max(0.0, min(centre - half, p)), min(1.0, max(centre + half, p)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class Result:
             ("call_fraction", self.called),
         ):
             low, high = wilson(sum(hits), n)
-            row |= {key: sum(hits) / n, f"{key}_low": low, f"{key}_high": high}
+            row |= {key: sum(hits) / n if n else 0.0, f"{key}_low": low, f"{key}_high": high}
         return row
 
 
@@ -92,9 +94,10 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> tuple[int, int, float]:
     return only_a, only_b, min(1.0, 2 * tail / 2**n)
 
 
-def prediction(group: Group) -> dict[str, Any]:
-    """One line of `predictions.jsonl`: all that is needed to judge again."""
+def prediction(group: Group, reward: RewardConfig) -> dict[str, Any]:
+    """One line of `predictions.jsonl`: all that is needed to judge again. `reward` is None where the oracle failed."""
     completion = group.completions[0]
+    margin = completion.help_margin
     return {
         "id": group.prompt.id,
         "problem": group.prompt.text,
@@ -102,8 +105,9 @@ def prediction(group: Group) -> dict[str, Any]:
         "response": completion.text,
         "finish_reason": completion.finish_reason,
         "outcome": group.outcomes[0].value,
+        "reward": None if group.unknown else rewards(group, reward.alpha_a, reward.alpha_c, reward.alpha_f)[0],
         "logprob_mean": sum(completion.logprobs) / len(completion.logprobs),
-        "help_margin": completion.help_margin,
+        "help_margin": margin if margin is not None and math.isfinite(margin) else None,
         "oracle_score": group.oracle_score,
         "oracle_answers": [a.text for a in group.oracle_answers],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gapg.judge import Group, Outcome
+from gapg.judge import Group, Judge, Outcome
 from gapg.tracking import say
 from gapg.use.evaluate import as_result, respond
 
@@ -16,14 +16,17 @@ def validate(run: Run) -> dict[str, float]:
     """`eval/accuracy`, `eval/local_accuracy`, `eval/call_fraction`; prints and logs one transcript of each outcome."""
     if not run.validation:
         return {}
-    groups = respond(run.engine, run.task, run.tokenizer, run.judge, run.validation, run.sampling("validate"))
+    # only calls need the cloud here, so that a failed oracle leaves out no wrong answer
+    judge = Judge(run.task, run.oracle, ask_unsolved=False)
+    groups = respond(run.engine, run.task, run.tokenizer, judge, run.validation, run.sampling("validate"))
     row = as_result("", groups).row()
     say(
         f"step {run.state.step}: together {row['accuracy']:.3f}, local {row['local_accuracy']:.3f}, "
         f"called {row['call_fraction']:.3f} of {row['n']} validation problems"
     )
     _transcripts(run, groups)
-    return {f"eval/{key}": row[key] for key in ("accuracy", "local_accuracy", "call_fraction")}
+    figures = {f"eval/{key}": row[key] for key in ("accuracy", "local_accuracy", "call_fraction")}
+    return figures | {"eval/unknown": sum(g.unknown for g in groups)}
 
 
 def _transcripts(run: Run, groups: list[Group]) -> None:

@@ -18,7 +18,6 @@ from gapg.rollout.records import Completion, HelpControl, Sampling
 from gapg.rollout.transformers_engine import TransformersEngine
 from gapg.tasks.base import HELP_PHRASE, STOP
 from gapg.tasks.countdown import Countdown
-from gapg.use.calibrate import help_control, masked
 
 MakeModel = Callable[..., PreTrainedModel]
 
@@ -531,17 +530,3 @@ def test_without_control_there_is_no_margin(
 ) -> None:
     engine = TransformersEngine(make_model(), tokenizer)
     assert all(c.help_margin is None for cs in generate(engine, prompts, 2) for c in cs)
-
-
-def test_a_phrase_after_a_blank_is_steered_too(talker: PreTrainedModel, bpe: PreTrainedTokenizerFast) -> None:
-    """Real tokenizers write ` <` as one token and `<` as another, and a model comes to the phrase after a blank.
-
-    The talker, left alone, calls on every one of these; with help masked it must not.
-    """
-    assert bpe(" <unknown>")["input_ids"][0] != bpe("<unknown>")["input_ids"][0]
-    engine = TransformersEngine(talker, bpe)
-    starts = [bpe(t[:3])["input_ids"] for t in CORPUS if HELP_PHRASE in t]
-    settings = {"temperature": 0.0, "max_new_tokens": 80, "stop": STOP}
-    assert all(c.text.endswith(HELP_PHRASE) for (c,) in generate(engine, starts, **settings))
-    for (completion,) in generate(engine, starts, **settings, help=masked(help_control(bpe))):
-        assert HELP_PHRASE not in completion.text

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gapg.config import RewardConfig
 from gapg.judge import Judge, Outcome
 from gapg.rollout.oracle_solver import SolverOracle
 from gapg.rollout.records import Completion, Sampling
@@ -91,7 +92,8 @@ def test_groups_without_an_oracle_are_left_out_not_wrong(countdown: Countdown) -
     assert group.unknown
     row = as_result("x", [group, judged(countdown, HELP_PHRASE)]).row()
     assert (row["n"], row["accuracy"]) == (1, 1.0)
-    assert prediction(group)["outcome"] == "unknown"
+    line = prediction(group, RewardConfig())
+    assert (line["outcome"], line["reward"]) == ("unknown", None)
 
 
 def test_nothing_judged_is_a_row_too(countdown: Countdown) -> None:
@@ -106,13 +108,14 @@ def test_a_prediction_can_be_judged_again(countdown: Countdown) -> None:
     gold = countdown.prompts("heldout")[1].answer
     for text in (f"<answer> {gold} </answer>", "<answer> 1 </answer>", HELP_PHRASE):
         group = judged(countdown, text, i=1)
-        line = json.loads(json.dumps(prediction(group)))
+        line = json.loads(json.dumps(prediction(group, RewardConfig(alpha_c=0.25))))
         prompt = next(p for p in countdown.prompts("heldout") if p.id == line["id"])
         assert (line["problem"], line["gold"], line["response"]) == (prompt.text, prompt.answer, text)
         again = Judge(
             countdown, SolverOracle(lambda _, answers=line["oracle_answers"]: answers[0], 1.0, wrong="0")
         ).submit(prompt, [Completion((1,), (0.0,), line["response"], "stop")])
         assert again.result().outcomes[0].value == line["outcome"]
+        assert line["reward"] == {"local_correct": 1.0, "local_wrong": 0.0, "cloud_correct": 0.25}[line["outcome"]]
         assert line["logprob_mean"] == -1.0
         assert line["oracle_score"] == 1.0
 

