@@ -196,11 +196,11 @@ def _gapg(config: RunConfig, task: Task, warm: Path | None) -> None:
         if baseline is not None and run.state.step == 0:
             compare.assess_before_training(run)
         train(run, watch_and_validate)
-        if run.state.step > 0:
-            say(f"trained: {folder}/checkpoints/step-{run.state.step}/model")
+        model = run.save() / "model"
+        say(f"trained: {model}")
         if baseline is not None:
             compare.finish(run, baseline)
         elif config.eval.heldout != 0:
-            evaluate(config, folder, task, run.tokenizer, run.engine, run.oracle)
+            evaluate(config, folder, task, run.tokenizer, run.engine, run.oracle, model=str(model))
     finally:
         run.close()

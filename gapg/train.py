@@ -165,7 +165,7 @@ def _metrics(run: Run, groups: list[Group], selection: Selection) -> dict[str, A
 
 def _is_best(run: Run, row: dict[str, Any]) -> bool:
     """Best on validation so far: accuracy together, less what the call fraction is over the budget."""
-    if "eval/accuracy" not in row or row["eval/unknown"]:
+    if "eval/accuracy" not in row or row.get("eval/unknown"):
         return False
     score = row["eval/accuracy"] - max(0.0, row["eval/call_fraction"] - run.config.budget.cloud_fraction)
     if run.state.best_score is not None and score <= run.state.best_score:

@@ -21,6 +21,7 @@ SMALL = [
     *("--task.args", "{max_number: 6, max_target: 24}"),
     *("--model.llama", "{hidden_size: 32, num_layers: 1, num_heads: 1, intermediate_size: 32}"),
     *("--compare", "false", "--tensorboard", "false", "--threads", "1", "--steps", "1", "--eval.every", "0"),
+    *("--eval.heldout", "16"),
     *("--rollout.prompts-per-step", "2", "--rollout.samples-per-prompt", "2", "--eval.problems", "4"),
 ]
 
@@ -101,7 +102,7 @@ def test_no_prompt_fits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     with pytest.raises(SystemExit) as left:
         main(argv)
     assert left.value.code == 2
-    assert "rollout.max_prompt_tokens=2: raise it" in capsys.readouterr().err.splitlines()[-1]
+    assert "rollout.max_prompt_tokens=2: no training prompt fits; raise it" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run").exists()
 
 
@@ -178,7 +179,7 @@ def test_a_second_run_in_the_same_folder_is_refused(trained: Path, capsys: pytes
 
 
 def test_a_folder_in_use_is_locked(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = load_config("quickstart", {"output_dir": str(trained)})
+    config = load_config(str(trained / "config.yaml"))
     with open_folder(config, resume=True):
         line = refusal(capsys, "train", "quickstart", *SMALL, "--output-dir", str(trained), "--resume")
     assert "another run is writing there" in line
@@ -195,8 +196,8 @@ def test_no_steps_leave_a_model_all_the_same(tmp_path: Path, capsys: pytest.Capt
     """`--steps 0` is a warm start alone; what it says is done must be there."""
     argv = ["--output-dir", str(tmp_path / "run"), "--warm-start.steps", "2", "--warm-start.batch-size", "4"]
     main(["train", "quickstart", *SMALL, *argv, "--steps", "0"])
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("done: ")]
-    assert (Path(said[0].removeprefix("done: ")) / "config.json").is_file()
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trained: ")]
+    assert (Path(said[0].removeprefix("trained: ")) / "config.json").is_file()
 
 
 EVAL = ["--eval.heldout", "20", "--threads", "1"]
@@ -207,15 +208,18 @@ def assert_evaluated(folder: Path, model: Path, capsys: pytest.CaptureFixture[st
     assert summary["model"] == str(model)
     assert summary["oracle"] == "solver", "a stand-in is called a stand-in"
     assert [r["name"] for r in summary["rows"]] == ["greedy", "sampled, T=1"]
+    predictions = read_jsonl(folder / "predictions.jsonl")
     for row, label in zip(summary["rows"], ("greedy", "sampled"), strict=True):
         assert row["n"] == 20
         for key in ("accuracy", "local_accuracy", "call_fraction"):
             assert 0 <= row[f"{key}_low"] <= row[key] <= row[f"{key}_high"] <= 1
-        lines = read_jsonl(folder / f"predictions-{label}.jsonl")
+        lines = [line for line in predictions if line["decoding"] == label]
         assert len(lines) == 20
         assert len({line["id"] for line in lines}) == 20
         assert sum(row["outcomes"].values()) == 20
-        assert all({"problem", "response", "outcome", "oracle_answers", "gold"} <= set(line) for line in lines)
+        assert all(
+            {"problem", "response", "outcome", "reward", "oracle_answers", "gold"} <= set(line) for line in lines
+        )
     assert "together" in capsys.readouterr().out
 
 
@@ -228,9 +232,9 @@ def test_eval_of_a_run(trained: Path, which: str, tmp_path: Path, capsys: pytest
     assert_evaluated(tmp_path / "eval", newest / "model", capsys)
 
 
-def test_eval_writes_beside_the_run_by_default(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_writes_into_the_run_by_default(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["eval", str(trained), *EVAL])
-    assert_evaluated(trained / "eval", trained / "checkpoints" / "step-1" / "model", capsys)
+    assert_evaluated(trained / "eval" / "step-1", trained / "checkpoints" / "step-1" / "model", capsys)
 
 
 def test_eval_of_a_model_that_was_never_trained_here(

@@ -87,11 +87,12 @@ def test_a_broken_file_is_one_line(tmp_path: Path, text: str) -> None:
     assert str(path) in message or "task" in message
 
 
-@pytest.mark.parametrize("value", ["[1", "{a", "a: b: c", "@x", "'open", "%"])
-def test_a_value_that_is_no_yaml_is_one_line(value: str) -> None:
-    """Whatever a shell passes on: a path or a prompt with a bracket is not a reason for a traceback."""
-    message = error_of("quickstart", task__name=value)
-    assert "task.name" in message
+@pytest.mark.parametrize("value", ["[1", "{a", "a: b: c", "@x", "'open", "%", "#### (.+)", "2024-01-01"])
+def test_a_value_that_is_no_yaml_is_text(value: str) -> None:
+    """Whatever a shell passes on: a path or a prompt with a bracket, and a pattern that YAML takes for a comment."""
+    config = load_config("quickstart", {"output_dir": value, "model.path": value, "task.args.pattern": value})
+    assert config.output_dir == Path(value)
+    assert config.model.path == config.task.args["pattern"] == value
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=12))

@@ -16,6 +16,7 @@ from gapg.tracking import read_jsonl
 
 ARGS = [
     *("train", "quickstart", "--compare", "false", "--threads", "1", "--tensorboard", "false"),
+    *("--eval.heldout", "16"),
     *("--task.args", "{max_number: 6, max_target: 24}"),
     *("--model.llama", "{hidden_size: 48, num_layers: 2, num_heads: 2, intermediate_size: 96}"),
     *("--warm-start.steps", "40", "--warm-start.batch-size", "8", "--warm-start.checkpoint-every", "4"),

@@ -47,7 +47,7 @@ def evaluate_command(target: Path, config_name: str | None, output: Path | None,
         check_supported(model)
         engine = make_engine(config, model, tokenizer, str(model_path))
         try:
-            evaluate(config, folder, task, tokenizer, engine, oracle)
+            evaluate(config, folder, task, tokenizer, engine, oracle, model=str(model_path))
         finally:
             engine.close()
     finally:
@@ -66,7 +66,14 @@ def find_model(target: Path) -> tuple[Path, Path | None]:
 
 
 def evaluate(
-    config: RunConfig, folder: Path, task: Task, tokenizer: PreTrainedTokenizerBase, engine: Engine, oracle: Oracle
+    config: RunConfig,
+    folder: Path,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine,
+    oracle: Oracle,
+    *,
+    model: str,
 ) -> None:
     """Held-out problems, greedy and sampled: prints a table; summary.json and predictions.jsonl in `folder`."""
     prompts = fitting_prompts(config, task, tokenizer, "heldout")
@@ -84,7 +91,7 @@ def evaluate(
             | {"unknown": sum(g.unknown for g in groups)}
         )
     usage = asdict(oracle.usage)
-    summary = {"task": task.name, "oracle": config.oracle.kind, "rows": rows, "oracle_usage": usage}
+    summary = {"model": model, "task": task.name, "oracle": config.oracle.kind, "rows": rows, "oracle_usage": usage}
     write_whole(folder / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     print_table(rows)

@@ -41,16 +41,16 @@ def test_which_questions_are_known_is_the_same_in_another_process() -> None:
     assert here != other_seed
 
 
-def test_usage_counts_repeats_as_hits_and_continues_after_a_restore() -> None:
+def test_usage_counts_every_question_and_continues_after_a_restore() -> None:
+    """What was asked before a resume must not change what is counted after it."""
     oracle = SolverOracle(str, accuracy=1.0, wrong="0")
     first, again = oracle.ask(question("a")).result()[0], oracle.ask(question("a")).result()[0]
-    assert (first.cached, again.cached) == (False, True)
     assert first.text == again.text == "a"
-    assert oracle.usage == OracleUsage(requests=1, cache_hits=1)
+    assert oracle.usage == OracleUsage(requests=2)
     resumed = SolverOracle(str, accuracy=1.0, wrong="0")
     resumed.restore(oracle.usage)
-    resumed.ask(question("b"))
-    assert resumed.usage == OracleUsage(requests=2, cache_hits=1)
+    resumed.ask(question("a"))
+    assert resumed.usage == OracleUsage(requests=3)
 
 
 def test_a_failing_solver_is_an_unknown_answer_that_is_asked_again() -> None:
