@@ -1,4 +1,4 @@
-"""Answers that were paid for, kept in one SQLite file that several processes may use at once."""
+"""Answers that were paid for, and what was paid: one SQLite file that several processes may use at once."""
 
 from __future__ import annotations
 
@@ -6,13 +6,25 @@ import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 LAYOUT = 1
-"""Version of the table, kept in the file's `user_version`."""
+"""Version of the tables, kept in the file's `user_version`. Files from before the money was kept have only `answers`,
+and get the other tables when they are opened."""
+
+TABLES = (
+    "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL,"
+    " prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cost REAL NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS spend (account TEXT PRIMARY KEY, cost REAL NOT NULL, requests INTEGER NOT NULL,"
+    " prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS reservations (id INTEGER PRIMARY KEY AUTOINCREMENT, account TEXT NOT NULL,"
+    " worst REAL NOT NULL, expires REAL NOT NULL)",
+)
 
 
 class CacheError(Exception):
@@ -29,6 +41,25 @@ class CachedAnswer:
     cost: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Spend:
+    """Money in the config's currency, and what it was spent on."""
+
+    cost: float = 0.0
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What `AnswerCache.reserve` found: the reservation, or None for no room, and the account's money before it."""
+
+    reservation: int | None
+    spent: float
+    open: float
+
+
 def cache_key(
     endpoint: str,
     model: str,
@@ -43,9 +74,10 @@ def cache_key(
 
 
 class AnswerCache:
-    """A table from key to answer, in WAL mode, for any number of threads and processes on one machine.
+    """A table from key to answer, and the accounts they were paid from, for any number of threads and processes.
 
     Neither questions nor credentials are stored, so the file can be shared. Without a path it lives in memory.
+    What was written outlives the process, killed or not; a power cut may take the last seconds before it along.
 
     Args:
         path: The file; it and its folder are made when missing. It must be on a local disk: WAL needs shared memory,
@@ -79,12 +111,68 @@ class AnswerCache:
         row = self._run("SELECT text, prompt_tokens, completion_tokens, cost FROM answers WHERE key = ?", (key,))
         return None if row is None else CachedAnswer(*row)
 
-    def put(self, key: str, answer: CachedAnswer) -> None:
-        """Stores an answer on disk before it returns. The first one stored under a key stays."""
-        self._run(
-            "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)",
-            (key, answer.text, answer.prompt_tokens, answer.completion_tokens, answer.cost),
+    def reserve(self, account: str, worst: float, cap: float | None, lifetime_s: float) -> Room:
+        """Sets `worst` aside for one request, if all that is spent and open leaves room for it under `cap`.
+
+        A reservation that was not settled after `lifetime_s` counts as spent: its request may have been billed to a
+        process that was killed. It may still be settled.
+        """
+        now = time.time()
+        with self._transaction() as db:
+            spent, still_open = db.execute(
+                "SELECT (SELECT total(cost) FROM spend WHERE account = ?1) + total(worst) FILTER (WHERE expires <= ?2),"
+                " total(worst) FILTER (WHERE expires > ?2) FROM reservations WHERE account = ?1",
+                (account, now),
+            ).fetchone()
+            if cap is not None and spent + still_open + worst > cap:
+                return Room(None, spent, still_open)
+            row = db.execute(
+                "INSERT INTO reservations (account, worst, expires) VALUES (?, ?, ?)",
+                (account, worst, now + lifetime_s),
+            )
+            return Room(row.lastrowid, spent, still_open)
+
+    def settle(
+        self, account: str, reservation: int, spent: Spend, key: str = "", answer: CachedAnswer | None = None
+    ) -> None:
+        """Turns a reservation into what was spent and, in the same transaction, stores the answer it was spent on.
+
+        The first answer stored under a key stays.
+        """
+        with self._transaction() as db:
+            db.execute("DELETE FROM reservations WHERE id = ?", (reservation,))
+            db.execute(
+                "INSERT INTO spend VALUES (?, ?, ?, ?, ?) ON CONFLICT (account) DO UPDATE SET"
+                " cost = cost + excluded.cost, requests = requests + excluded.requests,"
+                " prompt_tokens = prompt_tokens + excluded.prompt_tokens,"
+                " completion_tokens = completion_tokens + excluded.completion_tokens",
+                (account, spent.cost, spent.requests, spent.prompt_tokens, spent.completion_tokens),
+            )
+            if answer is not None:
+                db.execute(
+                    "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)",
+                    (key, answer.text, answer.prompt_tokens, answer.completion_tokens, answer.cost),
+                )
+
+    def spent(self, account: str) -> Spend:
+        """The account's totals. `cost` includes reservations that ran out, whose requests may have been billed."""
+        row = self._run(
+            "SELECT total(cost) + (SELECT total(worst) FROM reservations WHERE account = ?1 AND expires <= ?2),"
+            " coalesce(sum(requests), 0), coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0)"
+            " FROM spend WHERE account = ?1",
+            (account, time.time()),
         )
+        assert row is not None
+        return Spend(*row)
+
+    def raise_spent(self, account: str, cost: float) -> None:
+        """Makes the account's cost at least `cost`: what a checkpoint knows and this file does not."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO spend VALUES (?, ?, 0, 0, 0)"
+                " ON CONFLICT (account) DO UPDATE SET cost = max(cost, excluded.cost)",
+                (account, cost),
+            )
 
     def __len__(self) -> int:
         row = self._run("SELECT COUNT(*) FROM answers", ())
@@ -98,15 +186,32 @@ class AnswerCache:
                 self._db.close()
                 self._db = None
 
-    def _run(self, sql: str, values: tuple[object, ...]) -> tuple[str, int, int, float] | None:
+    def _run(self, sql: str, values: tuple[object, ...]) -> tuple[Any, ...] | None:
+        with self._using() as db:
+            row: tuple[Any, ...] | None = db.execute(sql, values).fetchone()
+            return row
+
+    @contextmanager
+    def _using(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
             if self._db is None:
                 raise CacheError("the answer cache was closed")
             try:
-                row: tuple[str, int, int, float] | None = self._db.execute(sql, values).fetchone()
-                return row
+                yield self._db
             except sqlite3.Error as error:
                 raise self._explain(error) from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._using() as db:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
+            finally:
+                if db.in_transaction:
+                    with suppress(sqlite3.Error):
+                        db.execute("ROLLBACK")
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         # SQLite does not wait for locks while it switches a file to WAL, so two processes that start together collide.
@@ -127,10 +232,8 @@ class AnswerCache:
                 f"the answer cache {self.path} has layout {layout}, and this version reads {LAYOUT}: "
                 "use another file, or the version that wrote it"
             )
-        db.execute(
-            "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL,"
-            " prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cost REAL NOT NULL) WITHOUT ROWID"
-        )
+        for table in TABLES:
+            db.execute(table)
         db.execute(f"PRAGMA user_version = {LAYOUT}")
         db.execute("COMMIT")
 

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from threading import Lock
 
+from gapg.rollout.cache import AnswerCache, CachedAnswer, CacheError, Room, Spend
 from gapg.rollout.records import OracleUsage
+
+logger = logging.getLogger(__name__)
+
+GRACE_S = 1.0
+"""Seconds that a request which ended has to settle its reservation before that counts as spent."""
+
+POLL_S = 0.1
+"""Seconds between looks at what other processes have settled, while waiting for room."""
 
 
 class RateLimiter:
@@ -55,17 +66,26 @@ class RateLimiter:
 
 
 class Ledger:
-    """The oracle's totals, and its spending cap. Totals may be read and restored from any thread.
+    """The totals of one oracle, and the spending cap of its account. Totals may be read and restored from any thread.
 
-    The worst cost of a request is set aside before it is sent, so what is spent cannot pass the cap by requests that
-    were open together.
+    The worst cost of a request is set aside before it is sent, in the cache's file, so neither requests that are open
+    together nor other processes nor a kill can take what is spent over the cap.
+
+    Args:
+        cap: The most that the account may spend; None counts only.
+        cache: Holds the account. All that share its file share the account of that name.
+        account: The account's name.
+        request_s: The longest that a request lasts. One that is open for longer than that died with its process.
     """
 
-    def __init__(self, cap: float | None) -> None:
+    def __init__(self, cap: float | None, cache: AnswerCache, account: str, request_s: float) -> None:
         self.cap = cap
+        self._cache = cache
+        self._account = account
+        self._lifetime_s = request_s + GRACE_S
         self._usage = OracleUsage()
-        self._open: list[float] = []
         self._lock = Lock()
+        self._turn = asyncio.Lock()
         self._settled = asyncio.Event()
 
     @property
@@ -73,6 +93,7 @@ class Ledger:
         return self._usage
 
     def restore(self, usage: OracleUsage) -> None:
+        self._cache.raise_spent(self._account, usage.cost)
         with self._lock:
             self._usage = usage
 
@@ -81,22 +102,48 @@ class Ledger:
         with self._lock:
             self._usage = replace(self._usage, **{name: getattr(self._usage, name) + n for name, n in more.items()})
 
-    async def reserve(self, worst: float) -> bool:
-        """Sets `worst` aside. False when the cap leaves no room for it, even if all that is open costs nothing."""
-        if self.cap is None:
-            return True
-        while self._usage.cost + worst <= self.cap:
-            if self._usage.cost + sum(self._open) + worst <= self.cap:
-                self._open.append(worst)
-                return True
-            # Open requests mostly cost less than their worst: what they give back may be enough.
-            self._settled.clear()
-            await self._settled.wait()
-        return False
+    async def reserve(self, worst: float) -> Room:
+        """Sets `worst` aside; first come, first served within this object.
 
-    def settle(self, worst: float, **spent: int | float) -> None:
-        """Gives back what was set aside and counts what was spent."""
-        self.count(**spent)
-        if self.cap is not None:
-            self._open.remove(worst)
+        The room holds no reservation when the cap leaves none, even if all that is open costs nothing.
+
+        Raises:
+            CacheError: The file cannot be used, so nothing may be sent.
+        """
+        async with self._turn:
+            while True:
+                self._settled.clear()
+                room = await self._reserve_now(worst)
+                if room.reservation is not None or (self.cap is not None and room.spent + worst > self.cap):
+                    return room
+                # Open requests mostly cost less than their worst: what they give back may be enough. Those of other
+                # processes do not tell.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(POLL_S):
+                        await self._settled.wait()
+
+    async def _reserve_now(self, worst: float) -> Room:
+        loop = asyncio.get_running_loop()
+        future = loop.run_in_executor(None, self._cache.reserve, self._account, worst, self.cap, self._lifetime_s)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait([future])  # nothing is sent, so what was set aside meanwhile is given back
+            with suppress(CacheError):
+                if (reservation := future.result().reservation) is not None:
+                    await loop.run_in_executor(None, self._cache.settle, self._account, reservation, Spend())
+            raise
+
+    async def settle(self, reservation: int, spent: Spend, key: str = "", answer: CachedAnswer | None = None) -> None:
+        """Gives back what was set aside, counts what was spent, and caches the answer, even if it is cancelled."""
+        self.count(**asdict(spent))
+        loop = asyncio.get_running_loop()
+        try:
+            await asyncio.shield(
+                loop.run_in_executor(None, self._cache.settle, self._account, reservation, spent, key, answer)
+            )
+        except CacheError as error:  # the reservation stays, and counts as spent
+            what = "a request was not counted" if answer is None else "an oracle answer was paid for but not cached"
+            logger.warning("%s: %s", what, error)
+        finally:
             self._settled.set()

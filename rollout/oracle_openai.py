@@ -9,6 +9,7 @@ import logging
 import os
 import random
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock, Thread
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 import openai
 from openai.types.chat import ChatCompletion
 
-from gapg.rollout.cache import AnswerCache, CachedAnswer, CacheError, cache_key
+from gapg.rollout.cache import AnswerCache, CachedAnswer, CacheError, Spend, cache_key
 from gapg.rollout.oracle_limits import Ledger, RateLimiter
 from gapg.rollout.oracle_retry import Failure, backoff_s, classify
 from gapg.rollout.records import OracleAnswer, OracleQuestion, OracleUsage
@@ -50,12 +51,14 @@ class OpenAIOracle:
         max_retries: Further requests after the first that failed.
         requests_per_minute: The most requests in any 60 seconds.
         tokens_per_minute: The most tokens, prompt and answer, in any 60 seconds (estimated until they are known).
-        spending_cap: The most this run may cost, resumes included. Before a request is sent its worst price is set
-            aside: a token for every byte of the prompt, and `max_tokens`. A request that ended without an HTTP status
-            may have been billed, so it is counted at that price.
+        spending_cap: The most that `account` may spend. Before a request is sent its worst price is set aside: a token
+            for every byte of the prompt, and `max_tokens`. A request that ended without an HTTP status, or with its
+            process, may have been billed, so it is counted at that price.
         price_per_million_prompt: In the cap's currency; needed with a cap (0 for a free server).
         price_per_million_completion: Likewise.
-        cache_path: The SQLite file; None keeps answers in memory only.
+        cache_path: The SQLite file; None keeps answers and accounts in memory only.
+        account: Whose money is spent. What was spent is kept in the cache's file, so the cap holds for all objects and
+            processes with this file and account together, over kills and resumes.
 
     Raises:
         ValueError: No key, an unusable URL or setting, a cap without prices.
@@ -82,6 +85,7 @@ class OpenAIOracle:
         price_per_million_prompt: float | None = None,
         price_per_million_completion: float | None = None,
         cache_path: str | Path | None = None,
+        account: str = "run",
     ) -> None:
         prices = (price_per_million_prompt, price_per_million_completion)
         if spending_cap is not None and None in prices:
@@ -103,11 +107,11 @@ class OpenAIOracle:
         self._max_retries = max_retries
         self._prices = (prices[0] or 0.0, prices[1] or 0.0)
         self._redact = (key, api_key_env)
-        self._ledger = Ledger(spending_cap)
         self._limiter = RateLimiter(requests_per_minute, tokens_per_minute)
         self._slots = asyncio.Semaphore(concurrency)
         self._jitter = random.Random()  # its own: the run's seeded generators stay untouched
         self._cache = AnswerCache(cache_path)
+        self._ledger = Ledger(spending_cap, self._cache, account, timeout_s)
         self._open: dict[str, asyncio.Task[OracleAnswer]] = {}
         self._futures: set[Future[list[OracleAnswer]]] = set()
         self._closed = False
@@ -144,12 +148,16 @@ class OpenAIOracle:
 
     @property
     def usage(self) -> OracleUsage:
-        """Totals so far, those given to `restore` included. `requests` counts retries; a request without an HTTP
-        status counts at its worst cost, and without tokens."""
+        """Totals of this object, those given to `restore` included. `requests` counts retries; a request without an
+        HTTP status counts at its worst cost, and without tokens."""
         return self._ledger.usage
 
     def restore(self, usage: OracleUsage) -> None:
-        """Continues from these totals, against the same spending cap."""
+        """Continues from these totals. If the account knows of less money than they do, it is raised to theirs.
+
+        Raises:
+            CacheError: The cache file cannot be used.
+        """
         self._ledger.restore(usage)
 
     def close(self) -> None:
@@ -172,7 +180,8 @@ class OpenAIOracle:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         try:
-            await asyncio.wait_for(self._client.close(), timeout=5)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._client.close(), timeout=5)
             await self._loop.shutdown_default_executor()  # answers on their way into the cache
         finally:
             self._loop.stop()
@@ -209,26 +218,18 @@ class OpenAIOracle:
     async def _look_up_or_ask(self, question: OracleQuestion, key: str) -> OracleAnswer:
         try:
             found = await asyncio.to_thread(self._cache.get, key)
-        except CacheError as error:  # without a cache the same answer would be paid for again and again
-            self._ledger.count(failures=1)
-            return OracleAnswer(None, error=str(error))
-        if found is not None:
-            self._ledger.count(cache_hits=1)
-            return OracleAnswer(found.text, None, True, found.prompt_tokens, found.completion_tokens)
-        async with self._slots:
-            answer = await self._ask_with_retries(question)
+            if found is not None:
+                self._ledger.count(cache_hits=1)
+                return OracleAnswer(found.text, None, True, found.prompt_tokens, found.completion_tokens)
+            async with self._slots:
+                answer = await self._ask_with_retries(question, key)
+        except CacheError as error:  # without it the same answer would be paid for again, and the money not counted
+            answer = OracleAnswer(None, error=str(error))
         if answer.text is None:
             self._ledger.count(failures=1)
-            return answer
-        stored = CachedAnswer(answer.text, answer.prompt_tokens, answer.completion_tokens, answer.cost)
-        try:
-            # Shielded: an answer that was paid for is kept even if the oracle is closed meanwhile.
-            await asyncio.shield(asyncio.to_thread(self._cache.put, key, stored))
-        except CacheError as error:
-            logger.warning("an oracle answer was paid for but not cached: %s", error)
         return answer
 
-    async def _ask_with_retries(self, question: OracleQuestion) -> OracleAnswer:
+    async def _ask_with_retries(self, question: OracleQuestion, key: str) -> OracleAnswer:
         loop = asyncio.get_running_loop()
         deadline = float("inf")  # set when the first request leaves: waiting for one's turn is no fault of the server
         error = ""
@@ -237,12 +238,13 @@ class OpenAIOracle:
                 async with asyncio.timeout_at(None if deadline == float("inf") else deadline):
                     entry = await self._limiter.admit(self._tokens_expected(question))
                     worst = self._worst_cost(question)
-                    if not await self._ledger.reserve(worst):
-                        return OracleAnswer(None, error=self._cap_reached(worst))
+                    room = await self._ledger.reserve(worst)
             except TimeoutError:
                 break
             deadline = min(deadline, loop.time() + self._deadline_s)
-            result = await self._request(question, worst, entry, deadline)
+            if room.reservation is None:
+                return OracleAnswer(None, error=self._cap_reached(room.spent, worst))
+            result = await self._request(question, worst, entry, deadline, room.reservation, key)
             if isinstance(result, OracleAnswer):
                 return result
             error = self._clean(result.error)
@@ -257,10 +259,11 @@ class OpenAIOracle:
         return OracleAnswer(None, error=f"no answer within the deadline of {self._deadline_s:g} s; last: {error}")
 
     async def _request(
-        self, question: OracleQuestion, worst: float, entry: list[float], deadline: float
+        self, question: OracleQuestion, worst: float, entry: list[float], deadline: float, reservation: int, key: str
     ) -> OracleAnswer | Failure:
         """One HTTP request, settled in the ledger whatever becomes of it."""
-        spent: dict[str, int | float] = {"requests": 1, "cost": worst}  # what it counts as if it is cancelled
+        spent = Spend(worst, requests=1)  # what it counts as if it is cancelled
+        stored = None
         try:
             limit = min(self._timeout_s, deadline - asyncio.get_running_loop().time())
             body: dict[str, Any] = {"model": self._model, "messages": list(question.messages), **self._sampling}
@@ -270,17 +273,15 @@ class OpenAIOracle:
                 answer = self._read(reply, worst)
             except Exception as error:
                 failure = classify(error, self._endpoint, limit)
-                spent["cost"] = worst if failure.may_be_billed else 0.0
+                spent = Spend(worst if failure.may_be_billed else 0.0, requests=1)
                 return failure
-            spent |= {
-                "prompt_tokens": answer.prompt_tokens,
-                "completion_tokens": answer.completion_tokens,
-                "cost": answer.cost,
-            }
-            self._limiter.correct(entry, answer.prompt_tokens + answer.completion_tokens)
+            tokens = (answer.prompt_tokens, answer.completion_tokens)
+            spent = Spend(answer.cost, 1, *tokens)
+            stored = CachedAnswer(answer.text or "", *tokens, answer.cost)
+            self._limiter.correct(entry, sum(tokens))
             return answer
         finally:
-            self._ledger.settle(worst, **spent)
+            await self._ledger.settle(reservation, spent, key, stored)
 
     def _read(self, reply: ChatCompletion, worst: float) -> OracleAnswer:
         """The reply's text, "" if there is none (cut off in its reasoning, refused). ValueError for a broken reply."""
@@ -302,10 +303,10 @@ class OpenAIOracle:
     def _tokens_expected(self, question: OracleQuestion) -> int:
         return _size(question) // 3 + self._max_tokens
 
-    def _cap_reached(self, worst: float) -> str:
+    def _cap_reached(self, spent: float, worst: float) -> str:
         return (
-            f"spending cap of {self._ledger.cap:g} reached: {self._ledger.usage.cost:.6g} is spent, and a request may "
-            f"cost {worst:.3g}; raise the cap to go on"
+            f"spending cap of {self._ledger.cap:g} reached: {spent:.6g} is spent, and a request may cost {worst:.3g}; "
+            f"raise the cap to go on"
         )
 
     def _clean(self, text: str) -> str:

@@ -10,15 +10,21 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gapg.rollout.cache import AnswerCache, CachedAnswer, CacheError, cache_key
+from gapg.rollout.cache import AnswerCache, CachedAnswer, CacheError, Spend, cache_key
 from gapg.rollout.oracle_limits import Ledger, RateLimiter
 from gapg.rollout.oracle_retry import backoff_s, retry_after_s
 from gapg.rollout.records import OracleUsage
 
 MESSAGES = ({"role": "user", "content": "q"},)
+
+
+def put(cache: AnswerCache, key: str, answer: CachedAnswer) -> None:
+    room = cache.reserve("run", 1.0, None, 60)
+    assert room.reservation is not None
+    cache.settle("run", room.reservation, Spend(answer.cost, 1), key, answer)
 
 
 def test_the_key_depends_on_everything_an_answer_depends_on() -> None:
@@ -39,8 +45,8 @@ def test_the_key_depends_on_everything_an_answer_depends_on() -> None:
 @pytest.mark.parametrize("text", ["", "x", "é\u2028\0z", "a" * 100_000])
 def test_what_is_stored_comes_back(tmp_path: Path, text: str) -> None:
     cache = AnswerCache(tmp_path / "c.sqlite")
-    cache.put("k", CachedAnswer(text, 3, 4, 0.5))
-    cache.put("k", CachedAnswer("another"))
+    put(cache, "k", CachedAnswer(text, 3, 4, 0.5))
+    put(cache, "k", CachedAnswer("another"))
     cache.close()
     cache = AnswerCache(tmp_path / "c.sqlite")
     assert cache.get("k") == CachedAnswer(text, 3, 4, 0.5)
@@ -52,16 +58,64 @@ def test_what_is_stored_comes_back(tmp_path: Path, text: str) -> None:
 def test_processes_write_at_once_without_loss(tmp_path: Path) -> None:
     program = """
 import sys
-from gapg.rollout.cache import AnswerCache, CachedAnswer
+from gapg.rollout.cache import AnswerCache, CachedAnswer, Spend
 cache = AnswerCache(sys.argv[1])
 for i in range(150):
-    cache.put(f"{sys.argv[2]}-{i}", CachedAnswer("x" * 500))
-    cache.put(f"both-{i}", CachedAnswer("y"))
+    for key, text in [(f"{sys.argv[2]}-{i}", "x" * 500), (f"both-{i}", "y")]:
+        cache.settle("run", cache.reserve("run", 3.0, None, 60).reservation, Spend(2.0, 1), key, CachedAnswer(text))
 """
     command = [sys.executable, "-c", program, str(tmp_path / "c.sqlite")]
     processes = [subprocess.Popen([*command, name]) for name in "ab"]
     assert [p.wait(timeout=30) for p in processes] == [0, 0]
     assert len(AnswerCache(tmp_path / "c.sqlite")) == 450
+    assert AnswerCache(tmp_path / "c.sqlite").spent("run") == Spend(1200.0, 600)
+
+
+def test_a_reservation_is_open_then_spent_and_may_be_settled_late() -> None:
+    cache = AnswerCache()
+    kept, died = cache.reserve("a", 3.0, 10.0, 60), cache.reserve("a", 4.0, 10.0, -1)
+    assert (kept.spent, kept.open) == (0, 0)
+    assert (died.spent, died.open) == (0, 3)
+    refused = cache.reserve("a", 3.5, 10.0, 60)
+    assert (refused.reservation, refused.spent, refused.open) == (None, 4, 3)
+    assert cache.spent("a") == Spend(4.0)
+    assert cache.reserve("b", 10.0, 10.0, 60).reservation is not None
+    assert kept.reservation is not None and died.reservation is not None
+    cache.settle("a", kept.reservation, Spend(1.0, 1, 2, 3))
+    cache.settle("a", died.reservation, Spend(2.0, 1, 4, 5))
+    assert cache.spent("a") == Spend(3.0, 2, 6, 8)
+    cache.raise_spent("a", 2.0)
+    assert cache.spent("a").cost == 3
+    cache.raise_spent("a", 9.0)
+    assert cache.spent("a") == Spend(9.0, 2, 6, 8)
+    assert cache.reserve("a", 1.5, 10.0, 60).reservation is None
+
+
+def test_answer_and_money_are_written_together_or_not_at_all(tmp_path: Path) -> None:
+    cache = AnswerCache(tmp_path / "c.sqlite")
+    sqlite3.connect(tmp_path / "c.sqlite", isolation_level=None).execute("ALTER TABLE answers RENAME TO moved")
+    with pytest.raises(CacheError, match="no such table"):
+        put(cache, "k", CachedAnswer("x", cost=1.0))
+    assert cache.spent("run") == Spend()
+    assert cache.reserve("run", 1.0, None, 60).open == 1
+    cache.close()
+    with pytest.raises(CacheError, match="was closed"):
+        cache.spent("run")
+
+
+def test_a_file_from_before_the_money_was_kept(tmp_path: Path) -> None:
+    db = sqlite3.connect(tmp_path / "c.sqlite", isolation_level=None)
+    db.execute(
+        "CREATE TABLE answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, prompt_tokens INTEGER NOT NULL,"
+        " completion_tokens INTEGER NOT NULL, cost REAL NOT NULL) WITHOUT ROWID"
+    )
+    db.execute("INSERT INTO answers VALUES ('k', 'x', 1, 2, 3.0)")
+    db.execute("PRAGMA user_version = 1")
+    db.close()
+    cache = AnswerCache(tmp_path / "c.sqlite")
+    assert cache.get("k") == CachedAnswer("x", 1, 2, 3.0)
+    put(cache, "k2", CachedAnswer("y", cost=0.5))
+    assert cache.spent("run") == Spend(0.5, 1)
 
 
 def test_a_locked_file_is_an_error_that_says_so(tmp_path: Path) -> None:
@@ -69,9 +123,9 @@ def test_a_locked_file_is_an_error_that_says_so(tmp_path: Path) -> None:
     holder = sqlite3.connect(tmp_path / "c.sqlite", isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
     with pytest.raises(CacheError, match=r"another process held it for over 0\.1 s"):
-        cache.put("k", CachedAnswer("x"))
+        put(cache, "k", CachedAnswer("x"))
     holder.execute("ROLLBACK")
-    cache.put("k", CachedAnswer("x"))
+    put(cache, "k", CachedAnswer("x"))
     assert cache.get("k") == CachedAnswer("x")
 
 
@@ -79,7 +133,7 @@ def test_a_page_damaged_later_is_an_error_with_the_fix(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     cache = AnswerCache(path)
     for i in range(200):
-        cache.put(f"{i:03}", CachedAnswer("x" * 100))
+        put(cache, f"{i:03}", CachedAnswer("x" * 100))
     cache.close()
     data = bytearray(path.read_bytes())
     data[4096:] = b"\xff" * (len(data) - 4096)
@@ -131,21 +185,49 @@ def test_what_was_not_used_is_free_again() -> None:
     assert asyncio.run(run()) < 0.5
 
 
-@given(st.lists(st.tuples(st.floats(0, 50), st.floats(0, 1)), max_size=30), st.floats(0, 100))
-def test_the_ledger_never_passes_its_cap(costs: list[tuple[float, float]], cap: float) -> None:
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0, 50), st.floats(0, 1), st.integers(0, 1)), max_size=20),
+    st.floats(0, 100),
+    st.floats(0, 20),
+)
+def test_no_ledger_of_an_account_passes_its_cap(
+    costs: list[tuple[float, float, int]], cap: float, restored: float
+) -> None:
     async def spend(ledger: Ledger, worst: float, part: float) -> None:
-        if await ledger.reserve(worst):
-            await asyncio.sleep(0)
-            ledger.settle(worst, cost=worst * part)
+        room = await ledger.reserve(worst)
+        if room.reservation is None:
+            assert room.spent + worst > cap
         else:
-            assert ledger.usage.cost + worst > cap
+            await ledger.settle(room.reservation, Spend(worst * part))
 
-    async def run() -> OracleUsage:
-        ledger = Ledger(cap)
-        await asyncio.wait_for(asyncio.gather(*(spend(ledger, worst, part) for worst, part in costs)), 5)
-        return ledger.usage
+    async def run() -> tuple[float, float]:
+        cache = AnswerCache()
+        ledgers = [Ledger(cap, cache, "run", 60) for _ in range(2)]
+        ledgers[0].restore(OracleUsage(cost=restored))
+        await asyncio.wait_for(asyncio.gather(*(spend(ledgers[which], worst, part) for worst, part, which in costs)), 9)
+        return sum(ledger.usage.cost for ledger in ledgers), cache.spent("run").cost
 
-    assert asyncio.run(run()).cost <= cap * (1 + 1e-12)
+    counted, stored = asyncio.run(run())
+    assert counted <= max(cap, restored) * (1 + 1e-12)
+    assert counted == pytest.approx(stored, rel=1e-12)
+
+
+def test_what_is_given_up_before_it_is_sent_is_not_left_open(tmp_path: Path) -> None:
+    async def run() -> None:
+        cache = AnswerCache(tmp_path / "c.sqlite")
+        holder = sqlite3.connect(tmp_path / "c.sqlite", isolation_level=None)
+        holder.execute("BEGIN IMMEDIATE")
+        waiting = asyncio.create_task(Ledger(10, cache, "run", 60).reserve(6))
+        await asyncio.sleep(0.1)
+        waiting.cancel()
+        holder.execute("ROLLBACK")
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        room = cache.reserve("run", 6, 10, 60)
+        assert (room.spent, room.open) == (0, 0)
+
+    asyncio.run(run())
 
 
 def test_retry_after_in_every_form() -> None:
