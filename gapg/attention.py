@@ -10,10 +10,12 @@ the model behaves exactly as with transformers' own "sdpa", padding masks includ
 | device, dtype                    | backend                                                             |
 |----------------------------------|---------------------------------------------------------------------|
 | CUDA sm_80+, bfloat16 or float16 | flash-attn when installed, else PyTorch's own FlashAttention        |
-| meta                             | the latter: shapes and counted work of the real route               |
+| meta, bfloat16 or float16        | the latter: shapes and counted work of the real route               |
 | CPU; CUDA in float32 or older    | scaled_dot_product_attention, sequences of equal length batched     |
 
 The last is right everywhere, but on CUDA it waits for the device and is slow where lengths differ: use bfloat16.
+The type that counts is autocast's where that is on, for packed rows as for scaled_dot_product_attention itself:
+under autocast a float32 model's rotary embedding makes float32 queries and keys, but its projection 16-bit values.
 """
 
 from collections.abc import Callable
@@ -142,17 +144,33 @@ def packed_attention(
         scale: of the scores; D ** -0.5 by default.
 
     Returns:
-        [T, Hq, D] in q's dtype.
+        [T, Hq, D] in the type of q, k and v; autocast's where that is on for the device.
 
     Raises:
-        ValueError: head sizes the CUDA kernels lack, max_length missing there, cu_seqlens of another type or total.
+        ValueError: q, k and v of different types; head sizes or types the CUDA kernels lack, max_length missing there;
+            cu_seqlens of another type or total.
     """
+    q, k, v = _one_type(q, k, v)
     if cu_seqlens.dtype != torch.int32:
         raise ValueError(f"cu_seqlens must be int32, not {cu_seqlens.dtype}: pass cu_seqlens.int()")
-    if q.device.type == "meta" or (q.device.type == "cuda" and q.dtype in _HALVES and _has_flash(q.device)):
+    if q.device.type == "meta" or (q.dtype in _HALVES and _has_flash(q.device)):
         return _flash(q, k, v, cu_seqlens, max_length, scale)
     plan = _plan(tuple(cu_seqlens.tolist()), q.shape[0], q.device)
     return _grouped(q, k, v, plan, scale)
+
+
+def _one_type(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What autocast does to the inputs of scaled_dot_product_attention, and not to the kernels called here."""
+    kind = q.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        low = torch.get_autocast_dtype(kind)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(low) for x in (q, k, v))
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"queries are {q.dtype}, keys {k.dtype} and values {v.dtype}: run the model under torch.autocast, "
+            "or load it in one type"
+        )
+    return q, k, v
 
 
 # --- CUDA ------------------------------------------------------------------------------------------------------------
@@ -161,11 +179,13 @@ def packed_attention(
 def _flash(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, longest: int | None, scale: float | None
 ) -> torch.Tensor:
+    if q.dtype not in _HALVES:  # only on meta, which must not accept what CUDA would send the other way
+        raise ValueError(f"FlashAttention needs bfloat16 or float16, not {q.dtype}: compute in bfloat16")
     head_dim = q.shape[-1]
     if head_dim > 256 or head_dim % 8 != 0:
         raise ValueError(
             f"FlashAttention needs a head size that is a multiple of 8 and at most 256, not {head_dim}: "
-            "load the model in float32, which does not use it"
+            "compute in float32, which does not use it"
         )
     if longest is None:
         raise ValueError("packed attention on CUDA needs max_length_q: pass packed_arguments(...)")
@@ -190,7 +210,7 @@ def _flash_attn() -> tuple[Callable[..., torch.Tensor] | None, str]:
 
 @cache
 def _has_flash(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 # --- sequences of equal length, batched ------------------------------------------------------------------------------

@@ -212,10 +212,52 @@ def test_the_meta_route_refuses_what_the_kernel_lacks() -> None:
 
     call(256, 8)
     for head_dim in (264, 20):
-        with pytest.raises(ValueError, match=f"at most 256, not {head_dim}: load the model in float32"):
+        with pytest.raises(ValueError, match=f"at most 256, not {head_dim}: compute in float32"):
             call(head_dim, 8)
     with pytest.raises(ValueError, match="needs max_length_q"):
         call(64, None)
+
+
+def test_the_meta_route_takes_16_bits_only_like_the_kernel() -> None:
+    def call(*dtypes: torch.dtype) -> torch.Tensor:
+        q, k, v = (torch.empty(8, 2, 64, device="meta", dtype=dtype) for dtype in dtypes)
+        return attention.packed_attention(q, k, v, torch.empty(3, dtype=torch.int32, device="meta"), 8)
+
+    half, full = torch.bfloat16, torch.float32
+    assert call(half, half, half).dtype == half
+    assert call(*[torch.float16] * 3).dtype == torch.float16
+    with pytest.raises(ValueError, match=r"or float16, not torch.float32: compute in bfloat16"):
+        call(full, full, full)
+    with pytest.raises(ValueError, match=r"under torch\.autocast, or load it in one type"):
+        call(full, full, half)
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_unequal_types_are_refused_packed_or_not(odd: int) -> None:
+    inputs = [torch.randn(1, 2, 8, 16) for _ in range(3)]
+    inputs[odd] = inputs[odd].bfloat16()
+    module, cu = torch.nn.Module(), torch.tensor([0, 3, 8]).int()
+    types = ["torch.bfloat16" if at == odd else "torch.float32" for at in range(3)]
+    with pytest.raises(ValueError, match="queries are {}, keys {} and values {}: run".format(*types)):
+        attention.attention_forward(module, *inputs, None, cu_seq_lens_q=cu, max_length_q=5)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        attention.attention_forward(module, *inputs, None)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float64])
+def test_autocast_makes_the_inputs_one_type_as_for_sdpa(kind: torch.dtype) -> None:
+    """float32 queries and keys with 16-bit values are what a rotary embedding and a projection give; float64 stays."""
+    values = torch.float64 if kind == torch.float64 else torch.bfloat16
+    q, k, v = (torch.randn(1, 2, 8, 16, dtype=dtype, requires_grad=True) for dtype in (kind, kind, values))
+    module, cu = torch.nn.Module(), torch.tensor([0, 8]).int()
+    with torch.autocast("cpu", torch.bfloat16):
+        packed_out, _ = attention.attention_forward(module, q, k, v, None, cu_seq_lens_q=cu, max_length_q=8)
+        expected, _ = attention.attention_forward(module, q, k, v, None)
+    assert packed_out.dtype == expected.dtype == values
+    assert torch.equal(packed_out, expected)
+    ours, theirs = (torch.autograd.grad(out.double().square().sum(), (q, k, v)) for out in (packed_out, expected))
+    assert [g.dtype for g in ours] == [kind, kind, values]
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -267,6 +309,18 @@ def test_describe_says_which_backend_and_why() -> None:
     assert "flash-attn needs CUDA" in attention.describe("cpu")
     assert "meta" in attention.describe(torch.device("meta"))
     assert "no varlen kernel for mps" in attention.describe("mps")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_autocast_reaches_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_plan", None)  # the other route would call it
+    model = build(CONFIGS["qwen2"], attention.NAME).cuda()
+    batch = packed(LENGTHS, "cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        hidden = model.base_model(**batch).last_hidden_state
+    hidden.float().sum().backward()
+    assert {p.grad.dtype for p in model.base_model.parameters() if p.grad is not None} == {torch.float32}
 
 
 @pytest.mark.gpu
