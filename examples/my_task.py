@@ -1,4 +1,4 @@
-"""A task of your own: `gapg train … --task.name examples.my_task:Sums` (or any module on your PYTHONPATH)."""
+"""A task of your own: `PYTHONPATH=examples gapg train … --task.name my_task:Sums`."""
 
 from collections.abc import Sequence
 

@@ -118,6 +118,7 @@ def test_it_learns(start: Callable[..., Run]) -> None:
     run = start(
         steps="25",
         optim__lr="2e-3",
+        reward__alpha_c="0.3",
         rollout__prompts_per_step="16",
         rollout__samples_per_prompt="8",
         budget__controller="false",

@@ -22,6 +22,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gapg.rollout.records import OracleQuestion
+from gapg.tasks import find_object
 from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_PHRASE, Demonstration, Prompt, Split, Verdict
 from gapg.tasks.mathcheck import MathChecker
 from gapg.tasks.templates import ANSWER_ONLY, ENDINGS, render_instruction
@@ -34,7 +35,8 @@ _log = logging.getLogger(__name__)
 class Source:
     """Where a split comes from, and which columns hold what.
 
-    path: a jsonl file, a folder of `<split>.jsonl`, or a data set on the hub (then also `subset`, its configuration).
+    path: a jsonl file, a folder of `<split>.jsonl`, a data set on the hub (then also `subset`, its configuration), or
+        the import path of a function of your own, `mypkg.mydata:rows`, which maps a split to rows with those columns.
     answer_pattern: a regular expression whose first group is the answer within its column (GSM8K: `#### (.+)`).
     Without one the answer is the last `\\boxed{…}` of the column, or all of it where nothing is boxed.
     limit: the first so many rows only.
@@ -163,6 +165,8 @@ def _rows(where: str, source: Source) -> Sequence[Mapping[str, Any]]:
             raise ValueError(f"{where}.split: {path} does not exist; splits in that folder: {present}")
     if path.is_file():
         return _jsonl(where, path)
+    if re.fullmatch(r"[\w.]+:\w+", source.path):
+        return list(find_object(source.path, f"{where}.path")(source.split))
     if path.suffix in (".jsonl", ".json") or source.path.startswith((".", "/", "~")):
         raise ValueError(f"{where}.path: {source.path} does not exist")
     return _hub(where, source)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gapg.judge import oracle_score
+from gapg.judge import oracle_score, parse
 from gapg.rollout.records import OracleAnswer
 from gapg.tasks import load_task
 from gapg.tasks.base import HELP_PHRASE, Prompt, Verdict
@@ -357,3 +357,34 @@ if DATA.is_dir():
         assert [p.answer for p in Maths(gsm, {**held, "answer": "solution"}).prompts("heldout")] == [
             p.answer for p in golds
         ]
+
+
+def test_problems_come_from_a_function_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_rows.py").write_text(
+        "def rows(split):\n    return [{'question': f'{split} {i} + 1?', 'answer': str(i + 1)} for i in range(3)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    task = load_task("maths", {"train": "own_rows:rows", "heldout": {"split": "test"}})
+    assert [p.answer for p in task.prompts("heldout")] == ["1", "2", "3"]
+    with pytest.raises(ValueError, match=r"task\.args\.train\.path: .*no class or function 'nothing'"):
+        load_task("maths", {"train": "own_rows:nothing", "heldout": {"split": "test"}})
+
+
+def test_worked_solutions_are_demonstrations(tmp_path: Path) -> None:
+    """Each ends in an answer block or breaks off and calls; calculator notes and the answer line are gone."""
+    path = tmp_path / "train.jsonl"
+    rows = [
+        {"question": f"What is {i} + {i}, twice over?", "answer": f"{i}+{i} = <<{i}+{i}={2 * i}>>{2 * i}\n#### {4 * i}"}
+        for i in range(40)
+    ]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    other = {"path": str(tmp_path / "test.jsonl")}
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "What is 9?", "answer": "#### 9"}) + "\n")
+    task = load_task("maths", {"train": {"path": str(path), "answer_pattern": "#### (.+)"}, "heldout": other})
+    made = task.demonstrations(seed=0)
+    assert len(made) == 40
+    assert {parse(d.response).kind for d in made} == {"answer", "help"}
+    for demo in made:
+        assert "<<" not in demo.response and "####" not in demo.response
+        if (answer := parse(demo.response).answer) is not None:
+            assert answer == demo.prompt.answer
