@@ -165,6 +165,8 @@ class OracleConfig(Section):
     price_per_million_completion: Annotated[float, Field(ge=0)] | None = None
     cache: str | None = None
     """SQLite file of paid answers, shared by runs; empty: `oracle.sqlite` in the output folder."""
+    account: str | None = None
+    """Runs that share a cache and this name share one spending cap (empty: each run its own)."""
 
     @model_validator(mode="after")
     def _complete(self) -> OracleConfig:

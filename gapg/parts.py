@@ -67,12 +67,17 @@ def make_oracle(run: RunConfig, task: Task, folder: Path) -> Oracle:
         return SolverOracle(task.solve, config.accuracy, wrong="0")
     from gapg.rollout.oracle_openai import OpenAIOracle
 
-    settings = config.model_dump(exclude={"kind", "accuracy", "cache"})
+    settings = config.model_dump(exclude={"kind", "accuracy", "cache", "account"})
     cache = Path(config.cache) if config.cache else folder / "oracle.sqlite"
     try:
-        return OpenAIOracle(**settings, cache_path=cache)
+        return OpenAIOracle(**settings, cache_path=cache, account=oracle_account(run, folder))
     except (ValueError, OSError, CacheError) as error:
         raise ConfigError(" ".join(str(error).split())) from None
+
+
+def oracle_account(run: RunConfig, folder: Path) -> str:
+    """Who pays: the config's account; else, in a cache of several runs, this one's folder."""
+    return run.oracle.account or ("run" if run.oracle.cache is None else str(folder.resolve()))
 
 
 def make_task(config: RunConfig) -> Task:

@@ -13,13 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg import checkpoint
 from gapg.budget import BudgetController
-from gapg.config import RunConfig
+from gapg.config import ConfigError, RunConfig
 from gapg.data import PromptQueue, split_validation
 from gapg.judge import Judge
 from gapg.model import load_model, load_tokenizer
 from gapg.optim import make_optimizer
 from gapg.parts import RewardFunction, fitting_prompts, make_engine, make_oracle, make_reward
 from gapg.policy import check_supported
+from gapg.rollout.cache import CacheError
 from gapg.rollout.records import Engine, Oracle, OracleUsage, Sampling
 from gapg.seeding import derive
 from gapg.tasks.base import STOP, Prompt, Task
@@ -116,7 +117,10 @@ def build_run(config: RunConfig, folder: Path, task: Task, model_path: Path | No
         saved = checkpoint.restore_optimizer(last, model, optimizer)
         queue.cursor, queue.returned = saved["queue"]["cursor"], saved["queue"]["returned"]
         controller = BudgetController(**saved["controller"])
-        oracle.restore(OracleUsage(**saved["oracle"]))
+        try:
+            oracle.restore(OracleUsage(**saved["oracle"]))
+        except CacheError as error:
+            raise ConfigError(str(error)) from None
         state = TrainState(**{name: saved[name] for name in asdict(state)})
         say(f"resuming from step {state.step} ({last})")
     engine = make_engine(config, model, tokenizer, str(source or config.model.path))

@@ -114,11 +114,11 @@ def test_three_steps_end_to_end(start: Callable[..., Run]) -> None:
 
 
 def test_it_learns(start: Callable[..., Run]) -> None:
-    """A weak model whose calls pay 0.3: it learns that calling is better than what it can do, and says so sharply."""
+    """A weak model whose calls pay 0.4: it learns that calling is better than what it can do, and says so sharply."""
     run = start(
         steps="25",
         optim__lr="2e-3",
-        reward__alpha_c="0.3",
+        reward__alpha_c="0.4",
         rollout__prompts_per_step="16",
         rollout__samples_per_prompt="8",
         budget__controller="false",
@@ -137,9 +137,9 @@ def test_it_learns(start: Callable[..., Run]) -> None:
     assert mean("accuracy", last) > mean("accuracy", first) + 0.12
 
     def reward(part: slice) -> float:
-        return mean("local_accuracy", part) + 0.3 * mean("outcome/cloud_correct", part)
+        return mean("local_accuracy", part) + 0.4 * mean("outcome/cloud_correct", part)
 
-    assert reward(last) > reward(first)
+    assert reward(last) > reward(first) + 0.02
 
 
 def test_a_step_without_a_kept_group_changes_nothing(start: Callable[..., Run]) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from gapg.config import ConfigError, RunConfig
 from gapg.folder import open_folder, save_config
 from gapg.judge import Judge
-from gapg.parts import fitting_prompts, make_oracle, make_task
+from gapg.parts import fitting_prompts, make_oracle, make_task, oracle_account
 from gapg.rollout.records import HelpControl, Sampling
 from gapg.run import Run, build_run, set_threads
 from gapg.seeding import derive
@@ -34,10 +34,6 @@ from gapg.use.report import plot_run, print_table
 from gapg.use.validate import validate
 
 
-def _cache(config: RunConfig) -> str:
-    return str(config.output_dir / "oracle.sqlite")
-
-
 class BaselineFailed(RuntimeError):
     """The baseline's process ended with an error."""
 
@@ -48,7 +44,12 @@ def task_tuned_config(config: RunConfig) -> RunConfig:
         update={
             "output_dir": config.output_dir / "task-tuned",
             # one cache and one cap: an answer is paid for once
-            "oracle": config.oracle.model_copy(update={"cache": config.oracle.cache or _cache(config)}),
+            "oracle": config.oracle.model_copy(
+                update={
+                    "cache": config.oracle.cache or str(config.output_dir / "oracle.sqlite"),
+                    "account": oracle_account(config, config.output_dir),
+                }
+            ),
             "reward": config.reward.model_copy(update={"alpha_c": 0.0}),
             "budget": config.budget.model_copy(update={"filter": False, "controller": False}),
             "compare": False,

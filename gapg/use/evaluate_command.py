@@ -41,7 +41,7 @@ def evaluate_command(target: Path, config_name: str | None, output: Path | None,
     name = model_path.resolve().parent.name if model_path.name == "model" else model_path.resolve().name
     folder = output or (run_folder or Path("runs")) / "eval" / name
     folder.mkdir(parents=True, exist_ok=True)
-    oracle = make_oracle(config, task, folder)
+    oracle = make_oracle(config, task, run_folder or folder)  # the run's paid answers are not paid again
     try:
         model = load_model(model_config, tokenizer, config.seed)
         check_supported(model)
