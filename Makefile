@@ -13,7 +13,7 @@ quickstart: .venv/.small
 
 # Everything, real vLLM included.
 test: .venv/.full
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/.full
 	$(BIN)/ruff check .
