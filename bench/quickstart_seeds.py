@@ -64,15 +64,15 @@ def table(summaries: list[dict[str, Any]]) -> str:
             cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     n = summaries[0]["rows"][0]["n"]
-    times = [s["wall_seconds"] for s in summaries if s["wall_seconds"]]
-    took = f" A run took {min(times) / 60:.1f} to {max(times) / 60:.1f} minutes on {summaries[0]['machine']['cpu']}."
+    times = sorted(s["wall_seconds"] for s in summaries if s["wall_seconds"])
+    took = f" The quickest run took {times[0] / 60:.1f} minutes on {summaries[0]['machine']['cpu']}." if times else ""
     worst = {t["b"]: max(u["p"] for s in summaries for u in s["paired_tests"] if u["b"] == t["b"])
              for t in summaries[0]["paired_tests"] if "router" in t["b"]}  # fmt: skip
     tests = "; ".join(f'against "{name.removeprefix("+ ")}" at most {p:.1g}' for name, p in worst.items())
     return (
         "\n".join(lines)
         + f"\n\nMean over seeds {seeds} (lowest to highest seed), {n} held-out problems each, cloud budget "
-        + f"{summaries[0]['cloud_fraction']:.0%}.{took if times else ''}\n"
+        + f"{summaries[0]['cloud_fraction']:.0%}.{took}\n"
         + f"Exact McNemar test on the same problems, p over the seeds: {tests}.\n"
     )
 

@@ -10,11 +10,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg.tasks.countdown import Countdown
 
 torch.set_num_threads(1)
+# a busy machine is slow, not wrong
+settings.register_profile("gapg", deadline=None)
+settings.load_profile("gapg")
 
 
 @pytest.fixture(scope="session")

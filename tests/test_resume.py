@@ -75,9 +75,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[
         assert kill_after(process, killed, goal, rng.uniform(0.0, 0.25)), process.communicate()[1]
         said.append(process.communicate()[1] if process.stderr else "")
     last = start(killed, "--resume")
-    said.append(last.communicate(timeout=120)[1])
+    said.append(last.communicate(timeout=400)[1])
     assert last.returncode == 0, said[-1]
-    error = undisturbed.communicate(timeout=120)[1]
+    error = undisturbed.communicate(timeout=400)[1]
     assert undisturbed.returncode == 0, error
     return whole, killed, said
 
@@ -132,7 +132,7 @@ def test_a_running_run_keeps_others_out(tmp_path: Path) -> None:
             time.sleep(0.05)
         first.send_signal(signal.SIGSTOP)  # it keeps its lock, and leaves the processor to the other
         second = start(tmp_path / "run", "--resume")
-        _, error = second.communicate(timeout=60)
+        _, error = second.communicate(timeout=240)
         assert second.returncode == 2
         assert "another run is writing there" in error
         assert error.count("\n") == 1
