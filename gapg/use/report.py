@@ -56,21 +56,18 @@ def plot_run(folder: Path, summary: dict[str, Any], path: Path) -> None:
 
 def _methods(axis: Any, summary: dict[str, Any]) -> None:
     rows = [r for r in summary["rows"] if r["name"] != "cloud only"]
-    for row in rows:
-        ours = row["name"].startswith("GAPG")
-        colour = BLUE if ours else ORANGE if "router" in row["name"] else GREY
+    colours = plt.get_cmap("tab10")
+    for i, row in enumerate(rows):
         error = [[row["accuracy"] - row["accuracy_low"]], [row["accuracy_high"] - row["accuracy"]]]
-        axis.errorbar(row["call_fraction"], row["accuracy"], yerr=error, fmt="o", color=colour, capsize=3)
-        axis.annotate(
-            row["name"], (row["call_fraction"], row["accuracy"]), (6, 3), textcoords="offset points", fontsize=7
-        )
+        marker = "*" if row["name"].startswith("GAPG") else "o"
+        point = (row["call_fraction"], row["accuracy"])
+        axis.errorbar(*point, yerr=error, fmt=marker, color=colours(i % 10), capsize=3, label=row["name"])
     axis.axvline(summary["cloud_fraction"], color="black", linewidth=0.8, linestyle="--", label="cloud budget")
     cloud = next((r for r in summary["rows"] if r["name"] == "cloud only"), None)
     if cloud:
         axis.axhline(cloud["accuracy"], color=GREEN, linewidth=0.8, linestyle=":", label="cloud only")
     axis.set(xlabel="call fraction", ylabel="accuracy together", title="held-out problems, 95% intervals")
-    axis.margins(x=0.25)
-    axis.legend(loc="lower right", fontsize=8)
+    axis.legend(loc="center left", bbox_to_anchor=(0.12, 0.5), fontsize=7)
 
 
 def _curves(axis: Any, folder: Path, cloud_fraction: float) -> None:
