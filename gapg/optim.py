@@ -9,7 +9,7 @@ from gapg.config import OptimConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over every trainable parameter; fused, which on a CPU is also a third faster than foreach."""
+    """Fused AdamW over every trainable parameter."""
     params = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(params, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 

@@ -152,7 +152,7 @@ def set_threads(config: RunConfig, side_by_side: int = 1) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Tells glibc not to give freed blocks back to the kernel: mapping them anew took 13% of a small step."""
+    """Tells glibc not to give freed blocks back to the kernel: mapping them anew costs time in every small step."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Pr
 from gapg.rollout.records import Completion, HelpControl, Sampling
 
 COMPACT_BELOW = 0.75
-"""Rows are dropped once fewer than this part is alive: selecting rows of the cache costs about half a decode step."""
+"""Rows are dropped once fewer than this part is alive: selecting rows copies the cache."""
 
 
 class TransformersEngine:

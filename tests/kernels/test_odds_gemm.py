@@ -42,7 +42,7 @@ def in_its_own_process(script: str, argument: Path, *, interpret: bool) -> None:
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     path = tmp_path_factory.mktemp("interpreted") / "results.pt"
     in_its_own_process("tests/kernels/interpreted_cases.py", path, interpret=True)
-    results: dict[str, dict[str, Any]] = torch.load(path)
+    results: dict[str, dict[str, Any]] = torch.load(path, weights_only=True)
     return results
 
 
