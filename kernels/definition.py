@@ -12,7 +12,10 @@ and with ``c = d loss / d logp`` the gradient needs row scales only, never anoth
     dH = -a * (E @ W) + t * W[y]        dW = -E^T @ (a * h), plus t * h at row y        dbias = -E^T a, plus t at y
 
 A row whose target lies so far below the rest that ``E`` would leave the range takes ``b = max_j l_j - l_y`` instead.
+The entropy of the row's distribution needs one more sum, ``Q = sum_j E_j (l_j - l_y)``, and is ``-logp - Q / tot``.
 The derivation is written out in docs/kernels.md; the losses built on it are those of arXiv 2509.24050.
+
+float32 and bfloat16 inputs have float32 sums and results, float64 inputs float64 ones (for gradient checks).
 """
 
 from __future__ import annotations
@@ -32,12 +35,18 @@ REPAIR_GAP = 118 * 0.6931471805599453
 """Nats between the largest logit and the target's above which a row takes ``b = gap``: E would pass 2^60."""
 
 
+ENTROPY_BLOCK = 1 << 22
+"""Elements whose shifted logits are held a second time while the entropy is summed; 16 MiB of float32."""
+
+
 class RowOdds(NamedTuple):
-    """What one forward leaves per row: ``logprob``, ``odds`` (S) and ``unit`` (exp(-b)), each [C] float32."""
+    """What one forward leaves per row, [C] float32 each: ``logprob``, ``odds`` (S), ``unit`` (exp(-b)) and, when
+    asked for, ``entropy`` in nats. Float64 inputs give float64."""
 
     logprob: Tensor
     odds: Tensor
     unit: Tensor
+    entropy: Tensor | None = None
 
 
 def safe_targets(target: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
@@ -52,9 +61,9 @@ def guard_target_logits(logit: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, logit, other)
 
 
-def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` with an fp32 result and fp32 sums, for bf16 or fp32 factors."""
-    if a.dtype == torch.float32:
+def matmul_wide(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` with float32 result and sums for bfloat16 factors; in their own type for wider ones."""
+    if a.dtype != torch.bfloat16:
         return a @ b
     if a.device.type == "cpu":  # the CPU has no 16-bit GEMM with a wider result
         return a.float() @ b.float()
@@ -64,48 +73,71 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
 def scaled_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, out: Tensor | None = None
 ) -> Tensor:
-    """``(hidden @ weight^T + bias) / temperature``, [C, V] float32, in ``out`` if given (float32 inputs only)."""
+    """``(hidden @ weight^T + bias) / temperature``, [C, V] in a wide type; in ``out`` if given (not for bfloat16)."""
     scale = 1.0 / temperature
-    if hidden.dtype == torch.float32:
+    if hidden.dtype != torch.bfloat16:
         if out is None:
             out = hidden.new_empty(hidden.shape[0], weight.shape[0])
         if bias is None:
             return torch.addmm(out, hidden, weight.t(), beta=0.0, alpha=scale, out=out)
-        return torch.addmm(bias.float(), hidden, weight.t(), beta=scale, alpha=scale, out=out)
-    logits = matmul_fp32(hidden, weight.t())
+        return torch.addmm(bias.to(hidden.dtype), hidden, weight.t(), beta=scale, alpha=scale, out=out)
+    logits = matmul_wide(hidden, weight.t())
     if bias is not None:
         logits.add_(bias)
     return logits if temperature == 1.0 else logits.mul_(scale)
 
 
 def plain_odds(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: float, store: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    temperature: float,
+    store: Tensor | None,
+    entropy: bool = False,
 ) -> RowOdds:
     """One chunk's forward.
 
     Args:
-        hidden: [C, H] float32 or bfloat16.
+        hidden: [C, H] bfloat16, float32 or float64.
         weight: [V, H], hidden's dtype.
         bias: [V] or None.
         target: [C] int64.
         temperature: divides the logits.
         store: [C, V] of hidden's dtype, any row pitch; receives E. None: forward only.
+        entropy: also return each row's entropy; here it is a sum of two terms of one sign, to about 1e-6 nats wherever
+            the target lies.
     """
     index, valid = safe_targets(target, weight.shape[0])
     column = index[:, None]
-    x = scaled_logits(hidden, weight, bias, temperature, out=store if hidden.dtype == torch.float32 else None)
+    x = scaled_logits(hidden, weight, bias, temperature, out=None if hidden.dtype == torch.bfloat16 else store)
     target_logit = guard_target_logits(x.gather(1, column)[:, 0], target, valid)
     largest = x.amax(1)
     gap = largest - target_logit
     far = gap > REPAIR_GAP
     unit = torch.where(far, (-gap).exp(), UNIT)
-    # exp first, then the exact factor 2^-58: subtracting b in the exponent would round every element at b's size.
-    x.sub_(torch.where(far, largest, target_logit)[:, None]).exp_().mul_(torch.where(far, 1.0, UNIT)[:, None])
+    x.sub_(largest[:, None])
+    moment = exp_moment_(x) if entropy else None
+    if moment is None:
+        x.exp_()
+    # The shift to the target's odds is a factor, not part of the exponent, where it would round every element.
+    x.mul_(torch.where(far, 1.0, gap.exp() * UNIT)[:, None])
     x.scatter_(1, column, 0.0)
     odds = torch.where(gap.isnan(), gap, x.sum(1))  # with V = 1 the column just zeroed was the only NaN
     if store is not None and store.dtype != x.dtype:
         store.copy_(x)
-    return RowOdds(finish_logprob(odds, unit, gap, target), odds, unit)
+    h = None if moment is None else finish_entropy(moment, odds, unit, gap, target)
+    return RowOdds(finish_logprob(odds, unit, gap, target), odds, unit, h)
+
+
+def exp_moment_(x: Tensor) -> Tensor:
+    """Replace ``x`` [C, V] by exp(x) and return ``sum_j exp(x_j) x_j`` [C], to which an x of -inf adds nothing."""
+    rows = max(1, ENTROPY_BLOCK // x.shape[1])
+    moment = x.new_empty(x.shape[0])
+    for part, out in zip(x.split(rows), moment.split(rows), strict=True):
+        finite = part.clamp_min(torch.finfo(x.dtype).min)
+        torch.sum(finite.mul_(part.exp_()), 1, out=out)
+    return moment
 
 
 def finish_logprob(odds: Tensor, unit: Tensor, gap: Tensor, target: Tensor) -> Tensor:
@@ -115,42 +147,62 @@ def finish_logprob(odds: Tensor, unit: Tensor, gap: Tensor, target: Tensor) -> T
     return torch.where(target == IGNORE, 0.0, logprob)
 
 
+def finish_entropy(moment: Tensor, odds: Tensor, unit: Tensor, gap: Tensor, target: Tensor) -> Tensor:
+    """Entropies [C] in nats, from ``moment`` = sum_j exp(l_j - m) (l_j - m) over the whole row, m the largest logit.
+
+    With Z = sum_j exp(l_j - m) the entropy is log Z - moment / Z; neither term is negative, so nothing cancels.
+    """
+    total = (odds + unit) * torch.where(unit == UNIT, (-gap).exp() * (1.0 / UNIT), 1.0)
+    log_total = torch.where(gap > 0, total.log(), torch.log1p(odds * (1.0 / UNIT)))  # log1p: Z - 1 at low entropy
+    return torch.where(target == IGNORE, 0.0, (log_total - moment / total).clamp_min(0.0))
+
+
 class RowScales(NamedTuple):
-    """Row factors of the backward, [C] float32: ``spread`` = -a (on E) and ``pull`` = t (on the target's row)."""
+    """Row factors of the backward, [C]: ``spread`` = -a (on E) and ``pull`` = t (on the target's row)."""
 
     spread: Tensor
     pull: Tensor
 
 
 def row_scales(grad: Tensor, odds: Tensor, unit: Tensor, target: Tensor, temperature: float) -> RowScales:
-    """The factors -a and t from ``grad`` = d loss / d logp [C] float32; masked rows get 0 whatever their gradient."""
+    """The factors -a and t from ``grad`` = d loss / d logp [C]; masked rows get 0 whatever their gradient."""
     c = torch.where(target == IGNORE, 0.0, grad) * (1.0 / temperature)
     spread = c / (odds + unit)
     return RowScales(-spread, spread * odds)
 
 
 def hidden_gradient(e: Tensor, weight: Tensor, index: Tensor, scales: RowScales, dtype: torch.dtype) -> Tensor:
-    """dH [C, H] of one chunk, summed in float32 and rounded once to ``dtype``; ``e`` is [C, V]."""
-    grad = matmul_fp32(e, weight).mul_(scales.spread[:, None])
-    return grad.addcmul_(weight.index_select(0, index).float(), scales.pull[:, None]).to(dtype)
+    """dH [C, H] of one chunk, summed in a wide type and rounded once to ``dtype``; ``e`` is [C, V]."""
+    grad = matmul_wide(e, weight).mul_(scales.spread[:, None])
+    return grad.addcmul_(weight.index_select(0, index).to(grad.dtype), scales.pull[:, None]).to(dtype)
 
 
 def add_weight_gradient(total: Tensor | None, e: Tensor, hidden: Tensor, index: Tensor, scales: RowScales) -> Tensor:
-    """Add one chunk to dW [V, H] float32 (``total``; None starts it) and return it."""
+    """Add one chunk to dW [V, H] float32 or float64 (``total``; None starts it) and return it."""
     scaled = (hidden * scales.spread[:, None]).to(hidden.dtype)
     if total is None:
-        total = matmul_fp32(e.t(), scaled)
-    elif hidden.dtype == torch.float32 or hidden.device.type == "cpu":
-        total.addmm_(e.t().float(), scaled.float())
+        total = matmul_wide(e.t(), scaled)
+    elif hidden.dtype != torch.bfloat16 or hidden.device.type == "cpu":
+        total.addmm_(e.t().to(total.dtype), scaled.to(total.dtype))
     else:
         torch.ops.aten.addmm.dtype_out(total, e.t(), scaled, torch.float32, out=total)
     return add_rows(total, index, hidden * scales.pull[:, None])
 
 
 def add_bias_gradient(total: Tensor | None, e: Tensor, index: Tensor, scales: RowScales) -> Tensor:
-    """Add one chunk to dbias [V] float32 (``total``; None starts it) and return it."""
-    spread = matmul_fp32(e.t(), scales.spread[:, None].to(e.dtype))[:, 0]
+    """Add one chunk to dbias [V] float32 or float64 (``total``; None starts it) and return it."""
+    spread = matmul_wide(e.t(), scales.spread[:, None].to(e.dtype))[:, 0]
     return add_rows(spread if total is None else total.add_(spread), index, scales.pull)
+
+
+def patch_target(e: Tensor, index: Tensor, odds: Tensor) -> None:
+    """Write ``E[i, y_i] = -S_i`` into a stored chunk [C, V], for targets ``index`` [C] in range.
+
+    Then -a * (E @ W) and -E^T @ (a * h) hold the target's term as well, and the backward is called with ``pull`` = 0:
+    -a * -S = t. It saves the row gather and the ordered sum and rounds the term to E's dtype: in bfloat16 at high
+    entropy the gradient is then only as good as that of bfloat16 logits.
+    """
+    e.scatter_(1, index[:, None], -odds[:, None].to(e.dtype))
 
 
 def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:

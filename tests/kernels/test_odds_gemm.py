@@ -76,7 +76,7 @@ def test_the_kernel_against_float64(interpreted: dict[str, dict[str, Any]], name
     fine = (inputs.target == -100) | ((inputs.target >= 0) & (inputs.target < inputs.weight.shape[0]))
     assert got["logprob"][~fine].isnan().all()
     inputs = inputs._replace(hidden=inputs.hidden[fine], target=inputs.target[fine], grad=inputs.grad[fine])
-    ours = gradients(inputs, {key: value[fine] for key, value in got.items()})
+    ours = gradients(inputs, {key: value[fine] for key, value in got.items() if value is not None})
     want = truth(inputs)
     assert torch.allclose(ours.logprob.double(), want.logprob, rtol=2e-6, atol=2e-5)
     for mine, exact in zip(ours[1:], want[1:], strict=True):
