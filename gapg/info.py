@@ -58,6 +58,6 @@ def _device() -> str:
 
 
 def _kernel() -> str:
-    from gapg.kernels.linear_logprob import describe
+    from gapg.kernels.head import describe
 
     return describe(device())

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from gapg.kernels import definition
-from gapg.kernels.linear_logprob import _forward_op, _Plan, describe, linear_logprob
+from gapg.kernels.chunks import ChunkPlan
+from gapg.kernels.head import describe
+from gapg.kernels.linear_logprob import _forward_op, linear_logprob
 
 DTYPES = [torch.bfloat16, torch.float32]
 ROUNDING = {torch.bfloat16: 3e-3, torch.float32: 1e-5}
@@ -172,14 +174,14 @@ def test_targets_far_below_the_rest(gap: int, dtype: torch.dtype) -> None:
 
 def bytes_for(inputs: Inputs, rows: int, *, grad: bool = True) -> int:
     """The workspace that admits ``rows`` rows at a time and not one more."""
-    plan = _Plan.of(inputs.hidden, inputs.weight, 0, kernel=False)
+    plan = ChunkPlan.of(inputs.hidden, inputs.weight, 0, kernel=False)
     return rows * (plan.stored + plan.scratch if grad else max(plan.stored, plan.scratch))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kept_and_recomputed_odds_agree(dtype: torch.dtype) -> None:
     inputs = inputs_at(0.35, rows=600, width=32, vocab=700, dtype=dtype, bias=True, temperature=0.8)
-    plan = _Plan.of(inputs.hidden, inputs.weight, 0, kernel=False)
+    plan = ChunkPlan.of(inputs.hidden, inputs.weight, 0, kernel=False)
     want, kept = truth(inputs), run(fused(), inputs)
     assert plan._replace(workspace=2 << 30).fits(600)
     for rows in (1, 100, 257, 599):
@@ -198,7 +200,7 @@ def test_kept_and_recomputed_odds_agree(dtype: torch.dtype) -> None:
 def test_chunks_cover_the_rows_once_within_the_workspace(rows: int, kernel: bool, dtype: torch.dtype) -> None:
     hidden, weight = torch.empty(rows, 8, dtype=dtype, device="meta"), torch.empty(1000, 8, dtype=dtype, device="meta")
     for megabytes in (0.01, 1, 3, 50, 400):
-        plan = _Plan.of(hidden, weight, int(megabytes * 1e6), kernel=kernel)
+        plan = ChunkPlan.of(hidden, weight, int(megabytes * 1e6), kernel=kernel)
         for kept, store in [(True, True)] * plan.fits(rows) + [(False, True), (False, False)]:
             chunks = list(plan.chunks(rows, kept=kept, store=store))
             assert chunks[0].start == 0 and chunks[-1].stop == rows
@@ -307,7 +309,7 @@ def test_the_cuda_branches_run_on_the_meta_device(dtype: torch.dtype) -> None:
     hidden, weight = torch.empty(T, H, dtype=dtype, device="meta"), torch.empty(V, H, dtype=dtype, device="meta")
     bias, target = torch.empty(V, device="meta"), torch.empty(T, dtype=torch.long, device="meta")
     e = torch.empty(T, V + 24, dtype=dtype, device="meta")[:, :V]
-    logprob, odds, unit = definition.plain_odds(hidden, weight, bias, target, 0.7, e)
+    logprob, odds, unit, _ = definition.plain_odds(hidden, weight, bias, target, 0.7, e)
     scales = definition.row_scales(logprob, odds, unit, target, 0.7)
     index, _ = definition.safe_targets(target, V)
     assert definition.hidden_gradient(e, weight, index, scales, dtype).shape == (T, H)
@@ -330,7 +332,7 @@ def test_compiles_into_one_graph(workspace: int) -> None:
 def test_the_registered_operator_is_sound(keep: bool) -> None:
     inputs = inputs_at(2.0, rows=6, width=8, vocab=30, dtype=torch.float32, bias=True)
     hidden, weight = inputs.hidden.clone().requires_grad_(), inputs.weight.clone().requires_grad_()
-    torch.library.opcheck(_forward_op, (hidden, weight, inputs.target, inputs.bias, 0.7, 1 << 20, keep))
+    torch.library.opcheck(_forward_op, (hidden, weight, inputs.target, inputs.bias, 0.7, 1 << 20, keep, True))
 
 
 def test_what_it_refuses() -> None:
