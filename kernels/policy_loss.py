@@ -133,7 +133,7 @@ def summarize(stats: Sequence[Tensor] | Tensor) -> dict[str, float]:
         stats = torch.stack(list(stats)) if stats else torch.zeros(0, len(STATS))
     table = stats.detach().reshape(-1, len(STATS)).tolist()
     parts = {name: [row[i] for row in table] for i, name in enumerate(STATS)}
-    total = {name: sum(part) for name, part in parts.items()}
+    total = {name: sum(part, 0.0) for name, part in parts.items()}
     low, high = min(parts["ratio_min"], default=math.inf), max(parts["ratio_max"], default=-math.inf)
     rows, square = total["rows"], total["weight_square"]
     # squares beyond float32's range mean that one weight outweighs the rest: the bound, 1 of n

@@ -39,8 +39,8 @@ STATS = (
     "ratio_min",  # of exp(lp - old_logprob), without it exp(lp - rollout_logprob), without both 1
     "ratio_max",
 )
-"""The entries of `RowLosses.stats`. A NaN in kl, entropy, weight or ratio is left out of that entry (some engines give no
-log-probs); it still shows in ``loss`` where the loss depends on it."""
+"""The entries of `RowLosses.stats`. A NaN in kl, entropy, weight or ratio is left out of that entry (some engines give
+no log-probs); it still shows in ``loss`` where the loss depends on it."""
 
 
 class PolicyLossOptions(NamedTuple):
