@@ -1,0 +1,186 @@
+"""The policy loss by autograd in float64, one row at a time, and inputs that cross every option with every other."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gapg.kernels.policy_loss_definition import PolicyLossOptions, Rows
+
+CLIP, CAP, DENOMINATOR = (0.2, 0.28), 1.2, 37.5
+CHOICES = list(
+    itertools.product(
+        ["gapg", "grpo"],
+        ["no old", "old", "clip"],
+        ["no rollout", "rollout", "tis"],
+        ["no reference", "reference", "k2", "k3"],
+        [False, True],  # mask, coefficient and entropy
+    )
+)
+"""Every option crossed with every other."""
+
+
+def inputs_for(
+    choice: tuple[str, str, str, str, bool],
+    *,
+    rows: int = 37,
+    groups: int = 6,
+    samples: int = 5,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Rows, PolicyLossOptions]:
+    """Random rows for a choice of options. One group is all equal, one is absent but for one sample, and a fifth of the
+    rest is absent; no row points there. Log-probs differ enough that the clip and the cap bind on many rows. Rewards
+    are exact in binary, so that an advantage which should be 0 is, and its sign never is one of rounding."""
+    advantage, old, rollout, kl, extras = choice
+    g = torch.Generator().manual_seed(seed)
+    rewards = torch.randint(0, 4, (groups, samples), generator=g).to(dtype) * 0.25 - 0.125
+    rewards[torch.rand(groups, samples, generator=g) < 0.2] = float("nan")
+    rewards[0] = 0.3
+    rewards[-1, 1:] = float("nan")
+    rewards[-1, 0] = 0.7
+    cells = (~rewards.isnan()).nonzero()
+    group, sample = cells[torch.randint(0, len(cells), (rows,), generator=g)].unbind(1)
+    logprob = -2 * torch.rand(rows, generator=g, dtype=dtype)
+
+    def near() -> Tensor:
+        return logprob + 0.3 * torch.randn(rows, generator=g, dtype=dtype)
+
+    tensors = Rows(
+        logprob,
+        rewards,
+        group,
+        sample,
+        mask=torch.rand(rows, generator=g) < 0.8 if extras else None,
+        coefficient=torch.randn(rows, generator=g, dtype=dtype) if extras else None,
+        old_logprob=None if old == "no old" else near(),
+        rollout_logprob=None if rollout == "no rollout" else near(),
+        reference_logprob=None if kl == "no reference" else near(),
+        entropy=torch.rand(rows, generator=g, dtype=dtype) if extras else None,
+    )
+    options: Any = {
+        "advantage": advantage,
+        "clip": CLIP if old == "clip" else None,
+        "tis_cap": CAP if rollout == "tis" else None,
+        "kl": "k2" if kl == "k2" else "k3",
+        "kl_coef": 0.1 if kl in ("k2", "k3") else 0.0,
+    }
+    return tensors, PolicyLossOptions(**options)
+
+
+ALL = ("grpo", "clip", "tis", "k3", True)
+
+
+def cases() -> dict[str, tuple[Rows, PolicyLossOptions]]:
+    """Every choice of options; then the shapes, types and values that break kernels."""
+    crossed = {" ".join(map(str, choice)): inputs_for(choice) for choice in CHOICES}
+    base, options = inputs_for(ALL, rows=300)
+    odd = inputs_for(("gapg", "no old", "no rollout", "no reference", False), rows=8)[0]
+    odd = odd._replace(
+        group=torch.tensor([0, 5, 6, -1, 0, 0, 2**40, 1]), sample=torch.tensor([0, 1, 0, 0, 5, -1, 0, 0])
+    )
+    nan = base.logprob.clone()
+    nan[::7] = float("nan")
+    far = base.logprob - torch.linspace(-200, 200, 300)
+    every_second = base.logprob.repeat_interleave(2)[::2]
+    assert not every_second.is_contiguous()
+    close = base.logprob + torch.logspace(-6, 0, 300)
+    return crossed | {
+        "one row": inputs_for(ALL, rows=1),
+        "one sample": inputs_for(ALL, samples=1),
+        "one group": inputs_for(ALL, groups=1, samples=8),
+        "three samples": inputs_for(ALL, samples=3, rows=129),
+        "a large group": inputs_for(ALL, samples=21, groups=2, rows=128),
+        "many programs": inputs_for(ALL, rows=8451),
+        "all masked": (base._replace(mask=torch.zeros(300, dtype=torch.bool)), options),
+        "int32": (base._replace(group=base.group.int(), sample=base.sample.int()), options),
+        "float64 rewards": (base._replace(rewards=base.rewards.double()), options),
+        "strided": (base._replace(logprob=every_second, rewards=base.rewards.t().contiguous().t()), options),
+        "out of the table": (odd, PolicyLossOptions()),
+        "out of the table, grpo": (odd, PolicyLossOptions(advantage="grpo")),
+        "out of the table, masked": (odd._replace(mask=torch.arange(8) < 1), PolicyLossOptions()),
+        "NaN log-probs": (base._replace(logprob=nan), options),
+        "NaN rollout": (base._replace(rollout_logprob=nan), options),
+        "NaN rollout, only counted": (base._replace(rollout_logprob=nan), options._replace(tis_cap=None)),
+        "NaN reference and entropy": (base._replace(reference_logprob=nan, entropy=nan), options._replace(kl_coef=0.0)),
+        "far from the old policy": (base._replace(old_logprob=far), options),
+        "far from the engine": (base._replace(rollout_logprob=far), options),
+        "near the reference": (base._replace(reference_logprob=close), options),
+    }
+
+
+def part(rows: Rows, index: Any) -> Rows:
+    return Rows(*(x if x is None or field == "rewards" else x[index] for field, x in rows._asdict().items()))
+
+
+def the_advantage(rewards: list[float], sample: int, kind: str) -> float:
+    present = [r for r in rewards if not math.isnan(r)]
+    others = [r for i, r in enumerate(rewards) if i != sample and not math.isnan(r)]
+    if not others or min(present) == max(present):
+        return 0.0
+    if kind == "gapg":
+        return rewards[sample] - statistics.fmean(others)
+    return (rewards[sample] - statistics.fmean(present)) / (statistics.stdev(present) + 1e-4)
+
+
+def truth(rows: Rows, options: PolicyLossOptions) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Loss [T] and its gradient [T] by autograd in float64, one row at a time, and the summary counted along."""
+    table = rows.rewards.double().tolist()
+    lp_T = rows.logprob.double().requires_grad_()
+    losses, kls, weights, ratios, clipped, cut = [], [], [], [], [0, 0], 0
+
+    def at(x: Tensor | None, t: int) -> Tensor | None:
+        return None if x is None else x[t].double()
+
+    for t, lp in enumerate(lp_T.unbind()):
+        if rows.mask is not None and not rows.mask[t]:
+            losses.append(0 * lp)
+            continue
+        A = the_advantage(table[int(rows.group[t])], int(rows.sample[t]), options.advantage)
+        old, rollout, ref = at(rows.old_logprob, t), at(rows.rollout_logprob, t), at(rows.reference_logprob, t)
+        objective = A * lp
+        if old is not None:
+            objective = unclipped = A * (lp - old).exp()
+            if options.clip is not None:
+                inside = (lp - old).exp().clamp(1 - options.clip[0], 1 + options.clip[1])
+                objective = torch.minimum(unclipped, A * inside)
+                if objective < unclipped:
+                    clipped[int(A > 0)] += 1
+        if options.tis_cap is not None and rollout is not None:
+            w = ((lp if old is None else old) - rollout).exp().item()
+            cut += w > options.tis_cap
+            objective = objective * min(w, options.tis_cap)
+        loss = -objective
+        if ref is not None:
+            kl = (lp - ref) ** 2 / 2 if options.kl == "k2" else (ref - lp).exp() - (ref - lp) - 1
+            kls.append(kl.item())
+            loss = loss + options.kl_coef * kl
+        factor = 1.0 if rows.coefficient is None else float(rows.coefficient[t])
+        losses.append(factor * loss / DENOMINATOR)
+        behaviour = rollout if rollout is not None else old if old is not None else lp
+        weights.append((lp - behaviour).exp().item())
+        ratios.append((lp - (old if old is not None else behaviour)).exp().item())
+    loss_T = torch.stack(losses)
+    (grad_T,) = torch.autograd.grad(loss_T.sum(), lp_T)
+    n = len(weights)
+    summary = {
+        "rows": n,
+        "loss": loss_T.sum().item(),
+        "clip_fraction": sum(clipped) / n,
+        "clip_low_fraction": clipped[0] / n,
+        "clip_high_fraction": clipped[1] / n,
+        "tis_fraction": cut / n,
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "ess": sum(weights) ** 2 / (n * sum(w * w for w in weights)),
+    }
+    if kls:
+        summary["kl"] = statistics.fmean(kls)
+    if rows.entropy is not None:
+        summary["entropy"] = (rows.entropy if rows.mask is None else rows.entropy[rows.mask]).double().mean().item()
+    return loss_T.detach(), grad_T, summary
