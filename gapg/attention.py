@@ -3,25 +3,26 @@
     attention.register()
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention.NAME)
     model(input_ids, position_ids=position_ids, use_cache=False, **attention.packed_arguments(cu_seqlens, max_length))
+    model(input_ids, position_ids=position_ids, use_cache=False, **attention.shared_arguments(layout))
 
-Given cu_seq_lens_q, each sequence of the one packed row attends causally to itself; without it (generation, serving)
-the model behaves exactly as with transformers' own "sdpa", padding masks included. The backends for packed rows:
+Given cu_seq_lens_q, each sequence of the one packed row attends causally to itself. Given shared_prompts, the row holds
+each prompt once, before all responses, and a response attends to its prompt and causally to itself
+(`gapg.kernels.shared_prompt_attention`). With neither (generation, serving) the model behaves exactly as with
+transformers' own "sdpa", padding masks included. The backends for packed rows:
 
-| device, dtype                    | backend                                                             |
-|----------------------------------|---------------------------------------------------------------------|
-| CUDA sm_80+, bfloat16 or float16 | flash-attn when installed, else PyTorch's own FlashAttention        |
-| meta, bfloat16 or float16        | the latter: shapes and counted work of the real route               |
-| CPU; CUDA in float32 or older    | scaled_dot_product_attention, sequences of equal length batched     |
+| device, dtype                    | backend                                                                         |
+|----------------------------------|---------------------------------------------------------------------------------|
+| CUDA sm_80+, bfloat16 or float16 | flash-attn 4, 3 or 2, the first that is installed and fits; else PyTorch's own   |
+| meta, bfloat16 or float16        | PyTorch's own FlashAttention: shapes and counted work of the real route         |
+| CPU; CUDA in float32 or older    | scaled_dot_product_attention, sequences of equal length batched                 |
 
 The last is right everywhere, but on CUDA it waits for the device and is slow where lengths differ: use bfloat16.
 The type that counts is autocast's where that is on, for packed rows as for scaled_dot_product_attention itself:
 under autocast a float32 model's rotary embedding makes float32 queries and keys, but its projection 16-bit values.
 """
 
-from collections.abc import Callable
-from functools import cache, cached_property, lru_cache
-from itertools import pairwise
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -29,10 +30,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "gapg_varlen"
+from gapg.kernels import equal_lengths, flash
+from gapg.kernels.shared_prompt_attention import SharedPrompts, shared_prompt_attention
 
-_aten = torch.ops.aten
-_HALVES = (torch.bfloat16, torch.float16)
+NAME = "gapg_varlen"
 
 
 def register() -> None:
@@ -60,6 +61,16 @@ def packed_arguments(cu_seqlens: torch.Tensor, max_length: int) -> dict[str, Any
     }
 
 
+def shared_arguments(layout: SharedPrompts) -> dict[str, Any]:
+    """The same for a row in which responses share their prompts; the layout is on the model's device.
+
+    Without cu_seq_lens_q: a model that does not hand unknown keywords on to its attention is then refused, and not
+    computed as if its responses had no prompts.
+    """
+    mask = layout.cu_segments.new_empty((1, 1, 0, 0), dtype=torch.bool)
+    return {"attention_mask": mask, "shared_prompts": layout}
+
+
 def describe(device: torch.device | str) -> str:
     """Which backend packed rows get on this device, and why, in one line."""
     device = torch.device(device)
@@ -70,10 +81,9 @@ def describe(device: torch.device | str) -> str:
     fallback = "scaled_dot_product_attention, sequences of equal length batched"
     if device.type != "cuda":
         return f"{fallback} (there is no varlen kernel for {device.type})"
-    if not _has_flash(device):
+    if not flash.has_flash(device):
         return f"{fallback} (FlashAttention needs sm_80 or newer)"
-    function, why = _flash_attn()
-    return f"{'flash-attn' if function else 'PyTorch FlashAttention'} ({why}); in float32 {fallback}"
+    return f"{flash.describe(device)}; in float32 {fallback}"
 
 
 def attention_forward(
@@ -88,6 +98,7 @@ def attention_forward(
     cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
+    shared_prompts: SharedPrompts | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The function transformers calls in every layer; see the module's docstring.
@@ -98,6 +109,7 @@ def attention_forward(
         attention_mask: ignored when packed.
         cu_seq_lens_q: [sequences + 1] int32; given, the row is packed. cu_seq_lens_k must be the same, or None.
         max_length_q: the longest sequence; the CUDA kernels need it, the CPU does not.
+        shared_prompts: given, the row is packed as it says, and cu_seq_lens_q must not be given.
 
     Returns:
         ([B, T, Hq, D], None).
@@ -108,21 +120,27 @@ def attention_forward(
             is named.
     """
     _refuse_variants(kwargs)
-    if cu_seq_lens_q is None:
+    if cu_seq_lens_q is None and shared_prompts is None:
         mask = attention_mask.tensor if isinstance(attention_mask, _DeferredMask) else attention_mask
         if mask is not None and mask.numel() == 0:
-            raise ValueError("an empty attention mask without cu_seq_lens_q: pass all of packed_arguments(...)")
+            raise ValueError(
+                "an empty attention mask without cu_seq_lens_q or shared_prompts: pass all of packed_arguments(...) or "
+                "shared_arguments(...), to a model that hands them on to its attention"
+            )
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
-    _check_row(module, query, key, value, cu_seq_lens_q, cu_seq_lens_k)
+    _check_row(module, query, key, value)
     if dropout > 0:
         raise ValueError(f"packed attention has no dropout, but got {dropout}: set attention_dropout=0.0 in the config")
-    window = kwargs.get("sliding_window")
-    if window is not None and (max_length_q is None or max_length_q > window):
-        raise ValueError(
-            f"sequences of up to {max_length_q} tokens do not fit the model's sliding window of {window}, which packed "
-            'attention cannot do: shorten the sequences, or set config.layer_types to all "full_attention"'
-        )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if shared_prompts is not None:
+        if cu_seq_lens_q is not None:
+            raise ValueError("a row has either cu_seq_lens_q or shared_prompts: pass shared_arguments(...) alone")
+        _check_window(kwargs.get("sliding_window"), shared_prompts.max_sequence)
+        return shared_prompt_attention(q, k, v, shared_prompts, scaling)[None], None
+    assert cu_seq_lens_q is not None
+    if cu_seq_lens_k is not None and cu_seq_lens_k.shape != cu_seq_lens_q.shape:
+        raise ValueError("cu_seq_lens_k must equal cu_seq_lens_q: packed attention is self-attention")
+    _check_window(kwargs.get("sliding_window"), max_length_q)
     return packed_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling)[None], None
 
 
@@ -150,123 +168,32 @@ def packed_attention(
         ValueError: q, k and v of different types; head sizes or types the CUDA kernels lack, max_length missing there;
             cu_seqlens of another type or total.
     """
-    q, k, v = _one_type(q, k, v)
+    q, k, v = flash.one_type(q, k, v)
     if cu_seqlens.dtype != torch.int32:
         raise ValueError(f"cu_seqlens must be int32, not {cu_seqlens.dtype}: pass cu_seqlens.int()")
-    if q.device.type == "meta" or (q.dtype in _HALVES and _has_flash(q.device)):
-        return _flash(q, k, v, cu_seqlens, max_length, scale)
-    plan = _plan(tuple(cu_seqlens.tolist()), q.shape[0], q.device)
-    return _grouped(q, k, v, plan, scale)
+    if q.device.type == "meta" or (q.dtype in flash.HALVES and flash.has_flash(q.device)):
+        if q.dtype not in flash.HALVES:  # only on meta, which must not accept what CUDA would send the other way
+            raise ValueError(f"FlashAttention needs bfloat16 or float16, not {q.dtype}: compute in bfloat16")
+        if max_length is None:
+            raise ValueError("packed attention on CUDA needs max_length_q: pass packed_arguments(...)")
+        lengths = flash.Lengths(cu_seqlens, cu_seqlens, max_length, max_length, causal=True)
+        return flash.packed(q, k, v, lengths, q.shape[-1] ** -0.5 if scale is None else scale)
+    return _grouped(q, k, v, equal_lengths.plan(tuple(cu_seqlens.tolist()), q.shape[0], q.device), scale)
 
 
-def _one_type(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What autocast does to the inputs of scaled_dot_product_attention, and not to the kernels called here."""
-    kind = q.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        low = torch.get_autocast_dtype(kind)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(low) for x in (q, k, v))
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(
-            f"queries are {q.dtype}, keys {k.dtype} and values {v.dtype}: run the model under torch.autocast, "
-            "or load it in one type"
-        )
-    return q, k, v
-
-
-# --- CUDA ------------------------------------------------------------------------------------------------------------
-
-
-def _flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, longest: int | None, scale: float | None
+def _grouped(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: equal_lengths.Plan, scale: float | None
 ) -> torch.Tensor:
-    if q.dtype not in _HALVES:  # only on meta, which must not accept what CUDA would send the other way
-        raise ValueError(f"FlashAttention needs bfloat16 or float16, not {q.dtype}: compute in bfloat16")
-    head_dim = q.shape[-1]
-    if head_dim > 256 or head_dim % 8 != 0:
-        raise ValueError(
-            f"FlashAttention needs a head size that is a multiple of 8 and at most 256, not {head_dim}: "
-            "compute in float32, which does not use it"
-        )
-    if longest is None:
-        raise ValueError("packed attention on CUDA needs max_length_q: pass packed_arguments(...)")
-    flash_attn, _ = _flash_attn()
-    if flash_attn is not None and q.is_cuda:
-        return flash_attn(q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True)
-    # No autograd.Function: PyTorch knows this op's backward, which takes the saved log-sum-exp.
-    out, *_ = _aten._flash_attention_forward(q, k, v, cu, cu, longest, longest, 0.0, True, False, scale=scale)
-    return out
-
-
-@cache
-def _flash_attn() -> tuple[Callable[..., torch.Tensor] | None, str]:
-    """flash-attn's varlen function, or None; and why."""
-    try:
-        import flash_attn
-        from flash_attn import flash_attn_varlen_func
-    except ImportError as error:
-        return None, f"flash-attn: {error}"
-    return flash_attn_varlen_func, f"flash-attn {flash_attn.__version__} is installed"
-
-
-@cache
-def _has_flash(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-# --- sequences of equal length, batched ------------------------------------------------------------------------------
-
-
-class _Plan(NamedTuple):
-    """Packed tokens sorted by their sequence's length, so that equal lengths lie together as one batch."""
-
-    order: torch.Tensor
-    """[T] where the sorted tokens come from"""
-    inverse: torch.Tensor
-    """[T] where the packed tokens went"""
-    groups: tuple[tuple[int, int], ...]
-    """(sequences, their length), in sorted order"""
-
-    def split(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """[T, H, D], sorted, as one [sequences, H, length, D] view per group."""
-        pieces = x.split([count * length for count, length in self.groups])
-        return [
-            piece.view(count, length, *x.shape[1:]).transpose(1, 2)
-            for piece, (count, length) in zip(pieces, self.groups, strict=True)
-        ]
-
-    def join(self, pieces: list[torch.Tensor]) -> torch.Tensor:
-        """Undoes split, and the sorting."""
-        flat = [piece.transpose(1, 2).reshape(-1, piece.shape[1], piece.shape[3]) for piece in pieces]
-        return torch.cat(flat).index_select(0, self.inverse)
-
-
-@lru_cache(maxsize=64)  # keyed by the values, so every layer of a micro-batch finds it, and nothing can go stale
-def _plan(cu_seqlens: tuple[int, ...], tokens: int, device: torch.device) -> _Plan:
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or any(b < a for a, b in pairwise(cu_seqlens)):
-        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}: got {list(cu_seqlens)[:8]}…")
-    lengths = torch.tensor(cu_seqlens).diff()
-    by_length = torch.argsort(lengths, stable=True)
-    sorted_lengths = lengths[by_length]
-    shift = torch.tensor(cu_seqlens)[by_length] - (sorted_lengths.cumsum(0) - sorted_lengths)
-    order = torch.arange(tokens) + shift.repeat_interleave(sorted_lengths)
-    values, counts = sorted_lengths[sorted_lengths > 0].unique_consecutive(return_counts=True)
-    groups = tuple(zip(counts.tolist(), values.tolist(), strict=True)) or ((0, 1),)
-    return _Plan(order.to(device), torch.argsort(order).to(device), groups)
-
-
-def _grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: _Plan, scale: float | None) -> torch.Tensor:
     """Sorts the sequences by length and attends once per distinct length, without padding or masks.
 
     On the CPU this reaches PyTorch's FlashAttention. On 256 sequences of 18-31 tokens it was faster than a call per
-    sequence and than one call on padded sequences, and an autograd.Function around it all gained nothing more. Split,
-    never slice: autograd's backward of a slice fills a whole tensor, once per slice. Where lengths rarely repeat, this
-    becomes a call per sequence, whose overhead long sequences do not feel.
+    sequence and than one call on padded sequences, and an autograd.Function around it all gained nothing more. Where
+    lengths rarely repeat, this becomes a call per sequence, whose overhead long sequences do not feel.
     """
-    inputs = [plan.split(x.index_select(0, plan.order)) for x in (q, k, v)]
     gqa = q.shape[1] != k.shape[1]
     outs = [
         scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
-        for query, key, value in zip(*inputs, strict=True)
+        for query, key, value in zip(plan.split(q), plan.split(k), plan.split(v), strict=True)
     ]
     return plan.join(outs)
 
@@ -303,13 +230,19 @@ def _refuse_variants(kwargs: dict[str, Any]) -> None:
             )
 
 
+def _check_window(window: int | None, longest: int | None) -> None:
+    if window is not None and (longest is None or longest > window):
+        raise ValueError(
+            f"sequences of up to {longest} tokens do not fit the model's sliding window of {window}, which packed "
+            'attention cannot do: shorten the sequences, or set config.layer_types to all "full_attention"'
+        )
+
+
 def _check_row(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    cu_seqlens_k: torch.Tensor | None,
 ) -> None:
     if query.shape[0] != 1:
         raise ValueError(f"a packed batch is one row, not {query.shape[0]}: concatenate the sequences")
@@ -317,7 +250,5 @@ def _check_row(
         raise ValueError("a packed row cannot continue a cache: pass use_cache=False and no past_key_values")
     if value.shape[3] != query.shape[3]:
         raise ValueError("keys and values of different sizes cannot be packed: choose a model whose heads agree")
-    if cu_seqlens_k is not None and cu_seqlens_k.shape != cu_seqlens.shape:
-        raise ValueError("cu_seq_lens_k must equal cu_seq_lens_q: packed attention is self-attention")
     if not getattr(module, "is_causal", True):
         raise ValueError("packed attention is causal, and this module is not: choose a causal language model")

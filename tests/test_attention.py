@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from gapg import attention
+from gapg.kernels import equal_lengths
 
 attention.register()
 attention.register()  # must change nothing
@@ -314,7 +315,7 @@ def test_describe_says_which_backend_and_why() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_autocast_reaches_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_plan", None)  # the other route would call it
+    monkeypatch.setattr(equal_lengths, "plan", None)  # the other route would call it
     model = build(CONFIGS["qwen2"], attention.NAME).cuda()
     batch = packed(LENGTHS, "cuda")
     with torch.autocast("cuda", torch.bfloat16):

@@ -8,7 +8,7 @@ GPU, raises DataDependentOutputException.
 
 1. Fake tensors on "cuda" show which route CUDA's autocast leads to. A CPU build can do no more with them: autograd and
    indexing ask for a device guard that it lacks.
-2. Fake tensors on "cpu" therefore carry the whole update, under the CPU's autocast and with `_has_flash` saying yes.
+2. Fake tensors on "cpu" therefore carry the whole update, under the CPU's autocast and with `has_flash` saying yes.
    That this is CUDA's autocast too is checked, not assumed: only operators that both treat alike see a 16-bit tensor.
 3. Real tensors on the CPU compare packed rows under autocast with one sequence at a time.
 """
@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from gapg import attention
 from gapg.batching import Example, PackedBatch, packed_batches
+from gapg.kernels import flash
 from gapg.policy import response_logprobs
 
 attention.register()
@@ -77,8 +78,8 @@ def tensors(values: Any) -> list[torch.Tensor]:
 @pytest.fixture
 def flash_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every device has PyTorch's FlashAttention, and flash-attn is not installed."""
-    monkeypatch.setattr(attention, "_has_flash", lambda device: True)
-    monkeypatch.setattr(attention, "_flash_attn", lambda: (None, "not installed"))
+    monkeypatch.setattr(flash, "has_flash", lambda device: True)
+    monkeypatch.setattr(flash, "best", lambda device, head_dim: flash.ATEN)
 
 
 # --- 1. CUDA's autocast, at the attention ----------------------------------------------------------------------------
