@@ -146,7 +146,7 @@ TERMS = {
 }
 """Every term, and its heading in the table."""
 
-HIDDEN_TERMS = {"exponentials", "logits or E written", "logits or E read"}
+HIDDEN_TERMS = ("exponentials", "logits or E written", "logits or E read")
 
 
 def terms(head: Head, shape: Shape, card: Card, workspace: int = DEFAULT_WORKSPACE) -> dict[str, float]:
