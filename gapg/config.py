@@ -115,6 +115,32 @@ class RewardConfig(Section):
         return self
 
 
+class LossConfig(Section):
+    """The policy loss; the defaults are the paper's estimator, everything else is an option from GRPO's family."""
+
+    advantage: Literal["gapg", "grpo"] = "gapg"
+    """`gapg`: reward less the mean of the group's others. `grpo`: divided by the group's standard deviation."""
+    aggregation: Literal["sequence_sum", "token_mean"] = "sequence_sum"
+    """`sequence_sum`: log pi of whole responses, the true gradient. `token_mean`: every token alike (DAPO)."""
+    epochs: Count = 1
+    """Optimizer steps per batch of responses; from the second on the ratio to the policy that sampled counts."""
+    clip: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0)]] | None = None
+    """[low, high]: a token whose ratio leaves [1 - low, 1 + high] the way its advantage pushes has no gradient."""
+    tis_cap: Annotated[float, Field(gt=0)] | None = None
+    """Truncated importance sampling: weigh tokens by min(pi / pi_engine, cap), for an engine that differs."""
+    kl: Literal["k2", "k3"] = "k3"
+    kl_coef: Annotated[float, Field(ge=0)] = 0.0
+    """KL penalty to the policy the run started from, which is then kept in memory too."""
+    entropy: bool = False
+    """Also log the policy's entropy over the tokens trained on."""
+
+    @model_validator(mode="after")
+    def _useful(self) -> LossConfig:
+        if self.clip is not None and self.epochs == 1:
+            raise ValueError("loss.clip does nothing in one epoch, whose ratio is 1: set loss.epochs to 2 or more")
+        return self
+
+
 class BudgetConfig(Section):
     cloud_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
     """Part of the problems that may go to the cloud. (The filter's rho, calls per local answer, follows from it.)"""
@@ -197,6 +223,7 @@ class RunConfig(Section):
     warm_start: WarmStartConfig | None = None
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
+    loss: LossConfig = LossConfig()
     budget: BudgetConfig = BudgetConfig()
     oracle: OracleConfig = OracleConfig()
     optim: OptimConfig = OptimConfig(lr=5e-6)

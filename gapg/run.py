@@ -47,6 +47,7 @@ class Run:
     task: Task
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
+    reference: PreTrainedModel | None
     optimizer: torch.optim.Optimizer
     engine: Engine
     oracle: Oracle
@@ -130,6 +131,7 @@ def build_run(config: RunConfig, folder: Path, task: Task, model_path: Path | No
         task=task,
         tokenizer=tokenizer,
         model=model,
+        reference=_reference(config, tokenizer, model_path) if config.loss.kl_coef else None,
         optimizer=optimizer,
         engine=engine,
         oracle=oracle,
@@ -141,6 +143,13 @@ def build_run(config: RunConfig, folder: Path, task: Task, model_path: Path | No
         tracker=Tracker(folder, state.step if last else -1, tensorboard=config.tensorboard, wandb=config.wandb),
         state=state,
     )
+
+
+def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_path: Path | None) -> PreTrainedModel:
+    """The policy as it was before the first step, frozen; also for a run that goes on from a checkpoint."""
+    path = config.model.path if model_path is None else str(model_path)
+    model = load_model(config.model.model_copy(update={"path": path}), tokenizer, config.seed)
+    return model.eval().requires_grad_(False)
 
 
 def set_threads(config: RunConfig, side_by_side: int = 1) -> None:

@@ -5,23 +5,26 @@
 
 What is left out of GRPO, and why: no std scaling and no length mean (log pi(y|x) is the sum over the response's tokens,
 so the estimator is the true policy gradient of the expected reward), no ratio and no clip (one update per fresh batch),
-no KL to a reference. What is added: a response may end by calling the cloud, which pays alpha_c < alpha_a if the cloud
-is right; the filter chooses which prompts a step learns from; the controller moves alpha_c to hold the cloud budget.
+no KL to a reference; `loss` in the config brings each of them back. What is added: a response may end by calling the
+cloud, which pays alpha_c < alpha_a if the cloud is right; the filter chooses which prompts a step learns from; the
+controller moves alpha_c to hold the cloud budget.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from gapg.advantage import loss_weights
 from gapg.batching import Example, packed_batches
+from gapg.config import LossConfig
 from gapg.filtering import Selection, select
 from gapg.judge import Group, Outcome
+from gapg.kernels.policy_loss import PolicyLossOptions, group_advantages, summarize
 from gapg.optim import clip_and_step, learning_rate
-from gapg.policy import response_logprobs
+from gapg.policy import response_logprobs, response_loss
 from gapg.run import Run, Validate
 from gapg.seeding import derive
 from gapg.tracking import Display, warn
@@ -85,19 +88,13 @@ def train_step(run: Run) -> dict[str, Any]:
     selection = select(groups, config.budget.exact_rho if config.budget.filter else None, rng)
 
     alpha_c = run.controller.alpha_c if config.budget.controller else config.reward.alpha_c
-    examples = []
-    for group in selection.kept:
-        group_rewards = run.reward(group, config.reward.alpha_a, alpha_c, config.reward.alpha_f)
-        weights = loss_weights(group_rewards, len(selection.kept))
-        ids = ids_of[group.prompt.id]
-        examples += [
-            Example(ids, completion.token_ids, weight, completion.logprobs)
-            for completion, weight in zip(group.completions, weights, strict=True)
-            if weight != 0  # exact: without a KL term its gradient is zero
-        ]
-
+    rewards_PG = torch.tensor(
+        [run.reward(g, config.reward.alpha_a, alpha_c, config.reward.alpha_f) for g in selection.kept]
+    )
     with run.phases("update"):
-        update = _update(run, examples, step=bool(selection.kept))
+        examples = _examples(config.loss, selection.kept, rewards_PG, ids_of)
+        tokens = sum(len(c.token_ids) for g in selection.kept for c in g.completions)
+        update = _update(run, examples, rewards_PG, tokens)
     with run.phases("sync"):
         run.engine.sync(run.model.state_dict())
 
@@ -109,28 +106,67 @@ def train_step(run: Run) -> dict[str, Any]:
     return row
 
 
-def _update(run: Run, examples: list[Example], *, step: bool) -> dict[str, Any]:
-    """loss = sum_i c_i log pi(y_i | x_i) over packed micro-batches, then one optimizer step (none for an empty D)."""
-    config = run.config
-    device, compute = run.model.device, getattr(torch, config.model.dtype)
-    gaps = [torch.zeros((), device=device)]
-    for batch in packed_batches(examples, config.token_cap, device):
-        logprob = response_logprobs(run.model, batch, config.rollout.temperature, compute)
-        (batch.weight * logprob).sum().backward()
-        gaps.append((logprob.detach() - batch.rollout_logprob).abs().max())
-    lr, norm = learning_rate(config.optim, run.state.step, config.steps), 0.0
-    if step:
+def _examples(
+    loss: LossConfig, kept: Sequence[Group], rewards_PG: torch.Tensor, ids_of: Mapping[str, Sequence[int]]
+) -> list[Example]:
+    """The responses of D that have a gradient: all under a KL penalty, else those whose advantage is not exactly 0."""
+    if not kept:
+        return []
+    matters = (group_advantages(rewards_PG, loss.advantage) != 0) | bool(loss.kl_coef)
+    return [
+        Example(ids_of[g.prompt.id], c.token_ids, rollout_logprobs=c.logprobs, group=p, sample=i)
+        for p, g in enumerate(kept)
+        for i, c in enumerate(g.completions)
+        if matters[p, i]
+    ]
+
+
+def _update(run: Run, examples: list[Example], rewards_PG: torch.Tensor, tokens: int) -> dict[str, Any]:
+    """The loss over packed micro-batches and one optimizer step an epoch (none for an empty D)."""
+    config, loss = run.config, run.config.loss
+    forward = {"temperature": config.rollout.temperature, "compute": getattr(torch, config.model.dtype)}
+    denominator = max(1, tokens if loss.aggregation == "token_mean" else rewards_PG.numel())
+    batches = packed_batches(examples, config.token_cap, run.model.device)
+    with torch.no_grad():
+        reference = [None if run.reference is None else response_logprobs(run.reference, b, **forward) for b in batches]
+    old: list[torch.Tensor | None] = [None] * len(batches)
+    lr, norms, stats = learning_rate(config.optim, run.state.step, config.steps), [0.0], []
+    gaps = [torch.zeros((), device=run.model.device)]
+    for epoch in range(loss.epochs if len(rewards_PG) else 0):
+        for i, batch in enumerate(batches):
+            clip = loss.clip if epoch else None  # the first epoch's ratio is 1
+            options = PolicyLossOptions(loss.advantage, clip, loss.tis_cap, loss.kl, loss.kl_coef)
+            out = response_loss(
+                run.model, batch, rewards_PG, denominator, options, **forward,
+                old_logprob=old[i], reference_logprob=reference[i], with_entropy=loss.entropy,
+            )  # fmt: skip
+            out.loss.backward()
+            stats.append(out.stats)
+            if epoch == 0:
+                old[i] = out.logprob if loss.epochs > 1 else None
+                gaps.append((out.logprob - batch.rollout_logprob).abs().max())
         for param in run.model.parameters():
             if param.requires_grad and param.grad is None:  # every advantage was zero: a step with a zero gradient
                 param.grad = torch.zeros_like(param)
-        norm = float(clip_and_step(run.optimizer, lr, config.optim.grad_clip))
+        norms.append(float(clip_and_step(run.optimizer, lr, config.optim.grad_clip)))
     return {
         "lr": lr,
-        "grad_norm": norm,
-        "clipped": int(norm > config.optim.grad_clip),
+        "grad_norm": norms[-1],
+        "clipped": sum(norm > config.optim.grad_clip for norm in norms),
         "logprob_gap": float(torch.stack(gaps).max()),
         "tokens_trained": sum(len(e.prompt_ids) + len(e.response_ids) for e in examples),
+        **{f"policy/{name}": value for name, value in summarize(stats).items() if name in _shown(loss)},
     }
+
+
+def _shown(loss: LossConfig) -> set[str]:
+    """The loss's statistics that say something; ratio and ess are to the engine's log-probs in a step's first epoch."""
+    clip = {"clip_fraction"} if loss.clip else set()
+    return (
+        {"loss", "ratio_min", "ratio_max", "ess", "kl", "entropy"}
+        | clip
+        | ({"tis_fraction"} if loss.tis_cap else set())
+    )
 
 
 def _metrics(run: Run, groups: list[Group], selection: Selection) -> dict[str, Any]:

@@ -14,15 +14,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg.advantage import advantages, loss_weights
 from gapg.batching import Example, packed_batches
 from gapg.filtering import select
 from gapg.judge import Group, Outcome, rewards
+from gapg.kernels.policy_loss import group_advantages
 from gapg.policy import response_logprobs
 from gapg.rollout.records import Completion
 from gapg.tasks.base import Prompt
 
 Floats = np.ndarray
+
+
+def advantages(rewards: Sequence[float]) -> list[float]:
+    """What a step uses, r_i minus the mean of the others, of one group."""
+    return group_advantages(torch.tensor([rewards], dtype=torch.float64))[0].tolist()
+
+
+def loss_weights(rewards: Sequence[float], prompts_in_batch: int) -> list[float]:
+    """c_i with loss = sum_i c_i log pi(y_i | x), as the trainer's defaults have it: the mean over |D| G sequences."""
+    return [-a / (len(rewards) * prompts_in_batch) for a in advantages(rewards)]
 
 
 def softmax(theta: Floats) -> Floats:

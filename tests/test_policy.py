@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,11 +22,11 @@ from transformers import (
 )
 
 from gapg import attention
-from gapg.advantage import loss_weights
 from gapg.batching import Example, packed_batches
 from gapg.config import ConfigError, ModelConfig
+from gapg.kernels.policy_loss import PolicyLossOptions, group_advantages
 from gapg.model import load_model
-from gapg.policy import check_supported, response_logprobs
+from gapg.policy import check_supported, response_logprobs, response_loss
 
 CPU = torch.device("cpu")
 VOCAB = 60
@@ -104,22 +105,73 @@ def assert_same_gradient(a: PreTrainedModel, b: PreTrainedModel, tolerance: floa
         torch.testing.assert_close(p.grad, q.grad, atol=tolerance * scale, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_leaving_out_zero_advantages_changes_no_gradient(make_model: Callable[..., PreTrainedModel]) -> None:
-    """Of groups with mixed and with equal rewards, all responses against those with a weight."""
-    rng = random.Random(4)
-    model = make_model(seed=5, vocab_size=VOCAB)
-    every = []
-    for rewards in ([1.0, 0.0, 0.3, 0.0], [0.3, 0.3, 0.3, 0.3], [0.0] * 4, [1.0, 0.0, 0.5, 0.5]):
+def graded_batch(seed: int) -> tuple[list[Example], torch.Tensor]:
+    """Responses of four groups, two of mixed and two of equal rewards, and their table."""
+    rng = random.Random(seed)
+    table = torch.tensor([[1.0, 0.0, 0.3, 0.0], [0.3, 0.3, 0.3, 0.3], [0.0] * 4, [1.0, 0.0, 0.5, 0.5]])
+    examples = []
+    for p in range(4):
         prompt = [rng.randrange(3, VOCAB) for _ in range(6)]
-        for weight in loss_weights(rewards, 4):
-            every.append(Example(prompt, [rng.randrange(3, VOCAB) for _ in range(rng.randint(2, 9))], weight))
-    some = [e for e in every if e.weight != 0]
+        for i in range(4):
+            response = [rng.randrange(3, VOCAB) for _ in range(rng.randint(2, 9))]
+            examples.append(Example(prompt, response, group=p, sample=i))
+    return examples, table
+
+
+def accumulate(model: PreTrainedModel, examples: list[Example], table: torch.Tensor, **kwargs: Any) -> None:
+    for batch in packed_batches(examples, 60, CPU):
+        response_loss(model, batch, table, 16, PolicyLossOptions(), **kwargs).loss.backward()
+
+
+def test_leaving_out_zero_advantages_changes_no_gradient(make_model: Callable[..., PreTrainedModel]) -> None:
+    model = make_model(seed=5, vocab_size=VOCAB)
+    every, table = graded_batch(4)
+    advantages = group_advantages(table)
+    some = [e for e in every if advantages[e.group, e.sample] != 0]
     assert len(some) == 6  # four of the first, and two of the last, whose mean is one of its rewards
     twin = copy.deepcopy(model)
-    for m, examples in ((model, some), (twin, every)):
-        for batch in packed_batches(examples, 60, CPU):
-            (batch.weight * response_logprobs(m, batch)).sum().backward()
+    accumulate(model, some, table)
+    accumulate(twin, every, table)
     assert_same_gradient(model, twin, 1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_fused_loss_has_the_gradient_of_weighted_log_probs(tied: bool) -> None:
+    """Also where the head is the embedding, whose gradient comes half in the forward call, half in backward."""
+    model = tiny(Qwen2Config, tie_word_embeddings=tied)
+    twin = copy.deepcopy(model)
+    examples, table = graded_batch(7)
+    accumulate(model, examples, table)
+    advantages = group_advantages(table)
+    for batch in packed_batches(examples, 60, CPU):
+        weight = -advantages[batch.group, batch.sample] / 16
+        (weight * response_logprobs(twin, batch)).sum().backward()
+    assert_same_gradient(model, twin, 1e-5)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+
+
+def test_a_frozen_head_gets_no_gradient(make_model: Callable[..., PreTrainedModel]) -> None:
+    model = make_model(seed=5, vocab_size=VOCAB)
+    twin = copy.deepcopy(model)
+    model.get_output_embeddings().requires_grad_(False)
+    examples, table = graded_batch(4)
+    accumulate(model, examples, table)
+    accumulate(twin, examples, table)
+    assert model.get_output_embeddings().weight.grad is None
+    model.get_output_embeddings().weight.grad = twin.get_output_embeddings().weight.grad
+    assert_same_gradient(model, twin, 1e-6)
+
+
+def test_in_bfloat16_the_heads_gradient_is_summed_unrounded(make_model: Callable[..., PreTrainedModel]) -> None:
+    model = make_model(seed=6, vocab_size=VOCAB)
+    twin = copy.deepcopy(model)
+    examples, table = graded_batch(4)
+    accumulate(model, examples, table, compute=torch.bfloat16)
+    accumulate(twin, examples, table)
+    got, want = (m.get_output_embeddings().weight.grad for m in (model, twin))
+    assert got.dtype == torch.float32
+    assert (got.bfloat16().float() != got).any()
+    assert 0 < (got - want).norm() < 0.05 * want.norm()
 
 
 def test_bfloat16_compute_keeps_float32_gradients(make_model: Callable[..., PreTrainedModel]) -> None:

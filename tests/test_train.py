@@ -85,6 +85,7 @@ KEYS = {
     *("both_endings", "verifier_limits", "response_tokens", "tokens_sampled", "tokens_trained", "empty_steps"),
     *("groups/d1", "groups/d2", "groups/d2_kept", "groups/unsolved", "groups/unknown", "groups/trained"),
     *("oracle/requests", "oracle/cache_hits", "oracle/failures", "oracle/tokens", "oracle/cost"),
+    *("policy/loss", "policy/ratio_min", "policy/ratio_max", "policy/ess"),
     *("seconds/rollout", "seconds/oracle", "seconds/update", "seconds/sync"),
 }
 EVAL = {"eval/accuracy", "eval/local_accuracy", "eval/call_fraction", "eval/unknown"}
@@ -111,6 +112,46 @@ def test_three_steps_end_to_end(start: Callable[..., Run]) -> None:
     assert any(not torch.equal(before[k], v) for k, v in run.model.state_dict().items())
     assert checkpoint.latest(run.folder / "checkpoints") == run.folder / "checkpoints" / "step-3"
     assert run.queue.cursor == 24
+
+
+def test_options_of_the_loss_reach_the_step(start: Callable[..., Run]) -> None:
+    """GRPO's family in one run: another advantage, two epochs with a clip, truncated weights, a KL penalty."""
+    run = start(
+        steps="3", eval__every="0", optim__lr="5e-3", loss__advantage="grpo", loss__aggregation="token_mean",
+        loss__epochs="2", loss__clip="[0.1, 0.2]", loss__tis_cap="2", loss__kl_coef="0.5", loss__entropy="true",
+    )  # fmt: skip
+    train(run, validate)
+    rows = read_jsonl(run.folder / "metrics.jsonl")
+    shown = {"policy/kl", "policy/entropy", "policy/clip_fraction", "policy/tis_fraction"}
+    assert all(set(row) == KEYS | shown for row in rows)
+    assert all(math.isfinite(v) for row in rows for v in row.values())
+    assert 0 < rows[0]["policy/kl"] < rows[2]["policy/kl"], "half of the first step's rows are those before any update"
+    assert any(row["policy/clip_fraction"] > 0 for row in rows)
+    assert all(0 < row["policy/entropy"] < math.log(114) for row in rows)
+    assert run.reference is not None
+    saved = {n: p.clone() for n, p in run.reference.named_parameters()}
+    again = start(steps="3", eval__every="0", loss__kl_coef="0.5")  # from its last checkpoint
+    assert again.state.step == 3 and again.reference is not None
+    for name, parameter in again.reference.named_parameters():
+        assert torch.equal(parameter, saved[name]) and not parameter.requires_grad
+
+
+def test_under_a_kl_penalty_every_response_counts(start: Callable[..., Run]) -> None:
+    rows = []
+    for coef in ("0", "0.1"):
+        run = start(steps="1", loss__kl_coef=coef, budget__filter="false")  # groups of equal rewards are kept
+        rows.append(train_step(run))
+    assert rows[0]["tokens_sampled"] == rows[1]["tokens_sampled"]
+    assert rows[1]["groups/trained"] > 0 and rows[0]["tokens_trained"] < rows[1]["tokens_trained"]
+
+
+def test_a_second_epoch_is_the_same_gradient_at_another_policy(start: Callable[..., Run]) -> None:
+    """With a learning rate of nothing, two epochs see the same loss: a ratio of 1 and the gradient of one epoch."""
+    norms = []
+    for epochs in ("1", "2"):
+        run = start(steps="1", optim__lr="1e-12", loss__epochs=epochs)
+        norms.append(train_step(run)["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[0] > 0
 
 
 def test_it_learns(start: Callable[..., Run]) -> None:
