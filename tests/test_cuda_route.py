@@ -154,6 +154,8 @@ def fake_batch(sequences: int, length: int, responses: int) -> PackedBatch:
         target=at,
         weight=torch.empty(responses),
         rollout_logprob=torch.empty(responses),
+        group=at,
+        sample=at,
     )
 
 
