@@ -73,7 +73,7 @@ def best(device: torch.device, head_dim: int) -> Varlen:
     if device.type != "cuda":
         return ATEN
     capability = torch.cuda.get_device_capability(device)
-    return next((b for b in installed()[0] if b.fits(capability, head_dim)), ATEN)
+    return next((b for b in installed() if isinstance(b, Varlen) and b.fits(capability, head_dim)), ATEN)
 
 
 def check_head_dim(head_dim: int) -> None:
@@ -103,22 +103,22 @@ def one_type(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @cache
-def installed() -> tuple[tuple[Varlen, ...], tuple[str, ...]]:
-    """The flash-attn packages that can be imported, best first; and of the others, why not."""
-    found, missing = [], []
+def installed() -> tuple[Varlen | str, ...]:
+    """flash-attn 4, 3 and 2, best first: each, or why it cannot be imported."""
+    found: list[Varlen | str] = []
     for name, load in (("flash-attn 4", _flash_attn_4), ("flash-attn 3", _flash_attn_3), ("flash-attn", _flash_attn_2)):
         try:
             found.append(load())
         except (ImportError, AttributeError) as error:
-            missing.append(f"{name}: {error}")
-    return tuple(found), tuple(missing)
+            found.append(f"{name}: {error}")
+    return tuple(found)
 
 
 def describe(device: torch.device, head_dim: int = 128) -> str:
     """Which backend `best` chooses on a CUDA device, and why not a better one."""
     chosen = best(device, head_dim)
-    unfit = [f"{b.name} does not fit this GPU" for b in takewhile(lambda b: b is not chosen, installed()[0])]
-    why = "; ".join([*unfit, *installed()[1]])
+    better = takewhile(lambda b: b is not chosen, installed())
+    why = "; ".join(b if isinstance(b, str) else f"{b.name} does not fit this GPU" for b in better)
     return f"{chosen.name} ({why})" if why else chosen.name
 
 
