@@ -257,7 +257,7 @@ def fused_rows(
     chunks = list(plan.chunks(hidden.shape[0], kept=False, store=store))
     buffer = hidden.new_empty(chunks[0].stop if store and chunks else 0, pitch(vocab, hidden.dtype))[:, :vocab]
     results = []
-    with torch.autocast(hidden.device.type, enabled=False):
+    with head.without_autocast(hidden.device):
         for at in chunks:
             part, e = rows.part(at), buffer[: at.stop - at.start] if store else None
             odds = head.route(hidden)(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -66,6 +67,11 @@ def route(hidden: Tensor) -> Route:
     return definition.plain_odds
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast would round the float32 products inside the heads to 16 bits. (The meta device knows no autocast.)"""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def describe(device: torch.device | str) -> str:
     """Which forward the fused heads take on this device, and why, in one line."""
     device = torch.device(device)
@@ -96,14 +102,14 @@ class HeadGradients:
         needs: Sequence[bool],
         main_grad: Tensor | None = None,
     ) -> None:
-        self.inputs, self.needs, self.main_grad = (hidden, weight), needs, main_grad
-        self.hidden, self.weight, self.bias = empty_gradients(hidden, weight, bias, needs, main_grad is not None)
+        self.inputs, self.needs, self.in_place = (hidden, weight, bias), needs, main_grad is not None
+        self.hidden = hidden.new_empty(hidden.shape if needs[0] else (0,))
         self._weight_sum: Tensor | None = main_grad
         self._bias_sum: Tensor | None = None
 
     def add(self, part: slice, e: Tensor, index: Tensor, scales: RowScales) -> None:
         """One chunk: its rows, E [C, V], its targets (always in range) and its row scales."""
-        hidden, weight = self.inputs
+        hidden, weight, _ = self.inputs
         if self.needs[0]:
             self.hidden[part] = definition.hidden_gradient(e, weight, index, scales, hidden.dtype)
         if self.needs[1]:
@@ -113,9 +119,13 @@ class HeadGradients:
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """(dH, dW, dbias) in the types of their inputs; zeros where there was no row."""
-        sums = (self.weight, None if self.main_grad is not None else self._weight_sum), (self.bias, self._bias_sum)
-        weight, bias = (out.zero_() if total is None else total.to(out.dtype) for out, total in sums)
-        return self.hidden, weight, bias
+        hidden, weight, bias = self.inputs
+        sums = [None if self.in_place else self._weight_sum, self._bias_sum]
+        unsummed = [need and total is None for need, total in zip(self.needs[1:], sums, strict=True)]
+        _, *grads = empty_gradients(hidden, weight, bias, [False, *unsummed], self.in_place)
+        for i, total in enumerate(sums):
+            grads[i] = grads[i].zero_() if total is None else total.to(grads[i].dtype)
+        return self.hidden, grads[0], grads[1]
 
 
 def empty_gradients(

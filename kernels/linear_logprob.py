@@ -114,7 +114,7 @@ def _forward_op(
     logprob, entropy, odds, unit, e = _forward_outputs(hidden, weight, keep, with_entropy)
     forward = head.route(hidden)
     plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=head.uses_kernel(hidden), entropy=with_entropy)
-    with torch.autocast(hidden.device.type, enabled=False):  # it would round the float32 GEMMs in here to 16 bits
+    with head.without_autocast(hidden.device):
         for part in plan.chunks(rows, kept=keep, store=keep):
             store = e[part, :vocab] if keep else None
             chunk = forward(hidden[part], weight, bias, target[part], temperature, store, with_entropy)
@@ -170,7 +170,7 @@ def _backward_op(
     gradients = head.HeadGradients(hidden, weight, bias, needs)
     forward = head.route(hidden)
     plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=head.uses_kernel(hidden))
-    with torch.autocast(hidden.device.type, enabled=False):
+    with head.without_autocast(hidden.device):
         for part in plan.chunks(rows, kept=kept, store=True):
             if kept:
                 e_part = e[part, :vocab]

@@ -15,7 +15,7 @@ _aten = torch.ops.aten
 
 
 class Launch(NamedTuple):
-    """One Triton launch: the kernel's name, its arguments by name (constants included), and the grid."""
+    """One Triton launch: the kernel's name, its arguments by name (of tensors the shape), the grid."""
 
     kernel: str
     arguments: dict[str, Any]
@@ -30,7 +30,8 @@ def triton_launches() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        named = dict(zip(self.arg_names, args, strict=False)) | options
+        shapes = [tuple(x.shape) if hasattr(x, "shape") else x for x in args]  # keeping a tensor would keep it alive
+        named = dict(zip(self.arg_names, shapes, strict=False)) | options
         launches.append(Launch(self.fn.__name__, named, tuple(grid)))
 
     real = JITFunction.run
