@@ -1,0 +1,105 @@
+"""Packed attention and shared prompts on a card against float64 on the CPU, one sequence at a time."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from gapg.attention import packed_attention
+from gapg.kernels.shared_prompt_attention import share, shared_prompt_attention
+
+DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+ROUNDING = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
+HEADS = [(4, 4, 64), (14, 2, 64), (16, 2, 128)]
+
+
+def inputs(tokens: int, heads: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v and the gradient of the output, on the CPU, rounded to ``dtype``."""
+    g = torch.Generator().manual_seed(tokens)
+    queries, keys, size = heads
+    shapes = [(tokens, queries, size), (tokens, keys, size), (tokens, keys, size), (tokens, queries, size)]
+    return [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One sequence [T, heads, D] in its own type."""
+    out = scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out[0].transpose(0, 1)
+
+
+def assert_close(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> None:
+    for ours, exact in zip(got, want, strict=True):
+        assert ((ours.double().cpu() - exact).norm() / exact.norm()).item() < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_packed_equals_one_by_one_in_float64(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    lengths = [1, 300, 17, 17, 128, 64, 5]
+    cu = [0, *itertools.accumulate(lengths)]
+    given = inputs(cu[-1], heads, dtype)
+    exact = [x.double().requires_grad_() for x in given[:3]]
+    want = torch.cat([causal(*(x[a:b] for x in exact)) for a, b in itertools.pairwise(cu)])
+    want_grads = torch.autograd.grad(want, exact, given[3].double())
+
+    q, k, v = (x.to(DEVICE).requires_grad_() for x in given[:3])
+    got = packed_attention(q, k, v, torch.tensor(cu, dtype=torch.int32, device=DEVICE), max(lengths))
+    got_grads = torch.autograd.grad(got, [q, k, v], given[3].to(DEVICE))
+    assert got.dtype == dtype
+    assert_close([got.detach(), *got_grads], [want.detach(), *want_grads], dtype)
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_shared_prompts_equal_unshared_in_float64(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    prompts, responses = [130, 1, 40], [[5, 77, 1], [64], [9, 9, 9, 200]]
+    flat = [n for of_one in responses for n in of_one]
+    segments = [0, *itertools.accumulate(prompts + flat)]
+    prompt_starts = [0, *itertools.accumulate(prompts)]
+    response_starts = [0, *itertools.accumulate(sum(of_one) for of_one in responses)]
+    layout = share(segments, prompt_starts, response_starts, DEVICE)
+
+    given = inputs(segments[-1], heads, dtype)
+    exact = [x.double().requires_grad_() for x in given[:3]]
+    pieces = [causal(*(x[a:b] for x in exact)) for a, b in itertools.pairwise(prompt_starts)]
+    at = len(prompts)
+    for i, of_one in enumerate(responses):
+        for _ in of_one:
+            whole = [
+                torch.cat([x[prompt_starts[i] : prompt_starts[i + 1]], x[segments[at] : segments[at + 1]]])
+                for x in exact
+            ]
+            pieces.append(causal(*whole)[prompts[i] :])
+            at += 1
+    want = torch.cat(pieces)
+    want_grads = torch.autograd.grad(want, exact, given[3].double())
+
+    q, k, v = (x.to(DEVICE).requires_grad_() for x in given[:3])
+    got = shared_prompt_attention(q, k, v, layout)
+    got_grads = torch.autograd.grad(got, [q, k, v], given[3].to(DEVICE))
+    assert_close([got.detach(), *got_grads], [want.detach(), *want_grads], dtype)
+
+
+def test_the_host_never_waits(request: pytest.FixtureRequest) -> None:
+    lengths = [30, 17, 64]
+    cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+    layout = share([0, 30, 47, 111], [0, 30], [0, 81], DEVICE)
+    q, k, v, grad = (x.to(DEVICE).requires_grad_() for x in inputs(111, (4, 2, 64), torch.bfloat16))
+
+    def work() -> None:
+        torch.autograd.grad(packed_attention(q, k, v, cu, 64), [q, k, v], grad)
+        torch.autograd.grad(shared_prompt_attention(q, k, v, layout), [q, k, v], grad)
+
+    work()
+    request.getfixturevalue("no_sync")
+    work()
