@@ -15,31 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from policy_loss_oracle import DENOMINATOR, cases, part
+from policy_loss_oracle import DENOMINATOR, crossed, edges, part
 
 
 def interpreted(path: Path) -> None:
     from gapg.kernels.policy_loss_kernel import fused_row_losses
 
     results = {}
-    for name, (rows, options) in cases().items():
-        last = part(rows, slice(-3, None))
-        results[name] = {
-            "kernel": fused_row_losses(rows, DENOMINATOR, options)._asdict(),
-            "last rows": fused_row_losses(last, DENOMINATOR, options)._asdict(),
-        }
+    for name, (rows, options) in (crossed() | edges()).items():
+        results[name] = fused_row_losses(rows, DENOMINATOR, options)._asdict()
+    for name, (rows, options) in edges().items():
+        last = fused_row_losses(part(rows, slice(-3, None)), DENOMINATOR, options)
+        results[f"last rows of {name}"] = last._asdict()
     torch.save(results, path)
 
 
 def compiled(path: Path) -> None:
     """Figures of every kind of launch, the sizes of 1 that triton makes constants included."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-    from compile_report import compile_figures
-    from compile_report import kernels as reported
+    from compile_report import Kernel, compile_figures
 
     from gapg.kernels import policy_loss_kernel as source
 
-    kind: Any = type(next(iter(reported())))
     pointers = {name: "*fp32" for name in source.policy_loss_kernel.arg_names if name.endswith("_ptr")}
     types = pointers | {"group_ptr": "*i64", "sample_ptr": "*i64", "mask_ptr": "*i1", "denominator": "fp32"}
     types |= dict.fromkeys(("T", "P", "G"), "i32") | dict.fromkeys(("least", "most", "tis_cap", "kl_coef"), "fp32")
@@ -51,7 +48,7 @@ def compiled(path: Path) -> None:
 
     def add(name: str, function: Any, types: dict[str, str], constants: dict[str, Any]) -> None:
         signature = {arg: "constexpr" if arg in constants else types[arg] for arg in function.arg_names}
-        launch = kind(name, function, signature, constants, {"num_warps": 4, "num_stages": 3}, False)
+        launch = Kernel(name, function, signature, constants, {"num_warps": 4, "num_stages": 3}, False)
         figures[name] = vars(compile_figures(launch))
 
     for grpo, absent, samples in [(True, False, 8), (False, True, 8), (False, False, 2), (True, False, 64)]:
