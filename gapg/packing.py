@@ -4,7 +4,11 @@
     for members in packing.bins:
         arrays = lay_out(tokens, offsets, prompt_lengths, coefficients, members)
 
-Packing is best-fit decreasing (Johnson 1974) in linear time; csrc/packing.h says how. Optimal packing is NP-hard: what
+    packing = pack(lengths, cap=16_384, groups=groups, prompt_lengths=prompt_lengths)  # one copy of each prompt
+    for members in packing.bins:
+        arrays = lay_out_shared(tokens, offsets, prompt_lengths, coefficients, groups, members)
+
+Packing is best-fit decreasing (Johnson 1974) in linear time; csrc/best_fit.h says how. Optimal packing is NP-hard: what
 is promised is no more bins than textbook best-fit decreasing, never "optimal".
 """
 
@@ -21,6 +25,30 @@ Int32s = NDArray[np.int32]
 Floats = NDArray[np.float32]
 
 _LARGEST_CAP = 2**31 - 1  # cu_seqlens is int32, in every varlen attention kernel
+_MOST_RANKS = 2**20
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The modelled cost of a sequence of n tokens: linear * n + quadratic * n**2; only the ratio of the two matters.
+
+    A bin costs the sum over its sequences. A shared prompt of P tokens counts once, and each response adds what it adds
+    to the prompt: cost(P + R) - cost(P). The forward's floating-point operations of a causal transformer with N weights
+    in its matrices, L layers and width H are Cost(linear=2 * N, quadratic=2 * L * H); the backward's have that ratio.
+    """
+
+    linear: float = 1.0
+    quadratic: float = 0.0
+
+    def __post_init__(self) -> None:
+        finite = np.isfinite(self.linear) and np.isfinite(self.quadratic)
+        if not finite or min(self.linear, self.quadratic) < 0 or self.linear == self.quadratic == 0:
+            raise ValueError(f"{self}: both must be finite and at least 0, and one of them above 0")
+
+    def __call__(self, tokens: ArrayLike) -> NDArray[np.float64]:
+        """The cost of sequences of so many tokens, elementwise."""
+        count = np.asarray(tokens, dtype=np.float64)
+        return count * (self.linear + self.quadratic * count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +56,7 @@ class Packing:
     """Bin b holds the sequences order[offsets[b]:offsets[b + 1]]; building lists would cost more than packing."""
 
     order: Int64s
-    """[n] every sequence index once, bin by bin, longest first within a bin"""
+    """[n] every sequence index once, bin by bin, longest first within a bin (or within a group in a bin)"""
     offsets: Int64s
     """[bins + 1] non-decreasing, from 0 to n"""
 
@@ -66,33 +94,108 @@ class PackedArrays:
         return int(np.diff(self.cu_seqlens).max(initial=0))
 
 
-def pack(lengths: ArrayLike, cap: int, *, ranks: int = 1) -> Packing:
+@dataclass(frozen=True, eq=False)
+class SharedArrays:
+    """One micro-batch with one copy of each prompt: P prompts, then the B responses, T tokens in P + B segments.
+
+    A response's tokens attend to their own segment and to the whole of their prompt. Prompt p has the response tokens
+    cu_responses[p]:cu_responses[p + 1] of the R, which start at position cu_prompts[-1] of the T.
+    """
+
+    input_ids: Int64s
+    """[T]"""
+    position_ids: Int64s
+    """[T] 0, 1, 2, … in a prompt; in each of its responses from the prompt's length on"""
+    cu_segments: Int32s
+    """[P + B + 1] where each segment starts, and T; a response of no tokens is an empty segment"""
+    cu_responses: Int32s
+    """[P + 1] the response tokens before each prompt's first: 0, …, R"""
+    response_index: Int64s
+    """[R] the position whose hidden state predicts the response token; for a response's first, its prompt's last"""
+    targets: Int64s
+    """[R] the response token's id"""
+    sequence_ids: Int64s
+    """[R] the sequence the response token belongs to, numbered as in the arguments of `lay_out_shared`"""
+    coefficients: Floats
+    """[R] its sequence's coefficient"""
+
+    @property
+    def cu_prompts(self) -> Int32s:
+        """[P + 1] where each prompt starts, and where the responses do: the first part of cu_segments."""
+        return self.cu_segments[: len(self.cu_responses)]
+
+    @property
+    def max_segment(self) -> int:
+        """The longest prompt's or response's tokens, 0 in an empty bin."""
+        return int(np.diff(self.cu_segments).max(initial=0))
+
+    @property
+    def max_prompt(self) -> int:
+        """The longest prompt's tokens, 0 in an empty bin."""
+        return int(np.diff(self.cu_prompts).max(initial=0))
+
+    @property
+    def max_responses(self) -> int:
+        """The most response tokens that one prompt has, 0 in an empty bin."""
+        return int(np.diff(self.cu_responses).max(initial=0))
+
+
+def pack(
+    lengths: ArrayLike,
+    cap: int,
+    *,
+    ranks: int = 1,
+    groups: ArrayLike | None = None,
+    prompt_lengths: ArrayLike | None = None,
+    cost: Cost | None = None,
+) -> Packing:
     """Best-fit decreasing: each sequence, longest first, goes into the fullest bin that still has room for it.
 
     Args:
-        lengths: [n] integers, the tokens of each sequence, each in 1..cap.
+        lengths: [n] integers, the tokens of each sequence, prompt and response, each in 1..cap.
         cap: no bin ever holds more tokens than this.
-        ranks: the number of bins is a multiple of this. To get there the fullest bins are split in two; empty bins are
-            added only when every bin is down to one sequence (always so with fewer sequences than ranks).
+        ranks: the number of bins is the next multiple of this, and `bins[rank::ranks]` are rank's. To get there, bins
+            are filled less, or the fullest are split in two; empty bins are added only when every bin is down to one
+            sequence or part of a group (always so with fewer of them than ranks).
+        groups: [n] any integers: sequences of one group have the same prompt, and those of one bin share a copy of it.
+            A group is kept whole, P + sum of R tokens, unless that is over the cap: then best-fit decreasing splits its
+            responses into parts, each with a copy. A part's sequences are adjacent in its bin.
+        prompt_lengths: [n] the first so many tokens of a sequence are its prompt, in 1..length; given with groups only.
+        cost: what the ranks are balanced by; None: by tokens.
 
     Returns:
-        Bins by decreasing token count, so `bins[rank::ranks]` is a fair share, and if a micro-batch runs out of memory
-        it is the first. The same lengths always give the same packing.
+        With one rank, bins by decreasing cost, so a micro-batch that is too slow or too large is the first.
+        With more, the ranks' total costs are balanced: bins and sequences are exchanged between ranks until the dearest
+        is within 0.1% of the mean or no exchange helps. Each rank's bins come by decreasing cost, so bins that run at
+        the same time, `bins[i * ranks : (i + 1) * ranks]`, are alike; how alike is not bounded.
+        The same input always gives the same packing.
 
     Raises:
-        ValueError: a length below 1 or above the cap (named, with the fix), non-integer lengths, cap or ranks below 1.
+        ValueError: a length below 1 or above the cap, a prompt that is empty, longer than its sequence or of another
+            length than its group's (each names the sequence and the fix); arguments of the wrong type or shape;
+            ranks outside 1..2^20.
     """
     array = _integers(lengths, "lengths")
     cap, ranks = operator.index(cap), operator.index(ranks)
     if not 1 <= cap <= _LARGEST_CAP:
         raise ValueError(f"the token cap is {cap}; it must lie in 1..2^31-1 (set token_cap)")
-    if ranks < 1:
-        raise ValueError(f"ranks is {ranks}; it must be at least 1")
+    if not 1 <= ranks <= _MOST_RANKS:
+        raise ValueError(f"ranks is {ranks}; it must lie in 1..2^20")
+    if (groups is None) != (prompt_lengths is None):
+        raise ValueError("give groups and prompt_lengths together: only groups share prompts")
+    linear, quadratic = _weights(cost)
+    if groups is None or prompt_lengths is None:
+        try:
+            return Packing(*_csrc.pack(array, cap, ranks, linear, quadratic))
+        except ValueError as error:
+            raise ValueError(_misfit(array, cap) or str(error)) from None
+    ids, prompts = _integers(groups, "groups"), _integers(prompt_lengths, "prompt_lengths")
+    if not len(ids) == len(prompts) == len(array):
+        raise ValueError(f"{len(array)} lengths, but {len(ids)} groups and {len(prompts)} prompt_lengths")
     try:
-        order, offsets = _csrc.pack(array, cap, ranks)
+        return Packing(*_csrc.pack_groups(array, prompts, ids, cap, ranks, linear, quadratic))
     except ValueError as error:
-        raise ValueError(_misfit(array, cap) or str(error)) from None
-    return Packing(order, offsets)
+        raise ValueError(_misfit(array, cap) or _odd_prompt(array, prompts, ids) or str(error)) from None
 
 
 def lay_out(
@@ -114,12 +217,7 @@ def lay_out(
         ValueError: arrays of the wrong type or shape; a member that does not exist; a sequence outside the tokens,
             without a prompt, or with a prompt longer than itself (named).
     """
-    integers = [
-        _integers(value, name)
-        for value, name in ((tokens, "tokens"), (offsets, "offsets"), (prompt_lengths, "prompt_lengths"))
-    ]
-    sequences = (*integers, np.ascontiguousarray(coefficients, dtype=np.float32))
-    chosen = _integers(members, "members")
+    sequences, chosen = _sequences(tokens, offsets, prompt_lengths, coefficients), _integers(members, "members")
     total, responses = _csrc.measure(*sequences, chosen)
     arrays = PackedArrays(
         input_ids=np.empty(total, np.int64),
@@ -132,6 +230,59 @@ def lay_out(
     )
     _csrc.lay_out(*sequences, chosen, *vars(arrays).values())
     return arrays
+
+
+def lay_out_shared(
+    tokens: ArrayLike,
+    offsets: ArrayLike,
+    prompt_lengths: ArrayLike,
+    coefficients: ArrayLike,
+    groups: ArrayLike,
+    members: ArrayLike,
+) -> SharedArrays:
+    """Lay one bin's sequences out with one copy of each prompt: first all prompts, then all responses, in order.
+
+    Args:
+        tokens, offsets, prompt_lengths, coefficients, members: as for `lay_out`; each sequence with its prompt.
+        groups: [S] adjacent members of the same group share one copy of the prompt, which must be the same tokens.
+
+    Raises:
+        ValueError: as `lay_out`; adjacent members of one group whose prompts differ (named).
+    """
+    sequences, chosen = _sequences(tokens, offsets, prompt_lengths, coefficients), _integers(members, "members")
+    ids = _integers(groups, "groups")
+    total, responses, prompts = _csrc.measure_shared(*sequences, ids, chosen)
+    arrays = SharedArrays(
+        input_ids=np.empty(total, np.int64),
+        position_ids=np.empty(total, np.int64),
+        cu_segments=np.empty(prompts + len(chosen) + 1, np.int32),
+        cu_responses=np.empty(prompts + 1, np.int32),
+        response_index=np.empty(responses, np.int64),
+        targets=np.empty(responses, np.int64),
+        sequence_ids=np.empty(responses, np.int64),
+        coefficients=np.empty(responses, np.float32),
+    )
+    _csrc.lay_out_shared(*sequences, ids, chosen, *vars(arrays).values())
+    return arrays
+
+
+def _sequences(
+    tokens: ArrayLike, offsets: ArrayLike, prompt_lengths: ArrayLike, coefficients: ArrayLike
+) -> tuple[Int64s, Int64s, Int64s, Floats]:
+    return (
+        _integers(tokens, "tokens"),
+        _integers(offsets, "offsets"),
+        _integers(prompt_lengths, "prompt_lengths"),
+        np.ascontiguousarray(coefficients, dtype=np.float32),
+    )
+
+
+def _weights(cost: Cost | None) -> tuple[float, float]:
+    """Linear and quadratic weight, scaled so that no sum overflows."""
+    if cost is None:
+        return 1.0, 0.0
+    largest = max(cost.linear, cost.quadratic)
+    return cost.linear / largest, cost.quadratic / largest
 
 
 def _integers(values: ArrayLike, name: str) -> Int64s:
@@ -157,4 +308,24 @@ def _misfit(lengths: Int64s, cap: int) -> str | None:
     return (
         f"sequence {index} has {length} tokens, more than the cap of {cap}: "
         "raise token_cap or lower rollout.max_new_tokens"
+    )
+
+
+def _odd_prompt(lengths: Int64s, prompts: Int64s, groups: Int64s) -> str | None:
+    """What is wrong with the first prompt that is not its group's or not in 1..length, or None."""
+    outside = np.flatnonzero((prompts < 1) | (prompts > lengths))
+    if len(outside) > 0:
+        index = int(outside[0])
+        return (
+            f"sequence {index} has a prompt of {prompts[index]} tokens; it must lie in 1..{lengths[index]}, its length"
+        )
+    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+    odd = np.flatnonzero(prompts != prompts[first[group]])
+    if len(odd) == 0:
+        return None
+    index = int(odd[0])
+    other = int(first[group[index]])
+    return (
+        f"sequence {index} has a prompt of {prompts[index]} tokens, but sequence {other} of the same group "
+        f"({groups[index]}) one of {prompts[other]}: give different prompts different groups"
     )

@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gapg.packing import PackedArrays, lay_out, pack
+from gapg.packing import Cost, PackedArrays, lay_out, pack
+
+MODELS = [None, Cost(), Cost(3e9, 9e4), Cost(1, 1 / 4000), Cost(0, 1)]
 
 
 @st.composite
@@ -43,18 +45,91 @@ def test_every_sequence_once_under_the_cap_in_no_more_bins_than_the_textbook(pro
     assert np.array_equal(packing.order, again.order) and np.array_equal(packing.offsets, again.offsets)
 
 
-@settings(max_examples=200, deadline=None)
-@given(problems(), st.integers(1, 9))
-def test_bins_divide_by_the_ranks(problem: tuple[list[int], int], ranks: int) -> None:
+@settings(max_examples=300, deadline=None)
+@given(problems(), st.integers(1, 9), st.sampled_from(MODELS))
+def test_bins_divide_by_the_ranks(problem: tuple[list[int], int], ranks: int, cost: Cost | None) -> None:
     lengths, cap = problem
-    packing = pack(lengths, cap, ranks=ranks)
+    packing = pack(lengths, cap, ranks=ranks, cost=cost)
     sizes = [len(members) for members in packing.bins]
     assert len(packing) % ranks == 0
     assert len(packing) < textbook(lengths, cap) + ranks
     assert sorted(packing.order.tolist()) == list(range(len(lengths)))
     assert np.all(np.diff(packing.offsets) >= 0)
-    assert all(sum(lengths[i] for i in members) <= cap for members in packing.bins)
+    for members in packing.bins:
+        inside = [lengths[i] for i in members]
+        assert sum(inside) <= cap
+        assert inside == sorted(inside, reverse=True)
     assert min(sizes, default=1) > 0 or max(sizes) == 1, "an empty bin while another could have been split"
+    again = pack(np.array(lengths, np.int32), cap, ranks=ranks, cost=cost)
+    assert np.array_equal(packing.order, again.order) and np.array_equal(packing.offsets, again.offsets)
+
+
+def test_bins_come_by_decreasing_cost() -> None:
+    lengths, cost = [10, 6, 6, 3, 3, 3, 2], Cost(1, 0.5)
+    for ranks in (1, 2):
+        packing = pack(lengths, 12, ranks=ranks, cost=cost)
+        costs = [float(cost(np.take(lengths, members)).sum()) for members in packing.bins]
+        for rank in range(ranks):
+            assert costs[rank::ranks] == sorted(costs[rank::ranks], reverse=True)
+
+
+def sample(kind: str, n: int, seed: int) -> np.ndarray:
+    """Lengths of 16..8192 from a skewed, a flat, a two-humped and a short-tailed distribution."""
+    random = np.random.default_rng(seed)
+    if kind == "lognormal":
+        return np.clip(random.lognormal(np.log(900), 0.9, n), 16, 8192).astype(np.int64)
+    if kind == "uniform":
+        return random.integers(16, 8193, n)
+    if kind == "bimodal":
+        return np.where(random.random(n) < 0.8, random.integers(100, 600, n), random.integers(4000, 8193, n))
+    return np.clip(random.normal(1000, 100, n), 16, 8192).astype(np.int64)
+
+
+KINDS = st.sampled_from(["lognormal", "uniform", "bimodal", "normal"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(KINDS, st.integers(1000, 3000), st.integers(0, 2**32), st.sampled_from(MODELS), st.sampled_from([2, 4, 8]))
+def test_ranks_cost_the_same_within_half_a_percent(kind: str, n: int, seed: int, cost: Cost | None, ranks: int) -> None:
+    lengths, cap = sample(kind, n, seed), 16_384
+    least = len(pack(lengths, cap))
+    assume(least > 7 * ranks)  # 8 bins a rank once their number divides
+    packing = pack(lengths, cap, ranks=ranks, cost=cost)
+    assert len(packing) == -(-least // ranks) * ranks
+    assert max(int(lengths[members].sum()) for members in packing.bins) <= cap
+    costs = (cost or Cost())(lengths)
+    totals = [sum(float(costs[members].sum()) for members in packing.bins[rank::ranks]) for rank in range(ranks)]
+    assert max(totals) <= 1.005 * np.mean(totals)
+
+
+@settings(max_examples=30, deadline=None)
+@given(KINDS, st.integers(0, 2**32), st.sampled_from([64, 72, 80]))
+def test_ranks_stay_balanced_where_bins_have_no_room_to_spare(kind: str, seed: int, bins: int) -> None:
+    """The smallest cap for which best-fit decreasing needs `bins` bins: hardly a sequence can be moved."""
+    lengths, cost = sample(kind, 1200, seed), Cost(3e9, 9e4)
+    caps = range(int(lengths.max()), int(lengths.sum()))
+    cap = caps[bisect.bisect_left(caps, True, key=lambda cap: len(pack(lengths, cap)) <= bins)]
+    packing = pack(lengths, cap, ranks=8, cost=cost)
+    totals = [sum(float(cost(lengths[members]).sum()) for members in packing.bins[rank::8]) for rank in range(8)]
+    assert len(packing) == bins or len(pack(lengths, cap)) < bins
+    assert max(totals) <= 1.005 * np.mean(totals)
+
+
+def test_only_the_ratio_of_a_cost_matters() -> None:
+    lengths = sample("lognormal", 1000, 0)
+    for one, other in [
+        (None, Cost(7.0)),
+        (Cost(1, 1 / 4000), Cost(4e300, 1e297)),
+        (Cost(2, 2**-12), Cost(2**-60, 2**-73)),
+    ]:
+        a, b = (pack(lengths, 16_384, ranks=8, cost=cost) for cost in (one, other))
+        assert np.array_equal(a.order, b.order) and np.array_equal(a.offsets, b.offsets)
+
+
+@pytest.mark.parametrize("weights", [(0, 0), (-1, 1), (1, -1), (float("nan"), 1), (1, float("inf"))])
+def test_costs_are_finite_and_not_negative(weights: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        Cost(*weights)
 
 
 @pytest.mark.parametrize(
@@ -103,9 +178,10 @@ def test_errors_name_the_sequence_and_the_fix(arguments: tuple[Any, int], messag
         pack(*arguments)
 
 
-def test_ranks_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="ranks is 0"):
-        pack([3], 8, ranks=0)
+@pytest.mark.parametrize("ranks", [0, -1, 2**20 + 1])
+def test_ranks_must_be_sensible(ranks: int) -> None:
+    with pytest.raises(ValueError, match=f"ranks is {ranks}"):
+        pack([3], 8, ranks=ranks)
 
 
 @st.composite

@@ -3,9 +3,10 @@
 import threading
 import time
 
-import gapg._csrc as _csrc
 import numpy as np
 import pytest
+
+import gapg._csrc as _csrc
 
 
 def int64s(*values: int) -> np.ndarray:
@@ -19,6 +20,25 @@ def int64s(*values: int) -> np.ndarray:
 def test_pack_refuses_what_would_leave_its_tables(lengths: tuple[int, ...], cap: int, ranks: int) -> None:
     with pytest.raises(ValueError):
         _csrc.pack(int64s(*lengths), cap, ranks)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "prompts", "groups"),
+    [
+        ((3, 9), (1, 1), (0, 0)),
+        ((3, 4), (1, 5), (0, 1)),
+        ((3, 4), (0, 1), (0, 1)),
+        ((3, 4), (1, 2), (0, 0)),
+        ((3, 4), (2**62, 1), (0, 1)),
+        ((3, 4), (1,), (0, 0)),
+        ((3, 4), (1, 1), (0,)),
+    ],
+)
+def test_groups_refuse_what_would_leave_their_tables(
+    lengths: tuple[int, ...], prompts: tuple[int, ...], groups: tuple[int, ...]
+) -> None:
+    with pytest.raises(ValueError):
+        _csrc.pack_groups(int64s(*lengths), int64s(*prompts), int64s(*groups), 8, 1, 1.0, 0.0)
 
 
 @pytest.mark.parametrize("lengths", [np.array([1, 2], np.int32), np.array([1.0]), [1, 2]])
@@ -59,6 +79,26 @@ def test_layout_refuses_buffers_of_another_size_and_fills_the_right_ones() -> No
     filled = buffers()
     _csrc.lay_out(*BATCH, int64s(1, 0), *filled)
     expected = [[13, 14, 10, 11, 12], [0, 1, 0, 1, 2], [0, 2, 5], [2, 3], [11, 12], [0, 0], [0.5, 0.5]]
+    assert [array.tolist() for array in filled] == expected
+
+
+def test_shared_layout_refuses_buffers_of_another_size_and_fills_the_right_ones() -> None:
+    batch = (int64s(10, 11, 12, 10, 14), int64s(0, 3, 5), int64s(1, 1), np.array([0.5, 1.0], np.float32), int64s(7, 7))
+    sizes = {"input_ids": 4, "position_ids": 4, "cu_segments": 4, "cu_responses": 2}
+    sizes |= {"response_index": 3, "targets": 3, "sequence_ids": 3, "response_coefficients": 3}
+    dtypes = {"cu_segments": np.int32, "cu_responses": np.int32, "response_coefficients": np.float32}
+
+    def buffers(**override: int) -> list[np.ndarray]:
+        return [np.full(size, 99, dtypes.get(name, np.int64)) for name, size in {**sizes, **override}.items()]
+
+    assert _csrc.measure_shared(*batch, int64s(1, 0)) == (4, 3, 1)
+    for name, size in sizes.items():
+        for wrong in (size - 1, size + 1):
+            with pytest.raises(ValueError, match=name):
+                _csrc.lay_out_shared(*batch, int64s(1, 0), *buffers(**{name: wrong}))
+    filled = buffers()
+    _csrc.lay_out_shared(*batch, int64s(1, 0), *filled)
+    expected = [[10, 14, 11, 12], [0, 1, 1, 2], [0, 1, 2, 4], [0, 3], [0, 0, 2], [14, 11, 12], [1, 0, 0], [1, 0.5, 0.5]]
     assert [array.tolist() for array in filled] == expected
 
 
