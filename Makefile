@@ -5,7 +5,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/
 IMPORTS := import torch; from transformers import LlamaForCausalLM; from vllm import LLM
 ARGS ?=
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-native lint clean
 
 # Trains the tiny model, then prints and plots the comparison. ARGS="--seed 3 --output-dir runs/x" overrides settings.
 quickstart: .venv/.small
@@ -14,6 +14,15 @@ quickstart: .venv/.small
 # Everything, real vLLM included.
 test: .venv/.full
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# The C++ algorithms without Python, under sanitizers; needs g++ only.
+NATIVE_BUILD ?= build
+NATIVE_FLAGS := -std=c++20 -O1 -g -Wall -Wextra -Wno-sign-compare -D_GLIBCXX_ASSERTIONS -ffp-contract=off \
+  -fsanitize=address,undefined -fno-sanitize-recover=all
+test-native:
+	@mkdir -p $(NATIVE_BUILD)
+	$(CXX) $(NATIVE_FLAGS) tests/csrc/native_test.cpp -o $(NATIVE_BUILD)/native_test
+	$(NATIVE_BUILD)/native_test
 
 lint: .venv/.full
 	$(BIN)/ruff check .
