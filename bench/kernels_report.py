@@ -1,0 +1,124 @@
+"""What one sees of a record of `bench/kernels.py`: tables for the terminal and the README, and a picture."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from bench.record import Row
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+
+MARKERS = ("<!-- errors:begin -->", "<!-- errors:end -->")
+
+
+def by_metric(rows: list[Row]) -> dict[str, dict[str, Row]]:
+    """{implementation: {metric: row}} of one case; an implementation that failed has the metric "error"."""
+    found: dict[str, dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        found[row["impl"]]["error" if "error" in row else row["metric"]] = row
+    return found
+
+
+def table(case: str, rows: list[Row]) -> str:
+    """One case, one line an implementation, the fastest first and the failed last."""
+    columns = ("ms", "p20", "p80", "TFLOP/s", "of floor", "peak MiB", "dH", "dW", "logprob")
+    lines = ["", f"{case}", f"{'':36}" + "".join(f"{name:>10}" for name in columns)]
+    found = by_metric(rows)
+    for impl in sorted(found, key=lambda impl: found[impl].get("time", {}).get("median", float("inf"))):
+        row = found[impl]
+        if "error" in row:
+            lines.append(f"{impl:36}  {row['error']['error'][:90]}")
+            continue
+        time = row["time"]
+        cells = [f"{time[key] * 1e3:10.2f}" for key in ("median", "p20", "p80")]
+        cells += [f"{time['tflops']:10.2f}", f"{time['floor_share']:10.2f}"]
+        cells.append(f"{row['peak_memory']['median'] / 2**20:10.1f}" if "peak_memory" in row else f"{'':10}")
+        for metric in ("dH_error", "dW_error", "logprob_error"):
+            cells.append(f"{row[metric]['median']:10.1e}" if metric in row else f"{'':10}")
+        note = "  its own loss" if time.get("computes") == "cross entropy" else ""
+        lines.append(f"{impl:36}{''.join(cells)}{note}")
+    return "\n".join(lines)
+
+
+def summary(record: dict[str, Any]) -> str:
+    """One line a case: the floor, the fastest of ours and the fastest other that has the policy's loss."""
+    lines = ["", f"{'':54}{'floor ms':>10}{'ours':>10}{'of floor':>10}{'other':>10}{'other/ours':>11}"]
+    for case in dict.fromkeys(row["case"] for row in record["rows"] if row.get("metric") == "time"):
+        times = {
+            row["impl"]: row["median"]
+            for row in record["rows"]
+            if row["case"] == case and row.get("metric") == "time" and row.get("computes") != "cross entropy"
+        }
+        floor = times.pop("bare GEMMs")
+        ours = min(seconds for impl, seconds in times.items() if impl.startswith("gapg"))
+        others = {seconds: impl for impl, seconds in times.items() if not impl.startswith("gapg")}
+        end = f"{min(others) * 1e3:10.2f}{min(others) / ours:11.2f}  {others[min(others)]}" if others else ""
+        lines.append(f"{case:54}{floor * 1e3:10.2f}{ours * 1e3:10.2f}{floor / ours:10.2f}{end}")
+    return "\n".join(lines)
+
+
+def error_table(record: dict[str, Any]) -> str:
+    """Markdown: implementations by entropies; in a cell the relative error of dH and the worst error of a log-prob."""
+    cases = list(dict.fromkeys(row["case"] for row in record["rows"]))
+    found = {case: by_metric([row for row in record["rows"] if row["case"] == case]) for case in cases}
+    lines = ["| entropy, nats | " + " | ".join(case.removesuffix(" nats") for case in cases) + " |"]
+    lines.append("|---" * (len(cases) + 1) + "|")
+    for impl in dict.fromkeys(row["impl"] for row in record["rows"]):
+        if any("error" in found[case].get(impl, {}) for case in cases):
+            continue
+        cells = []
+        for case in cases:
+            row = found[case][impl]
+            logprob = f", {row['logprob_error']['median']:.0e}" if "logprob_error" in row else ""
+            cells.append(f"{row['dH_error']['median']:.1e}{logprob}")
+        lines.append(f"| {impl} | " + " | ".join(cells) + " |")
+    return "\n".join(lines).replace("e-0", "e-").replace("e+0", "e+")
+
+
+def draw_into(readme: Path, record: dict[str, Any]) -> None:
+    """Replace what stands between the markers by the table of errors.
+
+    Raises:
+        ValueError: the file lacks the markers.
+    """
+    begin, end = map(re.escape, MARKERS)
+    text, block = readme.read_text(), f"{MARKERS[0]}\n{error_table(record)}\n{MARKERS[1]}"
+    if not re.search(f"{begin}.*?{end}", text, re.DOTALL):
+        raise ValueError(f"{readme} needs the markers {MARKERS[0]} and {MARKERS[1]}")
+    readme.write_text(re.sub(f"{begin}.*?{end}", lambda _: block, text, flags=re.DOTALL))
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Median times with 20% and 80% quantiles, a panel a case; the bare products as a line, peak memory."""
+    cases = list(dict.fromkeys(row["case"] for row in record["rows"] if row.get("metric") == "time"))
+    lines = -(-len(cases) // 2)
+    figure, axes = plt.subplots(lines, 2, figsize=(15, 3.6 * lines), squeeze=False, layout="constrained")
+    for axis, case in zip(axes.flat, cases, strict=False):
+        found = by_metric([row for row in record["rows"] if row["case"] == case])
+        timed = {impl: row for impl, row in found.items() if "time" in row}
+        order = sorted(timed, key=lambda impl: -timed[impl]["time"]["median"])
+        for y, impl in enumerate(order):
+            time = timed[impl]["time"]
+            median, low, high = (time[key] * 1e3 for key in ("median", "p20", "p80"))
+            colour = "black" if impl == "bare GEMMs" else "tab:orange" if impl.startswith("gapg") else "tab:blue"
+            axis.barh(y, median, xerr=[[median - low], [high - median]], color=colour, height=0.7)
+            peak = timed[impl].get("peak_memory")
+            text = f" {median:.1f} ms" + (f", {peak['median'] / 2**20:,.0f} MiB" if peak else "")
+            axis.text(max(high, median), y, text, va="center", fontsize=7)
+        axis.axvline(timed["bare GEMMs"]["time"]["median"] * 1e3, color="black", linewidth=0.8, linestyle="--")
+        axis.set_yticks(range(len(order)), order, fontsize=7)
+        axis.set_title(case, fontsize=9)
+        axis.margins(x=0.25)
+    for axis in axes.flat[len(cases) :]:
+        axis.remove()
+    machine = record["machine"]
+    clock = "device time" if machine["device"] != "cpu" else "processor time"
+    figure.suptitle(f"{machine['device']}, {machine['cpu']}: {clock} in ms, and peak memory over the inputs")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
