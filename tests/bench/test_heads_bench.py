@@ -1,0 +1,216 @@
+"""The comparison of heads: its inputs, its float64 truth, what each peer computes, and what is drawn from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import kernels, kernels_report, problems, record
+from bench.peers import heads
+from bench.peers.heads import Outcome
+from bench.problems import Problem
+
+PEERS = {peer.name: peer for peer in [*heads.PEERS, heads.DESIGN]}
+COMPILED = {"PyTorch torch.compile", "cut-cross-entropy torch_compile", "Liger GRPO loss"}
+NEEDS_A_GPU = {
+    "gapg control: cuBLAS + one pass",
+    "Liger cross entropy (Triton)",
+    "cut-cross-entropy cce",
+    "cut-cross-entropy cce, unfiltered",
+    "verl linear_cross_entropy",
+    "quack chunked cross entropy",
+}
+
+
+def problem(nats: float | None = 2.0, dtype: torch.dtype = torch.float32, zero: bool = False) -> Problem:
+    return problems.make(64, 32, 500, dtype=dtype, device="cpu", nats=nats, zero_groups=zero)
+
+
+def test_the_truth_is_float64_autograd() -> None:
+    p = problem()
+    hidden, weight = p.hidden.double().requires_grad_(), p.weight.double().requires_grad_()
+    logprob = F.linear(hidden, weight).log_softmax(-1).gather(1, p.target[:, None])[:, 0]
+    (logprob * p.coefficient().double()).sum().backward()
+    found = problems.truth(p, p.coefficient(), rows=17)
+    assert hidden.grad is not None and weight.grad is not None
+    assert (found.logprob - logprob.detach()).abs().max() < 1e-12
+    assert problems.error(found.hidden, hidden.grad) < 1e-12 and problems.error(found.weight, weight.grad) < 1e-12
+
+
+@pytest.mark.parametrize("nats", [4.0, 2.0, 0.1])
+def test_problems_have_the_entropy_asked_for(nats: float) -> None:
+    p = problem(nats)
+    assert problems.truth(p, p.coefficient()).entropy == pytest.approx(nats, rel=1e-3)
+
+
+def test_coefficients_are_leave_one_out_advantages() -> None:
+    p = problem(zero=True)
+    for prompt, rewards in enumerate(p.rewards):
+        for i, reward in enumerate(rewards):
+            others = torch.cat([rewards[:i], rewards[i + 1 :]]).mean()
+            mine = p.coefficient()[(p.group == prompt) & (p.sample == i)]
+            assert len(mine) == p.length
+            assert mine.tolist() == pytest.approx([-(reward - others).item() / p.sequences] * p.length, abs=1e-7)
+    assert (p.coefficient() == 0).sum() == 32
+
+
+@pytest.mark.parametrize("name", [name for name in PEERS if name not in NEEDS_A_GPU | COMPILED])
+@pytest.mark.parametrize("zero", [False, True])
+def test_every_peer_computes_the_same_gradient(name: str, zero: bool) -> None:
+    """In float32, where nothing but a wrong sign, coefficient or scale makes an error of this size."""
+    peer, p = PEERS[name], problem(zero=zero)
+    want = problems.truth(p, peer.coefficient(p))
+    for trained in (True, False):
+        if peer.trained_only and not trained:
+            continue
+        found = peer.prepare(p, trained)()
+        assert problems.error(found.hidden, want.hidden) < 1e-4
+        assert (found.weight is not None) == trained
+        if found.weight is not None:
+            assert problems.error(found.weight, want.weight) < 1e-4
+    if peer.load is not None:
+        assert (peer.forward(p)() - want.logprob).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(COMPILED))
+def test_the_compiled_peers_do_too(name: str) -> None:
+    peer, p = PEERS[name], problem()
+    want = problems.truth(p, peer.coefficient(p))
+    found = peer.prepare(p, True)()
+    assert found.weight is not None
+    assert problems.error(found.hidden, want.hidden) < 1e-4 and problems.error(found.weight, want.weight) < 1e-4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only where they cannot run")
+@pytest.mark.parametrize("name", sorted(NEEDS_A_GPU))
+def test_what_cannot_run_says_why_in_one_line(name: str) -> None:
+    with pytest.raises(Exception, match=r"CUDA|active drivers") as raised:
+        PEERS[name].prepare(problem(), True)()
+    assert "\n" not in record.error_row("c", name, raised.value)["error"]
+
+
+def test_a_wrong_coefficient_would_show() -> None:
+    """What the errors are for: a sign, a scale and a forgotten coefficient are each of the order of 1 or more."""
+    p = problem()
+    want = problems.truth(p, p.coefficient())
+    right = PEERS["gapg linear_logprob"].prepare(p, True)()
+    for wrong in (-right.hidden, 8 / 7 * right.hidden, right.hidden.sign() * want.hidden.abs().mean()):
+        assert problems.error(wrong, want.hidden) > 0.1
+
+
+def test_the_peak_is_what_the_allocator_handed_out() -> None:
+    def work() -> torch.Tensor:
+        a = torch.empty(1 << 20, dtype=torch.uint8)
+        del a
+        b, c = torch.empty(3 << 20, dtype=torch.uint8), torch.empty(2 << 20, dtype=torch.uint8)
+        del b
+        return c
+
+    if kernels.DEVICE == "cpu":
+        assert kernels.peak_bytes(work) == pytest.approx(5 << 20, rel=0.01)
+
+
+def test_the_peak_sees_inside_custom_operators() -> None:
+    p = problems.make(64, 32, 8000, dtype=torch.float32, device=kernels.DEVICE, nats=None)
+    assert kernels.peak_bytes(PEERS["gapg linear_logprob"].prepare(p, True)) >= 64 * 8000 * 4
+
+
+def test_one_case_is_measured_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [
+        PEERS[n]
+        for n in ("gapg fused_policy_loss", "gapg linear_logprob", "PyTorch eager", "quack chunked cross entropy")
+    ]
+    broken = dataclasses.replace(
+        PEERS["PyTorch eager"], name="broken", prepare=lambda p, _: lambda: Outcome(None, p.hidden * torch.nan, None)
+    )
+    monkeypatch.setattr(heads, "PEERS", [*chosen, broken])
+    case = kernels.Case(kernels.Shape(64, 32, 2000), zero=True)
+    rows = kernels.measure(case)
+    found = kernels_report.by_metric(rows)
+    assert {"time", "peak_memory", "dH_error", "dW_error", "logprob_error"} == found["gapg linear_logprob"].keys()
+    assert found["broken"]["error"]["error"] == "ArithmeticError: dH_error is not finite"
+    assert found["broken"].keys() == {"error"}
+    time = found["gapg fused_policy_loss"]["time"]
+    assert time["predicted_as"] == "ours, half the rows zero"
+    assert time["tflops"] == pytest.approx(6 * 32 * 32 * 2000 / time["median"] / 1e12)  # 32 of 64 rows count
+    assert time["floor_share"] == pytest.approx(found["bare GEMMs"]["time"]["median"] / time["median"])
+    for text in (kernels_report.table(str(case), rows), kernels_report.summary({"rows": rows})):
+        assert str(case) in text
+
+
+def error_record() -> dict[str, object]:
+    rows = []
+    for case, value in (("8.0 nats", 1.7e-3), ("0.0 nats", 1.6e5)):
+        rows += record.timing_rows(case, {"ours": [value]}, "dH_error", "1")
+        rows += record.timing_rows(case, {"ours": [2e-6]}, "logprob_error", "nats")
+        rows += record.timing_rows(case, {"only a loss": [value]}, "dH_error", "1")
+        rows.append(record.error_row(case, "absent", "not installed"))
+    return {"rows": rows}
+
+
+def test_the_table_of_errors_is_drawn_between_its_markers(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- errors:begin -->\nold\n<!-- errors:end -->\nafter\n")
+    for _ in range(2):  # drawing again changes nothing
+        kernels_report.draw_into(readme, error_record())
+        assert readme.read_text() == (
+            "before\n<!-- errors:begin -->\n| entropy, nats | 8.0 | 0.0 |\n|---|---|---|\n"
+            "| ours | 1.7e-3, 2e-6 | 1.6e+5, 2e-6 |\n| only a loss | 1.7e-3 | 1.6e+5 |\n<!-- errors:end -->\nafter\n"
+        )
+    readme.write_text("no markers\n")
+    with pytest.raises(ValueError, match="needs the markers"):
+        kernels_report.draw_into(readme, error_record())
+    assert readme.read_text() == "no markers\n"
+
+
+def test_the_committed_errors_say_what_the_head_promises() -> None:
+    """Log-probs to 1e-4, and gradients at or below eager's at every entropy."""
+    rows = record.read(kernels.RESULTS / "errors-cpu.json")["rows"]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    assert cases == [f"{nats} nats" for nats in problems.LADDER]
+    for case in cases:
+        found = kernels_report.by_metric([row for row in rows if row["case"] == case])
+        for ours in ("gapg fused_policy_loss", "gapg linear_logprob"):
+            assert found[ours]["logprob_error"]["median"] <= 1e-4
+            for metric in ("dH_error", "dW_error"):
+                assert found[ours][metric]["median"] <= found["PyTorch eager, 16-bit softmax"][metric]["median"]
+                assert found[ours][metric]["median"] <= found["PyTorch eager"][metric]["median"]
+
+
+def test_the_script_does_not_hide_hugging_faces_kernels() -> None:
+    """As a script, its folder comes first on sys.path, and in it is a file of that package's name."""
+    code = (
+        "import runpy, sys; sys.argv = ['bench/kernels.py', '--help']; sys.path.insert(0, 'bench')\n"
+        "try: runpy.run_path('bench/kernels.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "import importlib.util; found = importlib.util.find_spec('kernels')\n"
+        "assert found is None or not (found.origin or '').endswith('bench/kernels.py'), found\n"
+        "import trl; from transformers import AutoModelForCausalLM; print('fine')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=record.ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.stdout.endswith("fine\n"), done.stderr
+
+
+def test_committed_times_are_complete() -> None:
+    found = json.loads((kernels.RESULTS / "kernels-cpu.json").read_text())
+    for case in {row["case"] for row in found["rows"]}:
+        rows = kernels_report.by_metric([row for row in found["rows"] if row["case"] == case])
+        timed = {impl: row["time"] for impl, row in rows.items() if "time" in row}
+        assert timed["bare GEMMs"]["floor_share"] == 1.0
+        assert all(len(row["samples"]) >= kernels.SLOW_ROUNDS for row in timed.values())
+        assert set(rows) - set(timed) == {impl for impl in rows if "error" in rows[impl]}
