@@ -10,7 +10,9 @@ from itertools import chain
 import numpy as np
 import torch
 
-from gapg.packing import lay_out, pack
+from gapg.kernels.shared_prompt_attention import SharedPrompts
+from gapg.kernels.shared_prompt_attention import share as share_layout
+from gapg.packing import Int64s, PackedArrays, SharedArrays, lay_out, lay_out_shared, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +26,18 @@ class Example:
     group: int = 0
     sample: int = 0
 
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
     """T tokens of whole sequences end to end, R of them predicted response tokens; all on the model's device.
 
     input_ids, position_ids [T] int64; cu_seqlens [n+1] int32; response_index [R] int64: the position whose hidden state
-    predicts `target` [R] int64; weight [R] float32; rollout_logprob [R] float32 (NaN where the engine gave none); group
-    and sample [R] int64, on the CPU, where the reward table is.
+    predicts `target` [R] int64 (-100: none); weight [R] float32; rollout_logprob [R] float32 (NaN where the engine gave
+    none); group and sample [R] int64: the row's place in the reward table. With `shared` the segments are prompts, then
+    their responses, and the attention must know which belong together.
     """
 
     input_ids: torch.Tensor
@@ -44,43 +50,99 @@ class PackedBatch:
     rollout_logprob: torch.Tensor
     group: torch.Tensor
     sample: torch.Tensor
+    shared: SharedPrompts | None = None
 
 
-def packed_batches(examples: Sequence[Example], token_cap: int, device: torch.device) -> list[PackedBatch]:
+def packed_batches(
+    examples: Sequence[Example],
+    token_cap: int,
+    device: torch.device,
+    *,
+    share: bool = False,
+    padded: bool = False,
+    every_position: bool = False,
+) -> list[PackedBatch]:
     """Packs examples into as few micro-batches of at most `token_cap` tokens as best-fit decreasing finds.
+
+    Args:
+        examples: in any order; empty gives no batch.
+        token_cap: most tokens of a batch.
+        device: where the batches are put, all at once: a copy between two micro-batches would wait for the first.
+        share: one copy of a prompt for the responses of its group that are in a batch.
+        padded: every sequence as long as the longest, as a trainer without packing has it (for comparison).
+        every_position: the positions that predict nothing are rows of the head too, with target -100 (likewise).
 
     Raises ValueError naming an example that is longer than the cap.
     """
     if not examples:
         return []
-    lengths = np.array([len(e.prompt_ids) + len(e.response_ids) for e in examples], np.int64)
-    offsets = np.concatenate([[0], lengths.cumsum()])
-    tokens = np.fromiter(
-        chain.from_iterable(chain(e.prompt_ids, e.response_ids) for e in examples), np.int64, offsets[-1]
-    )
-    prompt_lengths = np.array([len(e.prompt_ids) for e in examples], np.int64)
-    weights = np.array([e.weight for e in examples], np.float32)
-    cells = np.array([(e.group, e.sample) for e in examples], np.int64)
+    lengths = np.array([len(e) for e in examples], np.int64)
+    width = lengths.max() - lengths if padded else np.zeros_like(lengths)
+    offsets = np.concatenate([[0], (lengths + width).cumsum()])
+    parts = (chain(e.prompt_ids, e.response_ids, [0] * pad) for e, pad in zip(examples, width.tolist(), strict=True))
+    tokens = np.fromiter(chain.from_iterable(parts), np.int64, offsets[-1])
+    prompts = np.array([len(e.prompt_ids) for e in examples], np.int64)
+    rows = _Rows(examples, lengths - prompts, every_position)
     batches = []
-    for members in pack(lengths, token_cap).bins:
-        arrays = lay_out(tokens, offsets, prompt_lengths, weights, members)
-        logprobs = chain.from_iterable(
-            examples[i].rollout_logprobs or [float("nan")] * len(examples[i].response_ids) for i in members.tolist()
-        )
-        to = partial(torch.as_tensor, device=device)
-        group, sample = torch.from_numpy(cells[arrays.sequence_ids]).unbind(1)
-        batches.append(
-            PackedBatch(
-                input_ids=to(arrays.input_ids),
-                position_ids=to(arrays.position_ids),
-                cu_seqlens=to(arrays.cu_seqlens),
-                max_length=arrays.max_length,
-                response_index=to(arrays.response_index),
-                target=to(arrays.targets),
-                weight=to(arrays.coefficients),
-                rollout_logprob=to(np.fromiter(logprobs, np.float32, len(arrays.targets))),
-                group=group,
-                sample=sample,
-            )
-        )
+    groups = np.array([e.group for e in examples], np.int64)
+    if share:
+        packing = pack(lengths + width, token_cap, groups=groups, prompt_lengths=prompts)
+        for members in packing.bins:
+            arrays = lay_out_shared(tokens, offsets, prompts, rows.weight, groups, members)
+            batches.append(rows.batch(arrays, device))
+        return batches
+    for members in pack(lengths + width, token_cap).bins:
+        batches.append(rows.batch(lay_out(tokens, offsets, prompts, rows.weight, members), device))
     return batches
+
+
+class _Rows:
+    """What the rows of the head carry beside their tokens, by example and by token of its response."""
+
+    def __init__(self, examples: Sequence[Example], responses: Int64s, every_position: bool) -> None:
+        self.starts = np.concatenate([[0], responses.cumsum()])
+        self.responses = responses
+        self.every_position = every_position
+        self.weight = np.array([e.weight for e in examples], np.float32)
+        self.cell = np.array([(e.group, e.sample) for e in examples], np.int64)
+        logprobs = (e.rollout_logprobs or [float("nan")] * len(e.response_ids) for e in examples)
+        self.logprob = np.fromiter(chain.from_iterable(logprobs), np.float32, self.starts[-1])
+
+    def batch(self, arrays: PackedArrays | SharedArrays, device: torch.device) -> PackedBatch:
+        of, at = arrays.sequence_ids, _counts(arrays.sequence_ids)
+        real = at < self.responses[of]  # beyond a response lies padding
+        of, index, target = of[real], arrays.response_index[real], arrays.targets[real]
+        logprob, weight, cell = self.logprob[self.starts[of] + at[real]], self.weight[of], self.cell[of]
+        if self.every_position:
+            idle = np.setdiff1d(np.arange(len(arrays.input_ids)), index)
+            index = np.concatenate([index, idle])
+            target, weight, logprob = (
+                np.concatenate([x, np.full(len(idle), fill, x.dtype)])
+                for x, fill in ((target, -100), (weight, 0), (logprob, np.nan))
+            )
+            cell = np.concatenate([cell, np.zeros((len(idle), 2), np.int64)])
+        to = partial(torch.as_tensor, device=device)
+        return PackedBatch(
+            input_ids=to(arrays.input_ids),
+            position_ids=to(arrays.position_ids),
+            cu_seqlens=to(arrays.cu_segments if isinstance(arrays, SharedArrays) else arrays.cu_seqlens),
+            max_length=arrays.max_segment if isinstance(arrays, SharedArrays) else arrays.max_length,
+            response_index=to(index),
+            target=to(target),
+            weight=to(weight),
+            rollout_logprob=to(logprob),
+            group=to(cell[:, 0].copy()),
+            sample=to(cell[:, 1].copy()),
+            shared=_layout(arrays, device) if isinstance(arrays, SharedArrays) else None,
+        )
+
+
+def _layout(arrays: SharedArrays, device: torch.device) -> SharedPrompts:
+    return share_layout(arrays.cu_segments, arrays.cu_prompts, arrays.cu_responses, device)
+
+
+def _counts(ids: Int64s) -> Int64s:
+    """0, 1, 2, … within each run of equal ids."""
+    first = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]])) if len(ids) else np.zeros(0, np.int64)
+    lengths = np.diff(np.concatenate([first, [len(ids)]]))
+    return np.arange(len(ids)) - np.repeat(first, lengths)

@@ -11,7 +11,7 @@ from gapg.tracking import write_whole
 
 MAY_CHANGE = (
     "steps", "output_dir", "checkpoint_every", "keep_checkpoints", "threads", "tensorboard", "wandb", "eval.heldout",
-    "oracle.", "rollout.max_rows", "rollout.vllm_args", "warm_start.checkpoint_every",
+    "oracle.", "update.", "rollout.max_rows", "rollout.vllm_args", "warm_start.checkpoint_every",
 )  # fmt: skip
 """Keys of a run that a resume may set anew: they change how it runs and how far, not what it is."""
 

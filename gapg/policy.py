@@ -43,8 +43,8 @@ def response_loss(
     """The policy loss of a packed batch, to be followed by ``loss.backward()`` and nothing else.
 
     The head's share of d(weight) is added to its float32 ``.grad`` here and now, never rounded to `compute`; the rest
-    comes with backward. `rewards_PG` is the reward table of the whole step, on the CPU; the other arguments are as in
-    `gapg.kernels.fused_policy_loss`.
+    comes with backward. `rewards_PG` is the reward table of the whole step, on the model's device; the other arguments
+    are as in `gapg.kernels.fused_policy_loss`.
     """
     head = model.get_output_embeddings()
     weight, main_grad = head.weight, None
@@ -69,17 +69,22 @@ def response_loss(
         reference_logprob=reference_logprob,
         with_entropy=with_entropy,
         main_grad=main_grad,
+        drop_zero_rows=False,  # the batch holds what has a gradient
     )
 
 
 def _response_states(model: PreTrainedModel, batch: PackedBatch, compute: torch.dtype) -> torch.Tensor:
     """The last hidden states that predict a response token, [R, H] in `compute`."""
+    if batch.shared is None:
+        segments = attention.packed_arguments(batch.cu_seqlens, batch.max_length)
+    else:
+        segments = attention.shared_arguments(batch.shared)
     with torch.autocast(model.device.type, compute, enabled=compute != torch.float32):
         hidden_TH = model.base_model(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,
-            **attention.packed_arguments(batch.cu_seqlens, batch.max_length),
+            **segments,
         ).last_hidden_state[0]
     return hidden_TH.index_select(0, batch.response_index).to(compute)
 

@@ -13,21 +13,17 @@ controller moves alpha_c to hold the cloud budget.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from gapg.batching import Example, packed_batches
-from gapg.config import LossConfig
+from gapg.batching import Example
 from gapg.filtering import Selection, select
 from gapg.judge import Group, Outcome
-from gapg.kernels.policy_loss import PolicyLossOptions, group_advantages, summarize
-from gapg.optim import clip_and_step, learning_rate
-from gapg.policy import response_logprobs, response_loss
 from gapg.run import Run, Validate
 from gapg.seeding import derive
 from gapg.tracking import Display, warn
+from gapg.update import policy_update
 
 COLLAPSED_AFTER = 20
 UNKNOWN_STEPS = 3
@@ -91,10 +87,15 @@ def train_step(run: Run) -> dict[str, Any]:
     rewards_PG = torch.tensor(
         [run.reward(g, config.reward.alpha_a, alpha_c, config.reward.alpha_f) for g in selection.kept]
     )
+    examples = [
+        Example(ids_of[g.prompt.id], c.token_ids, rollout_logprobs=c.logprobs, group=p, sample=i)
+        for p, g in enumerate(selection.kept)
+        for i, c in enumerate(g.completions)
+    ]
     with run.phases("update"):
-        examples = _examples(config.loss, selection.kept, rewards_PG, ids_of)
-        tokens = sum(len(c.token_ids) for g in selection.kept for c in g.completions)
-        update = _update(run, examples, rewards_PG, tokens)
+        update = policy_update(
+            run.model, run.optimizer, config, run.state.step, examples, rewards_PG, run.reference
+        )  # fmt: skip
     with run.phases("sync"):
         run.engine.sync(run.model.state_dict())
 
@@ -104,69 +105,6 @@ def train_step(run: Run) -> dict[str, Any]:
     if config.budget.controller:
         run.controller.observe(row["call_fraction"])
     return row
-
-
-def _examples(
-    loss: LossConfig, kept: Sequence[Group], rewards_PG: torch.Tensor, ids_of: Mapping[str, Sequence[int]]
-) -> list[Example]:
-    """The responses of D that have a gradient: all under a KL penalty, else those whose advantage is not exactly 0."""
-    if not kept:
-        return []
-    matters = (group_advantages(rewards_PG, loss.advantage) != 0) | bool(loss.kl_coef)
-    return [
-        Example(ids_of[g.prompt.id], c.token_ids, rollout_logprobs=c.logprobs, group=p, sample=i)
-        for p, g in enumerate(kept)
-        for i, c in enumerate(g.completions)
-        if matters[p, i]
-    ]
-
-
-def _update(run: Run, examples: list[Example], rewards_PG: torch.Tensor, tokens: int) -> dict[str, Any]:
-    """The loss over packed micro-batches and one optimizer step an epoch (none for an empty D)."""
-    config, loss = run.config, run.config.loss
-    forward = {"temperature": config.rollout.temperature, "compute": getattr(torch, config.model.dtype)}
-    denominator = max(1, tokens if loss.aggregation == "token_mean" else rewards_PG.numel())
-    batches = packed_batches(examples, config.token_cap, run.model.device)
-    with torch.no_grad():
-        reference = [None if run.reference is None else response_logprobs(run.reference, b, **forward) for b in batches]
-    old: list[torch.Tensor | None] = [None] * len(batches)
-    lr, norms, stats = learning_rate(config.optim, run.state.step, config.steps), [0.0], []
-    gaps = [torch.zeros((), device=run.model.device)]
-    for epoch in range(loss.epochs if len(rewards_PG) else 0):
-        for i, batch in enumerate(batches):
-            clip = loss.clip if epoch else None  # the first epoch's ratio is 1
-            options = PolicyLossOptions(loss.advantage, clip, loss.tis_cap, loss.kl, loss.kl_coef)
-            out = response_loss(
-                run.model, batch, rewards_PG, denominator, options, **forward,
-                old_logprob=old[i], reference_logprob=reference[i], with_entropy=loss.entropy,
-            )  # fmt: skip
-            out.loss.backward()
-            stats.append(out.stats)
-            if epoch == 0:
-                old[i] = out.logprob if loss.epochs > 1 else None
-                gaps.append((out.logprob - batch.rollout_logprob).abs().max())
-        for param in run.model.parameters():
-            if param.requires_grad and param.grad is None:  # every advantage was zero: a step with a zero gradient
-                param.grad = torch.zeros_like(param)
-        norms.append(float(clip_and_step(run.optimizer, lr, config.optim.grad_clip)))
-    return {
-        "lr": lr,
-        "grad_norm": norms[-1],
-        "clipped": sum(norm > config.optim.grad_clip for norm in norms),
-        "logprob_gap": float(torch.stack(gaps).max()),
-        "tokens_trained": sum(len(e.prompt_ids) + len(e.response_ids) for e in examples),
-        **{f"policy/{name}": value for name, value in summarize(stats).items() if name in _shown(loss)},
-    }
-
-
-def _shown(loss: LossConfig) -> set[str]:
-    """The loss's statistics that say something; ratio and ess are to the engine's log-probs in a step's first epoch."""
-    clip = {"clip_fraction"} if loss.clip else set()
-    return (
-        {"loss", "ratio_min", "ratio_max", "ess", "kl", "entropy"}
-        | clip
-        | ({"tis_fraction"} if loss.tis_cap else set())
-    )
 
 
 def _metrics(run: Run, groups: list[Group], selection: Selection) -> dict[str, Any]:

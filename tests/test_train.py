@@ -82,7 +82,9 @@ KEYS = {
         "outcome/cloud_wrong",
         "outcome/unknown",
     ),
-    *("both_endings", "verifier_limits", "response_tokens", "tokens_sampled", "tokens_trained", "empty_steps"),
+    *("both_endings", "verifier_limits", "response_tokens", "tokens_sampled", "empty_steps"),
+    *("sharing/on", "sharing/predicted_speedup", "tokens/given", "tokens/computed", "tokens/head"),
+    *("tokens/saved_zero_advantage", "tokens/saved_shared_prompts", "tokens/saved_padding"),
     *("groups/d1", "groups/d2", "groups/d2_kept", "groups/unsolved", "groups/unknown", "groups/trained"),
     *("oracle/requests", "oracle/cache_hits", "oracle/failures", "oracle/tokens", "oracle/cost"),
     *("policy/loss", "policy/ratio_min", "policy/ratio_max", "policy/ess"),
@@ -142,7 +144,7 @@ def test_under_a_kl_penalty_every_response_counts(start: Callable[..., Run]) -> 
         run = start(steps="1", loss__kl_coef=coef, budget__filter="false")  # groups of equal rewards are kept
         rows.append(train_step(run))
     assert rows[0]["tokens_sampled"] == rows[1]["tokens_sampled"]
-    assert rows[1]["groups/trained"] > 0 and rows[0]["tokens_trained"] < rows[1]["tokens_trained"]
+    assert rows[1]["groups/trained"] > 0 and rows[0]["tokens/computed"] < rows[1]["tokens/computed"]
 
 
 def test_a_second_epoch_is_the_same_gradient_at_another_policy(start: Callable[..., Run]) -> None:

@@ -1,0 +1,130 @@
+"""One policy update from judged responses: what need not be computed is left out, the rest packed and learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from gapg import sharing
+from gapg.batching import Example, PackedBatch, packed_batches
+from gapg.config import RunConfig
+from gapg.kernels.policy_loss import PolicyLossOptions, group_advantages, summarize
+from gapg.optim import clip_and_step, learning_rate
+from gapg.policy import response_logprobs, response_loss
+
+
+def policy_update(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    config: RunConfig,
+    step: int,
+    examples: Sequence[Example],
+    rewards_PG: torch.Tensor,
+    reference: PreTrainedModel | None = None,
+) -> dict[str, Any]:
+    """The policy loss over packed micro-batches and one optimizer step an epoch; none at all for an empty D.
+
+    Nothing waits for the device between two micro-batches.
+
+    Args:
+        model: the policy, in training mode.
+        optimizer: over its trainable parameters.
+        config: `loss`, `update`, `optim`, `token_cap`, `steps`, `model.dtype` and `rollout.temperature` matter here.
+        step: of the learning-rate schedule.
+        examples: all responses of D, whose `group` and `sample` place them in the table.
+        rewards_PG: [P, G] float32 on the CPU. P counts all prompts of D.
+        reference: the frozen policy of the KL term, when `loss.kl_coef` asks for it.
+
+    Returns:
+        The metrics: learning rate, gradient norm, log-prob gap to the engine, the loss's statistics, token counts.
+    """
+    loss, device = config.loss, model.device
+    chosen = _with_gradient(config, examples, rewards_PG)
+    saving = _sharing(model, chosen)
+    share = {"auto": saving.pays, "always": True, "never": False}[config.update.share_prompts]
+    batches = packed_batches(
+        chosen, config.token_cap, device, share=share, padded=not config.update.pack,
+        every_position=not config.update.response_positions,
+    )  # fmt: skip
+    tokens = sum(len(e.response_ids) for e in examples)
+    denominator = max(1, tokens if loss.aggregation == "token_mean" else rewards_PG.numel())
+    forward = {"temperature": config.rollout.temperature, "compute": getattr(torch, config.model.dtype)}
+    with torch.no_grad():
+        reference_logprobs = [
+            None if reference is None else response_logprobs(reference, b, **forward) for b in batches
+        ]
+    table = rewards_PG.to(device)
+    old: list[torch.Tensor | None] = [None] * len(batches)
+    lr, norms, stats, gaps = learning_rate(config.optim, step, config.steps), [0.0], [], [table.new_zeros(())]
+    for epoch in range(loss.epochs if len(rewards_PG) else 0):
+        clip = loss.clip if epoch else None  # the first epoch's ratio is 1
+        options = PolicyLossOptions(loss.advantage, clip, loss.tis_cap, loss.kl, loss.kl_coef)
+        for i, batch in enumerate(batches):
+            out = response_loss(
+                model, batch, table, denominator, options, **forward, old_logprob=old[i],
+                reference_logprob=reference_logprobs[i], with_entropy=loss.entropy,
+            )  # fmt: skip
+            out.loss.backward()
+            stats.append(out.stats)
+            if epoch == 0:
+                old[i] = out.logprob if loss.epochs > 1 else None
+                gap = (out.logprob - batch.rollout_logprob).abs()
+                gaps.append(torch.where(batch.target >= 0, gap, 0.0).max())
+        for param in model.parameters():
+            if param.requires_grad and param.grad is None:  # every advantage was zero: a step with a zero gradient
+                param.grad = torch.zeros_like(param)
+        norms.append(float(clip_and_step(optimizer, lr, config.optim.grad_clip)))
+    return {
+        "lr": lr,
+        "grad_norm": norms[-1],
+        "clipped": sum(norm > config.optim.grad_clip for norm in norms),
+        "logprob_gap": float(torch.stack(gaps).max()),
+        **_token_counts(config, examples, chosen, batches),
+        "sharing/on": int(share),
+        "sharing/predicted_speedup": saving.speedup,
+        **{f"policy/{name}": value for name, value in summarize(stats).items() if name in _shown(config)},
+    }
+
+
+def _with_gradient(config: RunConfig, examples: Sequence[Example], rewards_PG: torch.Tensor) -> Sequence[Example]:
+    """The responses that have a gradient: all under a KL penalty, else those whose advantage is not exactly 0."""
+    if config.loss.kl_coef or not config.update.skip_zero_advantage or not examples:
+        return examples
+    advantages = group_advantages(rewards_PG, config.loss.advantage).tolist()
+    return [e for e in examples if advantages[e.group][e.sample] != 0]
+
+
+def _sharing(model: PreTrainedModel, examples: Sequence[Example]) -> sharing.Saving:
+    """What one copy of a prompt for all its responses would save in this update."""
+    groups: dict[int, tuple[int, list[int]]] = {}
+    for e in examples:
+        groups.setdefault(e.group, (len(e.prompt_ids), []))[1].append(len(e.response_ids))
+    rates = sharing.RATES["cuda" if model.device.type == "cuda" else "cpu"]
+    return sharing.saving(groups.values(), sharing.shape_of(model), rates)
+
+
+def _token_counts(
+    config: RunConfig, given: Sequence[Example], chosen: Sequence[Example], batches: Sequence[PackedBatch]
+) -> dict[str, int]:
+    """Tokens of D given, put through the model, and saved by each rule; and the rows of the LM head."""
+    all_of_d, trained = sum(map(len, given)), sum(map(len, chosen))
+    computed = sum(b.input_ids.numel() for b in batches)
+    longest = max(map(len, chosen), default=0)
+    return {
+        "tokens/given": all_of_d,
+        "tokens/computed": computed,
+        "tokens/saved_zero_advantage": all_of_d - trained,
+        "tokens/saved_shared_prompts": max(0, trained - computed),
+        "tokens/saved_padding": longest * len(chosen) - trained if config.update.pack else 0,
+        "tokens/head": sum(b.target.numel() for b in batches),
+    }
+
+
+def _shown(config: RunConfig) -> set[str]:
+    """The loss's statistics that say something; ratio and ess are to the engine's log-probs in a step's first epoch."""
+    clip = {"clip_fraction"} if config.loss.clip else set()
+    tis = {"tis_fraction"} if config.loss.tis_cap else set()
+    return {"loss", "ratio_min", "ratio_max", "ess", "kl", "entropy"} | clip | tis
