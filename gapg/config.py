@@ -50,6 +50,16 @@ class LlamaConfig(Section):
     max_positions: Count = 128
 
 
+class LoraConfig(Section):
+    """Low-rank adapters, which the policy gradient trains instead of the weights. The warm start trains the weights."""
+
+    rank: Count
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The adapters' product counts alpha / rank times."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Names of linear layers, such as [q_proj, v_proj]; empty: all below the LM head, which stays frozen."""
+
+
 class ModelConfig(Section):
     path: str | None = None
     """A Hugging Face folder or hub name. Leave empty to make `llama` from scratch."""
@@ -57,6 +67,18 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in. Weights and optimizer are float32 always: bfloat16 weights lose small updates."""
     gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    """Train low-rank adapters (`--model.lora.rank 16`); they want a larger `optim.lr`. Checkpoints hold merged weights."""
+    liger: bool = False
+    """RMSNorm, SwiGLU and RoPE by liger-kernel's Triton kernels; needs a GPU."""
+
+    @model_validator(mode="after")
+    def _installed(self) -> ModelConfig:
+        if self.lora is not None and find_spec("peft") is None:
+            raise ValueError("model.lora: peft is not installed; pip install 'gapg[lora]'")
+        if self.liger and find_spec("liger_kernel") is None:
+            raise ValueError("model.liger=true: liger-kernel is not installed; pip install 'gapg[liger]'")
+        return self
 
 
 class OptimConfig(Section):
@@ -139,6 +161,19 @@ class LossConfig(Section):
         if self.clip is not None and self.epochs == 1:
             raise ValueError("loss.clip does nothing in one epoch, whose ratio is 1: set loss.epochs to 2 or more")
         return self
+
+
+class UpdateConfig(Section):
+    """What an update need not compute. None of it changes the gradient; each can be turned off to see what it saves."""
+
+    skip_zero_advantage: bool = True
+    """Responses of zero advantage stay out (all, when every reward of a group is equal), unless there is a KL term."""
+    response_positions: bool = True
+    """Only positions that predict a response token go through the LM head."""
+    pack: bool = True
+    """Sequences end to end; off: each padded to the longest."""
+    share_prompts: Literal["auto", "always", "never"] = "auto"
+    """One copy of a prompt for its responses; `auto`: where the cost model says that it pays."""
 
 
 class BudgetConfig(Section):
@@ -227,6 +262,7 @@ class RunConfig(Section):
     budget: BudgetConfig = BudgetConfig()
     oracle: OracleConfig = OracleConfig()
     optim: OptimConfig = OptimConfig(lr=5e-6)
+    update: UpdateConfig = UpdateConfig()
     token_cap: Count = 16384
     """Most tokens in one packed micro-batch."""
     eval: EvalConfig = EvalConfig()
