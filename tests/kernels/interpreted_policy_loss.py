@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from policy_loss_oracle import DENOMINATOR, crossed, edges, part
+from policy_loss_oracle import DENOMINATOR, cases, edges, part
 
 
 def interpreted(path: Path) -> None:
     from gapg.kernels.policy_loss_kernel import fused_row_losses
 
     results = {}
-    for name, (rows, options) in (crossed() | edges()).items():
+    for name, (rows, options) in cases().items():
         results[name] = fused_row_losses(rows, DENOMINATOR, options)._asdict()
     for name, (rows, options) in edges().items():
         last = fused_row_losses(part(rows, slice(-3, None)), DENOMINATOR, options)

@@ -81,6 +81,10 @@ def crossed() -> dict[str, tuple[Rows, PolicyLossOptions]]:
     return {" ".join(map(str, choice)): inputs_for(choice) for choice in CHOICES}
 
 
+def cases() -> dict[str, tuple[Rows, PolicyLossOptions]]:
+    return crossed() | edges()
+
+
 def edges() -> dict[str, tuple[Rows, PolicyLossOptions]]:
     """The shapes, types and values that break kernels."""
     base, options = inputs_for(ALL, rows=300)
