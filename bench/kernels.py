@@ -16,6 +16,7 @@ import argparse
 import gc
 import math
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -262,6 +263,7 @@ def main() -> None:
         return
     path = args.output / f"kernels-{DEVICE}.json"
     rows = ceilings() if DEVICE == "cuda" else []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # how a time limit ends it: what is measured is still drawn
     try:
         for case in cases():
             found = measure(case)
@@ -269,7 +271,7 @@ def main() -> None:
             record.write("kernels", rows, path)  # what is measured stays, whatever happens to the next case
             print(kernels_report.table(str(case), found), flush=True)
             release()
-    finally:  # a time limit interrupts
+    finally:
         if path.exists():
             kernels_report.plot(record.read(path), path.with_suffix(".png"))
             print(kernels_report.summary(record.read(path)))
