@@ -17,11 +17,13 @@ SUM_TILE = 128
 
 
 class ChunkPlan(NamedTuple):
-    """``stored``: bytes of a row of E; ``scratch``: bytes a row needs besides while it is worked on."""
+    """``stored``: bytes of a row of E; ``scratch``: bytes a row needs besides while it is worked on; ``bare``: bytes it
+    needs where E is not stored."""
 
     vocab: int
     stored: int
     scratch: int
+    bare: int
     workspace: int
 
     @staticmethod
@@ -30,10 +32,11 @@ class ChunkPlan(NamedTuple):
         vocab = weight.shape[0]
         stored = pitch(vocab, hidden.dtype) * hidden.element_size()
         if kernel:
-            scratch = 4 * -(-vocab // SUM_TILE) * (2 if entropy else 1)
+            bare = scratch = 4 * -(-vocab // SUM_TILE) * (2 if entropy else 1)
         else:
             scratch = 4 * vocab if hidden.dtype == torch.bfloat16 else 0  # float32 logits; wider types make E in place
-        return ChunkPlan(vocab, stored, scratch, workspace)
+            bare = max(scratch, stored)
+        return ChunkPlan(vocab, stored, scratch, bare, workspace)
 
     def fits(self, rows: int) -> bool:
         """Whether E for all rows fits, with room left to work on at least 256 of them at a time."""
@@ -41,7 +44,7 @@ class ChunkPlan(NamedTuple):
 
     def require_one_row(self, caller: str, *, grad: bool) -> None:
         """Raises ValueError when the workspace is too small for a single row."""
-        need = self.stored + self.scratch if grad else max(self.stored, self.scratch)
+        need = self.stored + self.scratch if grad else self.bare
         if need > self.workspace:
             raise ValueError(f"{caller}: one row needs {need} bytes, workspace_bytes is {self.workspace}")
 
@@ -54,7 +57,7 @@ class ChunkPlan(NamedTuple):
             store: a chunk's E is stored (forward only: it is not).
         """
         room = self.workspace - (rows * self.stored if kept else 0)
-        each = self.scratch if kept else self.scratch + self.stored if store else max(self.scratch, self.stored)
+        each = self.scratch if kept else self.scratch + self.stored if store else self.bare
         most = max(1, room // each) if each else rows
         count = -(-rows // most) if rows else 0
         size = -(-rows // count) if count else 0

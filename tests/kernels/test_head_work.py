@@ -121,6 +121,7 @@ def test_forward_only_writes_nothing_of_the_vocabularys_size(triton: bool, launc
         FORWARD(hidden, weight, target, None, 1.0, 2 * GIB, False, True)
     assert 2 <= gemm_flops(launches) / THV <= 2.01 and not work.gemms
     assert all(a["e_desc"] is None for kernel, a, _ in launches if kernel == "odds_gemm_kernel")
+    assert sum(launch.kernel == "odds_gemm_kernel" for launch in launches) == 1, "nothing to keep: one chunk"
     partials = 2 * 4 * T * math.ceil(V / 256)  # sums and moments, one a row and tile
     assert work.peak < 1.05 * partials + 100 * T
 
