@@ -21,7 +21,8 @@ from transformers import (
 
 from gapg import attention
 from gapg.kernels.linear_logprob import linear_logprob
-from gapg.kernels.shared_prompt_attention import SharedPrompts, share
+from gapg.kernels.shared_prompt_attention import SharedPrompts, share, shared_prompt_attention
+from gapg.packing import lay_out_shared
 
 attention.register()
 
@@ -188,6 +189,39 @@ def test_one_response_sees_no_other_and_no_other_prompt() -> None:
         )
     moved = (before - after).abs().amax(1) > 0
     assert moved[at : at + 5].any() and not moved[:at].any() and not moved[at + 5 :].any()
+
+
+def test_the_packer_lays_out_this_row() -> None:
+    sequences = [
+        (g, p, r, w)
+        for g, (p, responses, weights) in enumerate(tokens())
+        for r, w in zip(responses, weights, strict=True)
+    ]
+    arrays = lay_out_shared(
+        torch.cat([x for _, p, r, _ in sequences for x in (p, r)]).numpy(),
+        cumulative([len(p) + len(r) for _, p, r, _ in sequences]).numpy(),
+        [len(p) for _, p, _, _ in sequences],
+        [w for *_, w in sequences],
+        [g for g, *_ in sequences],
+        list(range(len(sequences))),
+    )
+    row = shared_row()
+    found = arrays.input_ids, arrays.position_ids, arrays.response_index, arrays.targets, arrays.coefficients
+    expected = row.input_ids, row.position_ids, row.index, row.target, row.weight
+    for ours, theirs in zip(expected, found, strict=True):
+        assert torch.equal(ours, torch.from_numpy(theirs))
+    layout, packed = row.arguments["shared_prompts"], share(arrays.cu_segments, arrays.cu_prompts, arrays.cu_responses)
+    assert all(torch.equal(a, b) for a, b in zip(layout[:3], packed[:3], strict=True)) and layout[3:] == packed[3:]
+    assert packed[4:8] == (16, arrays.max_segment, arrays.max_prompt, arrays.max_responses)
+
+
+def test_an_empty_row() -> None:
+    nothing = lay_out_shared([], [0], [], [], [], [])
+    layout = share(nothing.cu_segments, nothing.cu_prompts, nothing.cu_responses)
+    assert layout[3:] == (0, 0, 0, 0, 0, 0)
+    q, k, v = (torch.empty(0, heads, 8, requires_grad=True) for heads in (2, 1, 1))
+    shared_prompt_attention(q, k, v, layout).sum().backward()
+    assert q.grad is not None and q.grad.shape == q.shape
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from flash_on_cpu import FLASH_ON_CPU
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -78,7 +78,7 @@ def ours(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, layout: SharedPrompts, s
 
 def assert_close(got: list[Tensor], expected: list[Tensor], bound: float) -> None:
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
-        error = ((a.double() - b).norm() / b.norm().clamp_min(1e-6)).item()
+        error = ((a.double() - b).norm() / b.norm().clamp_min(0.1)).item()  # with one key, dq and dk are 0
         assert error < bound, f"{name}: {error}"
 
 
@@ -218,6 +218,8 @@ def pieces_of(layout: SharedPrompts) -> Pieces:
 
 @settings(max_examples=40)
 @given(st.lists(group, min_size=1, max_size=4), st.sampled_from([(2, 2), (4, 2)]))
+@example([(3, [1]), (2, [])], (4, 2))  # at most one query an entry, and an entry of none
+@example([(1, [1, 0])], (4, 2))
 def test_the_cuda_route_on_a_flash_attention_of_the_cpu(groups: Groups, heads: tuple[int, int]) -> None:
     """Every call within the kernels' contract (FLASH_ON_CPU checks it), and the result is right."""
     layout = layout_of(groups)
