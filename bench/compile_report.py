@@ -2,20 +2,23 @@
 
     python bench/compile_report.py            # writes bench/results/sass/<kernel>.json
 
-The figures are read from ptxas and the disassembly: registers, shared memory, spills, and counts of the instructions
-that matter (HGMMA: tensor cores; UTMALDG/UTMASTG: TMA; LDL/STL: local memory; ATOM/RED: atomics).
+The figures are read from ptxas and the disassembly: registers, shared memory, spills, whether ptxas had to serialize
+the tensor cores' work, and counts of the instructions that matter (HGMMA: tensor cores; UTMALDG/UTMASTG: TMA; LDL/STL:
+local memory; ATOM/RED: atomics; MUFU: exponentials).
 Run it in its own process with TRITON_INTERPRET unset: an interpreted kernel has no machine code.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gapg.kernels import odds_gemm
+from gapg.kernels import odds_gemm, odds_pass, odds_rows, policy_loss_kernel
 
 SHARED_LIMIT = 232_448
 """Bytes of shared memory one block may use on sm_90."""
@@ -35,7 +38,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel as it is launched: argument types by name, constants, launch options. ``gemm``: expects HGMMA."""
+    """One kernel as it is launched: argument types by name, constants, launch options. ``gemm``: on tensor cores."""
 
     name: str
     function: Any
@@ -57,6 +60,9 @@ class Figures:
     spill_store_bytes: int
     spill_load_bytes: int
     hgmma: int
+    hgmma_in_loop: int
+    wgmma_serialized: bool
+    exponentials: int
     tma_loads: int
     tma_stores: int
     local_memory: int
@@ -64,39 +70,85 @@ class Figures:
     instructions: int
 
 
+TYPES = {
+    "target_ptr": "*i64", "logit_ptr": "*fp32", "partial_ptr": "*fp32", "moment_ptr": "*fp32", "out_ptr": "*fp32",
+    "logprob_ptr": "*fp32", "odds_ptr": "*fp32", "unit_ptr": "*fp32", "entropy_ptr": "*fp32", "logits_ptr": "*fp32",
+    "C": "i32", "V": "i32", "H": "i32", "blocks": "i32", "pitch": "i32", "logits_pitch": "i32", "e_pitch": "i32",
+    "scale": "fp32",
+}  # fmt: skip
+"""Argument types that no variant changes."""
+
+
 def kernels() -> Iterator[Kernel]:
-    """Every kernel in every configuration of the table, as the host code launches it on bfloat16 inputs."""
-    common = {"bias_ptr": "constexpr", "target_ptr": "*i64", "logit_ptr": "*fp32", "C": "i32", "V": "i32", "H": "i32"}
-    for store, tile in odds_gemm.TILES.items():
-        for bias in (False, True):
-            name = "odds_gemm" + ("_store" if store else "") + ("_bias" if bias else "")
-            part = tile.bn // tile.split
-            types = common | {
-                "hidden_desc": f"tensordesc<bf16[{tile.bm}, {tile.bk}]>",
-                "weight_desc": f"tensordesc<bf16[{tile.bn}, {tile.bk}]>",
-                "e_desc": f"tensordesc<bf16[{tile.bm}, {part}]>" if store else "constexpr",
-                "bias_ptr": "*bf16" if bias else "constexpr",
-                "partial_ptr": "*fp32",
-                "scale": "fp32",
-            }
-            sizes = {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "GROUP": tile.group, "SPLIT": tile.split}
-            yield _kernel(name, odds_gemm.odds_gemm_kernel, types, sizes, tile.warps, tile.stages, gemm=True)
-    rows = {"hidden_ptr": "*bf16", "weight_ptr": "*bf16"} | common
-    outputs = {"logprob_ptr": "*fp32", "odds_ptr": "*fp32", "unit_ptr": "*fp32"}
-    sizes = {"BR": odds_gemm.TARGET_ROWS, "BK": odds_gemm.TARGET_K}
-    yield _kernel("target_logit", odds_gemm.target_logit_kernel, rows | {"out_ptr": "*fp32"}, sizes)
-    types = common | outputs | {"partial_ptr": "*fp32", "tiles": "i32"}
-    yield _kernel("row_sum", odds_gemm.row_sum_kernel, types, {"BR": odds_gemm.SUM_ROWS})
-    types = rows | outputs | {"e_ptr": "*bf16", "pitch": "i32", "scale": "fp32"}
-    yield _kernel("repair", odds_gemm.repair_kernel, types, {"BV": odds_gemm.REPAIR_V, "BK": odds_gemm.REPAIR_K})
+    """Every kernel, in every configuration of its table and with every optional argument, as the host launches it."""
+    yield from gemms()
+    bf16 = {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "e_ptr": "*bf16"}
+    fp32 = dict.fromkeys(bf16, "*fp32")
+    sizes = {"BR": odds_rows.TARGET_ROWS, "BK": odds_rows.TARGET_K}
+    yield _kernel("target_logit", odds_rows.target_logit_kernel, bf16, sizes)
+    yield _kernel("target_logit_float32", odds_rows.target_logit_kernel, fp32, sizes, absent=["bias_ptr"])
+    sizes = {"BR": odds_rows.SUM_ROWS, "BB": odds_rows.SUM_BLOCKS}
+    yield _kernel("row_sum", odds_rows.row_sum_kernel, {}, sizes, absent=["moment_ptr", "entropy_ptr"])
+    yield _kernel("row_sum_entropy", odds_rows.row_sum_kernel, {}, sizes)
+    sizes = {"BV": odds_rows.REPAIR_V, "BK": odds_rows.REPAIR_K}
+    yield _kernel("repair", odds_rows.repair_kernel, bf16, sizes, absent=["bias_ptr", "e_ptr", "entropy_ptr"])
+    yield _kernel("repair_store_entropy_bias", odds_rows.repair_kernel, bf16, sizes)
+    yield _kernel("repair_float32_store", odds_rows.repair_kernel, fp32, sizes, absent=["bias_ptr", "entropy_ptr"])
+    sizes, warps = {"BLOCK": odds_pass.BLOCK}, odds_pass.WARPS
+    kernel = odds_pass.odds_pass_kernel
+    yield _kernel("odds_pass", kernel, bf16, sizes, warps, absent=["e_ptr", "bias_ptr", "moment_ptr"])
+    yield _kernel("odds_pass_store", kernel, bf16, sizes, warps, absent=["bias_ptr", "moment_ptr"])
+    yield _kernel("odds_pass_store_entropy_bias", kernel, bf16, sizes, warps)
+    yield _kernel("odds_pass_float32_store", kernel, fp32, sizes, warps, absent=["bias_ptr", "moment_ptr"])
+    yield from policy_losses()
+
+
+def gemms() -> Iterator[Kernel]:
+    """The GEMM for each tile, with and without E, entropy and bias; and for one row, which triton makes a constant."""
+    function = odds_gemm.odds_gemm_kernel
+    optional = {"store": "e_desc", "entropy": "moment_ptr", "bias": "bias_ptr"}
+    for name, tile in odds_gemm.TILES.items():
+        sizes = {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "GROUP": tile.group}
+        types = {
+            "hidden_desc": f"tensordesc<bf16[{tile.bm}, {tile.bk}]>",
+            "weight_desc": f"tensordesc<bf16[{tile.bn}, {tile.bk}]>",
+            "e_desc": f"tensordesc<bf16[{tile.bm}, {tile.bn // 2}]>",
+            "bias_ptr": "*bf16",
+        }
+        launch = functools.partial(_kernel, function=function, types=types, warps=tile.warps, stages=tile.stages)
+        for chosen in itertools.product((False, True), repeat=len(optional)):
+            present = [option for option, on in zip(optional, chosen, strict=True) if on]
+            absent = [argument for option, argument in optional.items() if option not in present]
+            kernel = "_".join(["odds_gemm", name, *present])
+            yield launch(kernel, constants=sizes, absent=absent, gemm=True)
+        one_row = f"odds_gemm_{name}_store_one_row"
+        yield launch(one_row, constants=sizes | {"C": 1}, absent=["bias_ptr", "moment_ptr"], gemm=True)
+
+
+def policy_losses() -> Iterator[Kernel]:
+    """The policy loss with every option and with none, and the launch that adds its statistics."""
+    source = policy_loss_kernel
+    function = source.policy_loss_kernel
+    types = {name: "*fp32" for name in function.arg_names if name.endswith("_ptr")}
+    types |= {"group_ptr": "*i64", "sample_ptr": "*i64", "mask_ptr": "*i1", "denominator": "fp32"}
+    types |= dict.fromkeys(("T", "P", "G"), "i32") | dict.fromkeys(("least", "most", "tis_cap", "kl_coef"), "fp32")
+    sizes = {"PITCH": source.PITCH, "BR": source.ROWS, "BG": source.tile_samples(8)}
+    optional = ["mask_ptr", "coefficient_ptr", "old_ptr", "rollout_ptr", "reference_ptr", "entropy_ptr"]
+    optional += ["least", "most", "tis_cap", "kl_coef"]
+    yield _kernel("policy_loss", function, types, sizes | {"GRPO": False, "K2": False}, absent=optional)
+    yield _kernel("policy_loss_every_option", function, types, sizes | {"GRPO": True, "K2": True})
+    sizes = {"STATS": len(source.STATS), "PITCH": source.PITCH, "BN": source.PROGRAMS}
+    types = {"partial_ptr": "*fp32", "stats_ptr": "*fp32", "N": "i32"}
+    yield _kernel("add_statistics", source.add_statistics_kernel, types, sizes)
 
 
 def _kernel(
-    name: str, function: Any, types: dict[str, str], sizes: dict[str, int], warps: int = 4, stages: int = 3, *,
-    gemm: bool = False,
+    name: str, function: Any, types: dict[str, str], constants: dict[str, Any], warps: int = 4, stages: int = 3, *,
+    absent: Sequence[str] = (), gemm: bool = False,
 ) -> Kernel:  # fmt: skip
-    signature = {arg: "constexpr" if arg in sizes else types[arg] for arg in function.arg_names}
-    constants = sizes | {arg: None for arg, kind in signature.items() if kind == "constexpr" and arg not in sizes}
+    constants = constants | dict.fromkeys(absent)
+    types = TYPES | types
+    signature = {arg: "constexpr" if arg in constants else types[arg] for arg in function.arg_names}
     return Kernel(name, function, signature, constants, {"num_warps": warps, "num_stages": stages}, gemm)
 
 
@@ -106,7 +158,7 @@ def compile_figures(kernel: Kernel) -> Figures:
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(kernel.signature.items())
-        if kind.startswith("*") or name in ("H", "pitch")
+        if kind.startswith("*") or name == "H" or name.endswith("pitch")
     }
     source = ASTSource(kernel.function, kernel.signature, kernel.constants, attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=kernel.options)
@@ -115,7 +167,13 @@ def compile_figures(kernel: Kernel) -> Figures:
         ptx.write_text(compiled.asm["ptx"])
         log = _run("ptxas", "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(cubin))
         sass = _run("cuobjdump", "-sass", str(cubin))
-    operations = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE))
+    code = [
+        (int(address, 16), operation, operands)
+        for address, operation, operands in re.findall(
+            r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", sass, re.MULTILINE
+        )
+    ]
+    operations = Counter(operation for _, operation, _ in code)
 
     def count(pattern: str) -> int:
         return sum(n for operation, n in operations.items() if re.match(pattern, operation))
@@ -135,12 +193,29 @@ def compile_figures(kernel: Kernel) -> Figures:
         spill_store_bytes=reported(r"(\d+) bytes spill stores"),
         spill_load_bytes=reported(r"(\d+) bytes spill loads"),
         hgmma=count("HGMMA"),
+        hgmma_in_loop=_in_loops(code, "HGMMA"),
+        wgmma_serialized="wgmma.mma_async instructions are serialized" in log,
+        exponentials=count("MUFU.EX2"),
         tma_loads=count("UTMALDG"),
         tma_stores=count("UTMASTG"),
         local_memory=count(r"(LDL|STL)\b"),
         # ATOM.EXCH and ATOM.CAS do no arithmetic; triton uses them to publish descriptors.
         arithmetic_atomics=count(r"(ATOM|ATOMG|ATOMS)\.(?!EXCH|CAS)") + count(r"U?RED\b(?!UX)"),
         instructions=sum(operations.values()),
+    )
+
+
+def _in_loops(code: list[tuple[int, str, str]], prefix: str) -> int:
+    """How many instructions that begin with ``prefix`` lie between a backward branch and its target."""
+    branches = [
+        (int(target[1], 16), address)
+        for address, operation, operands in code
+        if operation.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", operands))
+    ]
+    return sum(
+        any(target <= address < branch for target, branch in branches)
+        for address, operation, _ in code
+        if operation.startswith(prefix)
     )
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from gapg.kernels.definition import RowOdds, matmul_wide
 from gapg.kernels.odds_rows import LOG2E, finish_rows, moment_of, new_partials, odds_of, target_logits
 
-BLOCK, WARPS = 4096, 4
-"""Columns a program takes: 16 KiB of logits, 8 loads of 16 bytes a thread in flight. Not timed on a card yet."""
+BLOCK, WARPS = 4096, 8
+"""Columns a program takes: 16 KiB of logits, 4 loads of 16 bytes a thread in flight. Not timed on a card yet."""
 
 
 @triton.jit

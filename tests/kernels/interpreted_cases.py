@@ -1,6 +1,7 @@
 """Run the Triton kernels through Triton's interpreter and save what they return.
 
-    TRITON_INTERPRET=1 python tests/kernels/interpreted_cases.py results.pt
+    TRITON_INTERPRET=1 python tests/kernels/interpreted_cases.py gemm.pt     # the GEMM with its epilogue
+    TRITON_INTERPRET=1 python tests/kernels/interpreted_cases.py pass.pt     # the pass over a plain GEMM's logits
 
 A script of its own, because the variable must be set before triton is first imported. Inputs are float32: the
 interpreter's bf16 tl.dot is wrong without a word.
@@ -10,71 +11,125 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from float64_oracle import ENTROPIES, Inputs, inputs_at
+from torch import Tensor
 
-from gapg.kernels.odds_gemm import TILES, fused_odds
+from gapg.kernels.odds_gemm import fused_odds, tile_for
+from gapg.kernels.odds_pass import BLOCK, cublas_odds
+
+ROUTES = {"gemm": fused_odds, "pass": cublas_odds}
 
 
 def cases() -> dict[str, Inputs]:
-    """The entropy ladder with bias and temperature, then the shapes and targets that break kernels."""
+    """The entropy ladder with bias and temperature, then the shapes, targets and logits that break kernels."""
     f32 = torch.float32
     ladder = {
-        f"{nats} nats": inputs_at(nats, rows=70, width=80, vocab=4001, dtype=f32, bias=True, temperature=0.7)
+        f"{nats} nats": inputs_at(nats, rows=40, width=80, vocab=2401, dtype=f32, bias=True, temperature=0.7)
         for nats in ENTROPIES
     }
     one = inputs_at(0.35, rows=1, width=16, vocab=114, dtype=f32)
-    tiles = inputs_at(2.0, rows=300, width=72, vocab=600, dtype=f32, temperature=1.3)
+    narrow = inputs_at(2.0, rows=150, width=72, vocab=600, dtype=f32, temperature=1.3)
+    wide = inputs_at(2.0, rows=135, width=72, vocab=2305, dtype=f32)
     tail = inputs_at(4.0, rows=20, width=64, vocab=1000, dtype=f32)
-    # Every logit -30: a tail of V that read as logit 0 would carry nearly all of the probability.
-    phantom = tail._replace(bias=torch.full((1000,), -30.0))
-    targets = torch.cat([tail.target[:14], torch.tensor([-100, -1, 1000, -101, 2**40, 999])])
-    odd = tail._replace(target=targets)
-    single = Inputs(torch.randn(4, 16), torch.randn(1, 16), torch.tensor([0, 1, 2**40, -100]), torch.ones(4))
+    long_tail = inputs_at(4.0, rows=6, width=32, vocab=4200, dtype=f32)
+    odd = torch.cat([tail.target[:14], torch.tensor([-100, -1, 1000, -101, 2**40, 999])])
     return ladder | {
-        "vocabulary of one": single,
+        "vocabulary of one": Inputs(
+            torch.randn(4, 16), torch.randn(1, 16), torch.tensor([0, 1, 2**40, -100]), torch.ones(4)
+        ),
         "one row": one,
-        "several tiles": tiles,
-        "phantom tail": phantom,
-        "odd targets": odd,
+        "several narrow tiles": narrow,
+        "several wide tiles": wide,
+        # Every logit -30: a tail of V that read as logit 0 would carry nearly all of the probability.
+        "phantom tail": tail._replace(bias=torch.full((1000,), -30.0)),
+        "phantom tail without a bias": below_zero(narrow),
+        "phantom tail of wide tiles": long_tail._replace(bias=torch.full((4200,), -30.0)),
+        "odd targets": tail._replace(target=odd),
+        "all masked": tail._replace(target=torch.full((20,), -100)),
+        "temperature of 0.3": tail._replace(temperature=0.3),
+        "temperature of 4": tail._replace(temperature=4.0),
+        "lifted by 250": tail._replace(bias=torch.full((1000,), 250.0)),
+        "lifted by 10,000": tail._replace(bias=torch.full((1000,), 1e4)),
+        "huge logits": huge(),
+        "forbidden tokens": forbidden(tail),
+        "every token twice": twins(),
         "far": far(),
     }
 
 
+def below_zero(inputs: Inputs) -> Inputs:
+    """The same rows with every logit about 30 lower, by a column that all tokens share."""
+    hidden = torch.cat([inputs.hidden, torch.full((len(inputs.hidden), 8), 30.0 * inputs.temperature / 8)], 1)
+    return inputs._replace(hidden=hidden, weight=torch.cat([inputs.weight, -torch.ones(len(inputs.weight), 8)], 1))
+
+
+def forbidden(inputs: Inputs) -> Inputs:
+    """Every third token, but no target, has the bias -inf."""
+    bias = torch.where(torch.arange(len(inputs.weight)) % 3 == 0, -torch.inf, 0.0)
+    bias[inputs.target] = 0.0
+    return inputs._replace(bias=bias)
+
+
+def huge() -> Inputs:
+    """Logits between -1e4 and 1e4, a few nats apart near the top, and targets among the best."""
+    weight = torch.zeros(400, 16)
+    weight[:, 0] = torch.linspace(-1e4, 1e4, 400)
+    weight[390:, 0] = 1e4 - torch.arange(10.0)
+    hidden = torch.zeros(9, 16)
+    hidden[:, 0] = 1.0
+    return Inputs(hidden, weight, torch.arange(390, 399), torch.linspace(0.5, 2, 9))
+
+
+def twins() -> Inputs:
+    """Every token has a twin with the same weight row, the targets too."""
+    g = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(6, 16, generator=g), torch.randn(150, 16, generator=g)
+    return Inputs(hidden, torch.cat([weight, weight]), torch.arange(6) * 59, torch.linspace(0.5, 2, 6))
+
+
 def far() -> Inputs:
     """Targets 60 to 20,000 nats below the best token, on both sides of the repair."""
-    gaps = torch.tensor([60.0, 81.0, 82.0, 83.0, 90.0, 128.0, 200.0, 20_000.0])
+    gaps = torch.tensor([60.0, 70.0, 75.0, 79.0, 81.0, 83.0, 90.0, 125.0, 127.0, 1000.0, 20_000.0])
     weight = torch.zeros(300, 16)
     weight[:, 0] = torch.linspace(-1, 1, 300)
     weight[:, 1] = torch.linspace(3, -2, 300)
-    hidden = torch.zeros(8, 16)
-    hidden[:, 0], hidden[:, 1] = gaps / 2, torch.linspace(-0.5, 0.5, 8)
-    return Inputs(hidden, weight, torch.zeros(8, dtype=torch.long), torch.linspace(0.5, 2, 8))
+    hidden = torch.zeros(11, 16)
+    hidden[:, 0], hidden[:, 1] = gaps / 2, torch.linspace(-0.5, 0.5, 11)
+    return Inputs(hidden, weight, torch.zeros(11, dtype=torch.long), torch.linspace(0.5, 2, 11))
 
 
-def run(inputs: Inputs, store: bool) -> dict[str, Any]:
+def run(route: str, inputs: Inputs, *, store: bool, entropy: bool) -> dict[str, Tensor]:
     vocab = inputs.weight.shape[0]
     e = torch.full((inputs.hidden.shape[0], -(-vocab // 64) * 64), 7.0)
     view = e[:, :vocab] if store else None
-    rows = fused_odds(inputs.hidden, inputs.weight, inputs.bias, inputs.target, inputs.temperature, view)
-    return rows._asdict() | {"e": e}
+    rows = ROUTES[route](*inputs[:2], inputs.bias, inputs.target, inputs.temperature, view, entropy)
+    return {key: value for key, value in rows._asdict().items() if value is not None} | {"e": e}
+
+
+def results(route: str, inputs: Inputs) -> dict[str, Any]:
+    """With and without E, and with and without the entropy, on all rows or on the first three."""
+    part = inputs._replace(hidden=inputs.hidden[:3], target=inputs.target[:3])
+    return {
+        "inputs": inputs._asdict(),
+        "stored": run(route, inputs, store=True, entropy=True),
+        "forward only": run(route, inputs, store=False, entropy=False),
+        "first rows": run(route, part, store=True, entropy=False),
+        "first rows, forward only": run(route, part, store=False, entropy=True),
+        "tile": tile_for(len(inputs.weight))._asdict(),
+        "block": BLOCK,
+    }
 
 
 def main() -> None:
     assert os.environ.get("TRITON_INTERPRET") == "1"
-    results = {}
-    for name, inputs in cases().items():
-        part = inputs._replace(hidden=inputs.hidden[:3], target=inputs.target[:3])
-        results[name] = {
-            "inputs": inputs._asdict(),
-            "stored": run(inputs, store=True),
-            "forward only": run(inputs, store=False),
-            "first rows": run(part, store=True),
-            "tile columns": TILES[True].bn,
-        }
-    torch.save(results, sys.argv[1])
+    warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's, about the NaN and infinities meant here
+    path = Path(sys.argv[1])
+    torch.save({name: results(path.stem, inputs) for name, inputs in cases().items()}, path)
 
 
 if __name__ == "__main__":
