@@ -1,0 +1,367 @@
+"""One update by ours with each saving switched on in turn, by TRL's and Liger's losses, and by a plain padded loop.
+
+    OMP_NUM_THREADS=1 python bench/update_step.py   # CPU: real shapes counted, a small model timed; CUDA: timed
+
+Counted on fake tensors under autocast: flops of matrix products (PyTorch's FlopCounterMode) and of attention (whole
+squares of the lengths attended to, two products forward and five backward, alike for all), and the most bytes alive in
+the largest micro-batch beside weights and their gradients. Counts predict no time. Results go to
+bench/results/update_step/<device>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: bench/kernels.py would shadow Hugging Face's package `kernels`
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
+
+from bench import record
+from bench.peers import updates
+from bench.record import Row
+from gapg import attention
+from gapg.batching import Example, PackedBatch, packed_batches
+from gapg.config import RunConfig, load_config
+from gapg.kernels import flash
+from gapg.kernels.policy_loss import PolicyLossOptions, group_advantages
+from gapg.memory_trace import _head_bytes
+from gapg.optim import clip_and_step, make_optimizer
+from gapg.policy import response_loss
+from gapg.update import _with_gradient, policy_update
+
+RESULTS = record.ROOT / "bench" / "results" / "update_step"
+SETTINGS = ("pack", "response_positions", "skip_zero_advantage", "share_prompts")
+OURS = ("gapg, no saving", "+ packing", "+ response positions", "+ zero-advantage skipping", "+ shared prompt")
+"""Each has its saving and those before it."""
+ATTENTION = ("attention", "bmm")  # bmm: of scores where there is no fused kernel
+
+VOCAB = 151_936
+QWEN = {
+    name: Qwen2Config(
+        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=2, tie_word_embeddings=True,
+    )
+    for name, hidden, inner, layers, heads in (("0.5B", 896, 4864, 24, 14), ("1.5B", 1536, 8960, 28, 12))
+}  # fmt: skip
+TOY = LlamaConfig(
+    vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=4096, pad_token_id=0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """`prompts` groups of `samples` responses of lognormal lengths; `equal`: the part whose rewards are all equal."""
+
+    name: str
+    model: PreTrainedConfig
+    prompt: int
+    equal: float
+    prompts: int = 32
+    samples: int = 8
+    response: int = 256
+    token_cap: int = 16_384
+
+    def __str__(self) -> str:
+        shape = f"{self.prompts} x P={self.prompt} mean R={self.response} G={self.samples}"
+        return f"{self.name}, {shape}, {self.equal:.0%} all equal"
+
+    def data(self) -> tuple[list[Example], Tensor]:
+        draw, sigma = random.Random(0), 0.6
+        table = torch.tensor([[0.0, 1.0] * (self.samples // 2)] * self.prompts)
+        table[: round(self.equal * self.prompts)] = 1.0
+        vocab, examples = self.model.vocab_size, []
+        for group in range(self.prompts):
+            prompt = [draw.randrange(1, vocab) for _ in range(self.prompt)]
+            for sample in range(self.samples):
+                length = round(self.response * draw.lognormvariate(-(sigma**2) / 2, sigma))
+                length = min(max(length, 1), 4 * self.response)
+                ids = [draw.randrange(1, vocab) for _ in range(length)]
+                examples.append(Example(prompt, ids, rollout_logprobs=[-1.0] * length, group=group, sample=sample))
+        return examples, table
+
+    def config(self, savings: int, dtype: str = "bfloat16") -> RunConfig:
+        on = [i < savings for i in range(len(SETTINGS))]
+        values = [str(x).lower() for x in on[:3]] + ["always" if on[3] else "never"]
+        switches = {f"update.{name}": value for name, value in zip(SETTINGS, values, strict=True)}
+        return load_config("quickstart", {"token_cap": str(self.token_cap), "model.dtype": dtype, **switches})
+
+    def batches(self, savings: int) -> list[PackedBatch]:
+        """As `policy_update` makes them."""
+        examples, table = self.data()
+        config = self.config(savings)
+        return packed_batches(
+            _with_gradient(config, examples, table), config.token_cap, torch.device("cpu"), share=savings > 3,
+            padded=not config.update.pack, every_position=not config.update.response_positions,
+        )  # fmt: skip
+
+    def padded(self) -> list[updates.Padded]:
+        examples, table = self.data()
+        advantages = group_advantages(table)
+        weights = [float(advantages[e.group, e.sample]) for e in examples]
+        return list(updates.padded(examples, weights, float(table.numel())))
+
+
+REAL = [Case(name, QWEN[name], p, equal) for name in QWEN for p in (256, 1024) for equal in (0.0, 0.3)]
+SMALL = [Case("toy", TOY, p, equal, prompts=4, response=64, token_cap=2048) for p in (64, 128) for equal in (0.0, 0.5)]
+
+
+# --- counted ---------------------------------------------------------------------------------------------------------
+
+
+def counted_rows(case: Case) -> list[Row]:
+    """flops of the whole update and bytes of its largest micro-batch, by implementation."""
+    rows: list[Row] = []
+    given = sum(map(len, case.data()[0]))
+    for savings, name in enumerate(OURS):
+        batches = case.batches(savings)
+        computed = sum(b.input_ids.numel() for b in batches)
+        rows += _count(case, name, batches, _loss_of_ours, attention.NAME, _pairs, lambda b: b.input_ids.numel())
+        rows += record.timing_rows(str(case), {name: [float(computed)]}, "tokens computed", "tokens")
+        rows += record.timing_rows(str(case), {name: [float(given)]}, "tokens given", "tokens")
+    for name, loss in updates.PEERS.items():
+        parts = case.padded()
+        seen = sum(int(b.mask.sum()) for b in parts)
+        try:
+            rows += _count(case, name, parts, loss, "sdpa", lambda b: b.ids.numel() * b.ids.shape[1], _tokens)
+        except Exception as error:
+            rows.append(record.error_row(str(case), name, error))
+            continue
+        computed = sum(map(_tokens, parts))
+        rows += record.timing_rows(str(case), {name: [float(computed)]}, "tokens computed", "tokens")
+        rows += record.timing_rows(str(case), {name: [float(seen)]}, "tokens given", "tokens")
+    return rows
+
+
+def _tokens(batch: updates.Padded) -> int:
+    return batch.ids.numel()
+
+
+def _count(
+    case: Case, name: str, batches: list[Any], loss: Callable[[PreTrainedModel, Any], Tensor], implementation: str,
+    pairs: Callable[[Any], int], size: Callable[[Any], int],
+) -> list[Row]:  # fmt: skip
+    shape = case.model
+    layers, width = shape.num_hidden_layers, shape.hidden_size
+    products = 0
+    for batch in batches:  # linear in the layers, exactly
+        none, one = (_run(case, n, batch, loss, implementation)[0] for n in (0, 1))
+        products += none + layers * (one - none)
+    squares = 14 * layers * width * sum(map(pairs, batches))
+    _, peak = _run(case, layers, max(batches, key=size), loss, implementation)
+    found = {"flops": (products + squares, "flop"), "bytes": (peak, "B")}
+    return [r for m, (x, unit) in found.items() for r in record.timing_rows(str(case), {name: [float(x)]}, m, unit)]
+
+
+def _pairs(batch: PackedBatch) -> int:
+    """(query, key) pairs, whole squares, from the lengths that fake tensors do not know."""
+    if batch.shared is None:
+        return int((batch.cu_seqlens.diff().long() ** 2).sum())
+    own, prompts, responses = (x.diff().long() for x in batch.shared[:3])
+    return int((own**2).sum() + (prompts * responses).sum())
+
+
+def _run(case: Case, layers: int, batch: Any, loss: Callable[[PreTrainedModel, Any], Tensor], name: str) -> Any:
+    """(flops but attention's, most live bytes) of one micro-batch through so many layers, on CUDA's route."""
+    shape = type(case.model)(**{**case.model.to_dict(), "num_hidden_layers": layers, "layer_types": None})
+    with _flash_everywhere(), torch.random.fork_rng(devices=[]), FakeTensorMode() as fakes:
+        model = AutoModelForCausalLM.from_config(shape, attn_implementation=name, dtype=torch.float32).train()
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        fake = _faked(batch, fakes.from_tensor)
+        with FlopCounterMode(display=False) as counter, _Live() as live:
+            with torch.autocast("cpu", torch.bfloat16, enabled=not isinstance(fake, PackedBatch)):
+                out = loss(model, fake)
+            out.backward()
+    flops = counter.get_flop_counts()["Global"]
+    return sum(n for op, n in flops.items() if not any(x in str(op) for x in ATTENTION)), live.peak
+
+
+def _faked(batch: Any, fake: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(batch, updates.Padded):
+        return batch.tensors(fake)
+    found = {f.name: fake(x) for f in fields(batch) if isinstance(x := getattr(batch, f.name), Tensor)}
+    if batch.shared is not None:
+        found["shared"] = batch.shared._make(fake(x) if isinstance(x, Tensor) else x for x in batch.shared)
+    return replace(batch, **found)
+
+
+@contextmanager
+def _flash_everywhere() -> Iterator[None]:
+    """Packed rows take CUDA's route: every device has PyTorch's FlashAttention."""
+    kept = flash.has_flash, flash.best
+    flash.has_flash, flash.best = lambda device: True, lambda device, head_dim: flash.ATEN
+    try:
+        yield
+    finally:
+        flash.has_flash, flash.best = kept
+
+
+def _loss_of_ours(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    options = PolicyLossOptions()
+    return response_loss(model, batch, torch.empty(1, 2), 1.0, options, compute=torch.bfloat16).loss
+
+
+class _Live(TorchDispatchMode):
+    """The most bytes alive of storages made under it; inside the fused loss, its workspace as its source has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        old = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and (storage := x.untyped_storage())._cdata not in old | self._seen:
+                self._seen.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
+        fused = func is torch.ops.gapg.fused_policy_loss.default
+        inside = _head_bytes(*args[:2], device=torch.device("cuda"), entropy=False) if fused else 0
+        self.peak = max(self.peak, self.live + inside)
+        return out
+
+    def _release(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+# --- timed -----------------------------------------------------------------------------------------------------------
+
+
+def timed_rows(case: Case, rounds: int, device: str) -> list[Row]:
+    """Seconds of one update with its optimizer step, and given tokens a second, interleaved."""
+    torch.manual_seed(0)
+    examples, table = case.data()
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    impls: dict[str, Callable[[], object]] = {}
+    rows: list[Row] = []
+    model = AutoModelForCausalLM.from_config(case.model, attn_implementation=attention.NAME, dtype=torch.float32)
+    model = model.to(device).train()
+    optimizer = make_optimizer(model, case.config(0, dtype).optim)
+    for savings, name in enumerate(OURS):
+        config = case.config(savings, dtype)
+        impls[name] = lambda config=config: policy_update(model, optimizer, config, 0, examples, table)
+    for name, loss in updates.PEERS.items():
+        impls[name] = lambda loss=loss: _peer_step(model, optimizer, case, loss, device)
+    peaks = {}
+    for name in list(impls):
+        try:
+            if device == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            impls[name]()
+            peaks[name] = [float(torch.cuda.max_memory_allocated())] if device == "cuda" else []
+        except Exception as error:
+            rows.append(record.error_row(str(case), name, error))
+            del impls[name]
+            model.zero_grad()
+    samples = record.interleaved(impls, rounds=rounds, clock="cuda" if device == "cuda" else "cpu")
+    rows += record.timing_rows(str(case), samples)
+    given = sum(map(len, examples))
+    rates = {name: [given / s for s in seconds] for name, seconds in samples.items()}
+    rows += record.timing_rows(str(case), rates, "given tokens/s", "tokens/s")
+    if device == "cuda":
+        rows += record.timing_rows(str(case), {k: peaks[k] for k in samples}, "peak memory", "B")
+    return rows
+
+
+def _peer_step(model: PreTrainedModel, optimizer: Any, case: Case, loss: Any, device: str) -> None:
+    for batch in case.padded():
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            out = loss(model, batch.tensors(lambda x: x.to(device)))
+        out.backward()
+    clip_and_step(optimizer, 1e-6, 1.0)
+
+
+# --- shown -----------------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: a line a row's implementation, relative to our own with no saving."""
+    lines = ["| case | impl | metric | value | unit | of no saving |", "|---|---|---|---|---|---|"]
+    base = {(r["case"], r["metric"]): r["median"] for r in rows if r["impl"] == OURS[0] and "median" in r}
+    for r in rows:
+        if "error" in r:
+            lines.append(f"| {r['case']} | {r['impl']} | error | {r['error'].replace('|', '/')} | | |")
+            continue
+        share = r["median"] / base[r["case"], r["metric"]]
+        lines.append(f"| {r['case']} | {r['impl']} | {r['metric']} | {r['median']:.4g} | {r['unit']} | {share:.2f} |")
+    return "\n".join(lines)
+
+
+def goal(rows: list[Row]) -> str:
+    """Whether sharing halves the flops of our own run without it, at 1.5B with prompts of 1,024 tokens."""
+    flops = {(r["case"], r["impl"]): r["median"] for r in rows if r.get("metric") == "flops"}
+    lines = []
+    for case in dict.fromkeys(case for case, _ in flops if case.startswith("1.5B") and "P=1024" in case):
+        share = flops[case, OURS[4]] / flops[case, OURS[3]]
+        lines.append(f"{case}: shared / unshared flops {share:.3f}, {'' if share <= 0.5 else 'not '}at most half")
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Bars of flops and times relative to our own with no saving, a panel a case."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    shown = [r for r in rows if r.get("metric") in ("flops", "time")]
+    cases = list(dict.fromkeys((r["case"], r["metric"]) for r in shown))
+    lines = -(-len(cases) // 2)
+    figure, axes = plt.subplots(lines, 2, figsize=(14, 2.6 * lines), squeeze=False, layout="constrained")
+    for axis, (case, metric) in zip(axes.flat, cases, strict=False):
+        found = {r["impl"]: r["median"] for r in shown if (r["case"], r["metric"]) == (case, metric)}
+        names = list(found)[::-1]
+        shares = [found[name] / found[OURS[0]] for name in names]
+        bars = axis.barh(names, shares, color=["tab:orange" if n in OURS else "tab:blue" for n in names])
+        axis.bar_label(bars, [f" {x:.2f}" for x in shares], fontsize=8)
+        axis.set_title(f"{metric} ({'counted' if metric == 'flops' else 'measured'}): {case}", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.margins(x=0.12)
+    for axis in axes.flat[len(cases) :]:
+        axis.remove()
+    figure.suptitle("One update, relative to our own with no saving")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    attention.register()
+    rows: list[Row] = []
+    for case in REAL:
+        rows += counted_rows(case)
+        print(f"counted {case}", file=sys.stderr, flush=True)
+    for case in SMALL if device == "cpu" else REAL:
+        rows += timed_rows(case, arguments.rounds, device)
+        print(f"timed {case}", file=sys.stderr, flush=True)
+    record.write("update_step", rows, arguments.output / f"{device}.json")
+    plot(rows, arguments.output / f"{device}.png")
+    print(table(rows), goal(rows), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Whole updates at a size of seconds: all get the same tokens, and every saving lessens the counted work."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import record, update_step
+from bench.peers import updates
+from bench.update_step import OURS, Case
+from gapg import attention
+from gapg.policy import response_logprobs
+
+attention.register()
+TINY = Case("tiny", update_step.TOY, 24, 0.5, prompts=2, samples=4, response=8, token_cap=512)
+
+
+def test_counted_work_falls_with_each_saving_and_the_record_holds_it(tmp_path: Path) -> None:
+    rows = update_step.counted_rows(TINY)
+    record.write("update_step", rows, tmp_path / "cpu.json")
+    rows = record.read(tmp_path / "cpu.json")["rows"]
+    assert not [row for row in rows if "error" in row]
+    found = {(row["impl"], row["metric"]): row["median"] for row in rows}
+    impls = [*OURS, *updates.PEERS]
+    assert {impl for impl, _ in found} == set(impls)
+    flops = [found[name, "flops"] for name in OURS]
+    assert all(before > after for before, after in pairwise(flops))
+    assert {found[name, "tokens given"] for name in impls} == {sum(map(len, TINY.data()[0]))}
+    assert all(found[name, "bytes"] > 0 for name in impls)
+    update_step.plot(rows, tmp_path / "cpu.png")
+    assert (tmp_path / "cpu.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", updates.PEERS)
+def test_a_peers_gradient_is_that_of_the_log_probs_weighed_by_advantage(name: str) -> None:
+    """So it computes the same thing as ours, to float32's rounding."""
+    torch.manual_seed(0)
+    make = update_step.AutoModelForCausalLM.from_config
+    model = make(TINY.model, attn_implementation=attention.NAME, dtype=torch.float32).train()
+    for batch in TINY.padded():
+        updates.PEERS[name](model, batch).backward()
+    got = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    _, table = TINY.data()
+    advantages = update_step.group_advantages(table) / table.numel()
+    for batch in TINY.batches(3):
+        (-advantages[batch.group, batch.sample] * response_logprobs(model, batch)).sum().backward()
+    scale = max(float(p.grad.abs().max()) for p in model.parameters())
+    assert scale > 1e-4
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(got[n], p.grad, atol=2e-5 * scale, rtol=1e-4, msg=n)
