@@ -105,8 +105,8 @@ def plain_odds(
         target: [C] int64.
         temperature: divides the logits.
         store: [C, V] of hidden's dtype, any row pitch; receives E. None: forward only.
-        entropy: also return each row's entropy; here it is a sum of two terms of one sign, to about 1e-6 nats wherever
-            the target lies.
+        entropy: also return each row's entropy; here it is a sum of two terms of one sign, as good as the logits are
+            wherever the target lies.
     """
     index, valid = safe_targets(target, weight.shape[0])
     column = index[:, None]
