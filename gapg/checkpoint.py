@@ -2,6 +2,7 @@
 
 <run>/checkpoints/step-40/model/               a Hugging Face folder
                          /optimizer.safetensors
+                         /adapters.safetensors  of a LoRA run, whose model/ is merged
                          /state.json            step, data cursor, budget, oracle spend, counters
 """
 
@@ -19,6 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gapg.lora import adapter_tensors
 
 STEP = re.compile(r"step-(\d+)")
 
@@ -41,6 +44,8 @@ def save(
     model.save_pretrained(partial / "model")
     tokenizer.save_pretrained(partial / "model")
     save_file(_flatten(model, optimizer), partial / "optimizer.safetensors")
+    if adapters := adapter_tensors(model):
+        save_file({name: tensor.cpu() for name, tensor in adapters.items()}, partial / "adapters.safetensors")
     (partial / "state.json").write_text(json.dumps(dict(state), indent=1))
     for path in partial.rglob("*"):
         _fsync(path)
@@ -83,6 +88,15 @@ def restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optim
         # the fused AdamW keeps its step counter where the parameter is
         optimizer.state[params[name]][slot] = value.to(params[name].device)
     return json.loads((path / "state.json").read_text())
+
+
+def restore_adapters(path: Path, model: nn.Module) -> None:
+    """Loads the adapters of checkpoint `path` into the model that the run began with, adapters added."""
+    saved, ours = load_file(path / "adapters.safetensors"), adapter_tensors(model)
+    if saved.keys() != ours.keys():
+        raise ValueError(f"{path}/adapters.safetensors: made for other layers than this model's adapters")
+    for name, tensor in saved.items():
+        ours[name].copy_(tensor)
 
 
 def mark_best(root: Path, step: int) -> None:

@@ -54,7 +54,7 @@ class LoraConfig(Section):
     """Low-rank adapters, which the policy gradient trains instead of the weights. The warm start trains the weights."""
 
     rank: Count
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: Count = 32
     """The adapters' product counts alpha / rank times."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Names of linear layers, such as [q_proj, v_proj]; empty: all below the LM head, which stays frozen."""
@@ -68,7 +68,7 @@ class ModelConfig(Section):
     """What the model computes in. Weights and optimizer are float32 always: bfloat16 weights lose small updates."""
     gradient_checkpointing: bool = False
     lora: LoraConfig | None = None
-    """Train low-rank adapters (`--model.lora.rank 16`); they want a larger `optim.lr`. Checkpoints hold merged weights."""
+    """Train adapters (`--model.lora.rank 16`), which want a larger `optim.lr`; checkpoints hold merged weights."""
     liger: bool = False
     """RMSNorm, SwiGLU and RoPE by liger-kernel's Triton kernels; needs a GPU."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gapg import attention
+from gapg import attention, lora
 from gapg.config import ConfigError, ModelConfig
 from gapg.seeding import derive
 from gapg.tasks.base import Task, Tokenized
@@ -50,8 +51,12 @@ def load_tokenizer(config: ModelConfig, task: Task) -> PreTrainedTokenizerBase:
 
 
 def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """The policy in training mode on `device()`, float32 weights, packed attention. Raises ConfigError."""
+    """The policy in training mode on `device()`, float32 weights, packed attention, no adapters. Raises ConfigError."""
     attention.register()
+    if config.liger and not torch.cuda.is_available():
+        raise ConfigError(
+            "model.liger=true: liger-kernel needs a CUDA device, and there is none; set model.liger=false"
+        )
     if config.path is None:
         model = _from_scratch(config, tokenizer, seed)
     else:
@@ -68,8 +73,43 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
             raise ConfigError(f"model.path={config.path}: cannot be loaded: {_first_line(error)}") from None
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.lora:
+        lora.target_layers(model, config.lora)  # a wrong name is told before the warm start, not after it
     model.to(device())  # type: ignore[arg-type]
+    if config.liger:
+        apply_liger(model)
     return model.train()
+
+
+@torch.no_grad()
+def apply_liger(model: PreTrainedModel) -> None:
+    """Puts liger-kernel's RMSNorm, SwiGLU and RoPE in the model, through liger's own function for its architecture.
+
+    Its losses stay off. RoPE is a function of transformers' module: from here on every model of this architecture in
+    the process has liger's, an engine's too. Liger looks at nothing but the architecture's name (not at the
+    activation, say), hence the comparison of a few logits. Proven without a GPU, in Triton's interpreter: the choice
+    of functions and one float32 step; 16-bit types are liger's own affair.
+
+    Raises ConfigError where liger does not know the architecture, or computes something else.
+    """
+    from liger_kernel.transformers.monkey_patch import (
+        MODEL_TYPE_TO_APPLY_LIGER_FN,
+        _apply_liger_kernel_to_instance,
+    )
+
+    name = model.config.model_type
+    if name not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ConfigError(f"model.liger=true: liger-kernel has nothing for {name!r} models; set model.liger=false")
+    ids = torch.arange(3, 11, device=model.device)[None] % model.config.get_text_config().vocab_size
+    plain = model(input_ids=ids, use_cache=False).logits
+    module = sys.modules[type(model).__module__]
+    classes = {key: value for key, value in vars(module).items() if isinstance(value, type)}
+    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    for key, value in classes.items():  # liger's, meant for models made later, would drop the biases of an MLP
+        setattr(module, key, value)
+    change = (model(input_ids=ids, use_cache=False).logits - plain).abs().max()
+    if not change <= 1e-2 * plain.abs().max():
+        raise ConfigError(f"model.liger=true: changes what this {name!r} model computes; set model.liger=false")
 
 
 def _from_scratch(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:

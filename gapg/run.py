@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg import checkpoint
+from gapg import checkpoint, lora
 from gapg.budget import BudgetController
 from gapg.config import ConfigError, RunConfig
 from gapg.data import PromptQueue, split_validation
@@ -95,11 +95,15 @@ def build_run(config: RunConfig, folder: Path, task: Task, model_path: Path | No
     """A run ready for its next step: fresh from `model_path` (or the config's model), or from its last checkpoint."""
     root = folder / "checkpoints"
     last = checkpoint.latest(root)
-    source = last / "model" if last else model_path
+    # the adapters of a LoRA run continue on the weights that it began with: its checkpoints' are merged
+    source = last / "model" if last and not config.model.lora else model_path
     model_config = config.model if source is None else config.model.model_copy(update={"path": str(source)})
     tokenizer = load_tokenizer(model_config, task)
     model = load_model(model_config, tokenizer, config.seed)
     check_supported(model)
+    reference = _reference(config, tokenizer, model_path, model) if config.loss.kl_coef else None
+    if config.model.lora:
+        lora.add_adapters(model, config.model.lora, config.seed)
     optimizer = make_optimizer(model, config.optim)
     oracle = make_oracle(config, task, folder)
     prompts = fitting_prompts(config, task, tokenizer, "train")
@@ -115,6 +119,8 @@ def build_run(config: RunConfig, folder: Path, task: Task, model_path: Path | No
     )
     queue, state = PromptQueue(train, config.seed), TrainState()
     if last:
+        if config.model.lora:
+            checkpoint.restore_adapters(last, model)
         saved = checkpoint.restore_optimizer(last, model, optimizer)
         queue.cursor, queue.returned = saved["queue"]["cursor"], saved["queue"]["returned"]
         controller = BudgetController(**saved["controller"])
@@ -131,7 +137,7 @@ def build_run(config: RunConfig, folder: Path, task: Task, model_path: Path | No
         task=task,
         tokenizer=tokenizer,
         model=model,
-        reference=_reference(config, tokenizer, model_path) if config.loss.kl_coef else None,
+        reference=reference,
         optimizer=optimizer,
         engine=engine,
         oracle=oracle,
@@ -145,8 +151,12 @@ def build_run(config: RunConfig, folder: Path, task: Task, model_path: Path | No
     )
 
 
-def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_path: Path | None) -> PreTrainedModel:
+def _reference(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_path: Path | None, model: PreTrainedModel
+) -> PreTrainedModel:
     """The policy as it was before the first step, frozen; also for a run that goes on from a checkpoint."""
+    if config.model.lora:
+        return lora.frozen_twin(model)
     path = config.model.path if model_path is None else str(model_path)
     model = load_model(config.model.model_copy(update={"path": path}), tokenizer, config.seed)
     return model.eval().requires_grad_(False)
