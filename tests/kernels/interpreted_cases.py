@@ -45,6 +45,9 @@ def cases() -> dict[str, Inputs]:
         "one row": one,
         "several narrow tiles": narrow,
         "several wide tiles": wide,
+        # Each alone in its tile, whose test for targets must see its first and its last column.
+        "targets at the ends of narrow tiles": rows_at(narrow, [127, 128, 383]),
+        "targets at the ends of wide tiles": rows_at(wide, [255, 256, 767]),
         # Every logit -30: a tail of V that read as logit 0 would carry nearly all of the probability.
         "phantom tail": tail._replace(bias=torch.full((1000,), -30.0)),
         "phantom tail without a bias": below_zero(narrow),
@@ -60,6 +63,12 @@ def cases() -> dict[str, Inputs]:
         "every token twice": twins(),
         "far": far(),
     }
+
+
+def rows_at(inputs: Inputs, targets: list[int]) -> Inputs:
+    """The first rows, with these targets."""
+    count = len(targets)
+    return inputs._replace(hidden=inputs.hidden[:count], target=torch.tensor(targets), grad=inputs.grad[:count])
 
 
 def below_zero(inputs: Inputs) -> Inputs:

@@ -22,6 +22,8 @@ CASES = [
     "one row",
     "several narrow tiles",
     "several wide tiles",
+    "targets at the ends of narrow tiles",
+    "targets at the ends of wide tiles",
     "phantom tail",
     "phantom tail without a bias",
     "phantom tail of wide tiles",
