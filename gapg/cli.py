@@ -53,6 +53,9 @@ class Config:
 class Info:
     """Versions, devices, and which kernels, attention and engines are in use, and why."""
 
+    config: str | None = None
+    """Preset or YAML file: what an update of this run would need in memory, instead. Takes its options too."""
+
 
 Command = (
     Annotated[Train, subcommand("train")]
@@ -60,7 +63,7 @@ Command = (
     | Annotated[Config, subcommand("config")]
     | Annotated[Info, subcommand("info")]
 )
-OWN_OPTIONS = {"train": {"--resume"}, "eval": {"--config", "--output-dir"}, "config": set(), "info": set()}
+OWN_OPTIONS = {"train": {"--resume"}, "eval": {"--config", "--output-dir"}, "config": set(), "info": {"--config"}}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,6 +81,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 evaluate_command(command.checkpoint, command.config, command.output_dir, parse_overrides(overrides))
             case Config():
                 _config(command, overrides)
+            case Info(config=str(name)):
+                from gapg.memory import print_plan
+
+                print_plan(load_config(name, parse_overrides(overrides)))
             case Info():
                 from gapg.info import print_info
 

@@ -54,7 +54,6 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     settings = PeftConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=names, fan_in_fan_out=transposed
     )
-    model.requires_grad_(False)
     torch.manual_seed(derive(seed, "lora"))
     inject_adapter_in_model(settings, model, ADAPTER)
     for name in names:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -50,18 +52,30 @@ def load_tokenizer(config: ModelConfig, task: Task) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """The policy in training mode on `device()`, float32 weights, packed attention, no adapters. Raises ConfigError."""
-    attention.register()
+def check_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What can be known before the weights are loaded. Raises ConfigError."""
     if config.liger and not torch.cuda.is_available():
         raise ConfigError(
             "model.liger=true: liger-kernel needs a CUDA device, and there is none; set model.liger=false"
         )
+    attention.register()
+    if config.lora:
+        with torch.device("meta"), _loading(config):
+            if config.path is None:
+                model = _from_scratch(config, tokenizer, seed=0)
+            else:
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(_check_folder(config.path)))
+        lora.target_layers(model, config.lora)
+
+
+def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """The policy in training mode on `device()`, float32 weights, packed attention, no adapters. Raises ConfigError."""
+    check_model(config, tokenizer)
     if config.path is None:
         model = _from_scratch(config, tokenizer, seed)
     else:
         path = _check_folder(config.path)
-        try:
+        with _loading(config):
             model = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=_without_dropout(path),
@@ -69,12 +83,8 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
                 attn_implementation=attention.NAME,
                 use_safetensors=True,
             )
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model.path={config.path}: cannot be loaded: {_first_line(error)}") from None
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.lora:
-        lora.target_layers(model, config.lora)  # a wrong name is told before the warm start, not after it
     model.to(device())  # type: ignore[arg-type]
     if config.liger:
         apply_liger(model)
@@ -110,6 +120,16 @@ def apply_liger(model: PreTrainedModel) -> None:
     change = (model(input_ids=ids, use_cache=False).logits - plain).abs().max()
     if not change <= 1e-2 * plain.abs().max():
         raise ConfigError(f"model.liger=true: changes what this {name!r} model computes; set model.liger=false")
+
+
+@contextmanager
+def _loading(config: ModelConfig) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={config.path}: cannot be loaded: {_first_line(error)}") from None
 
 
 def _from_scratch(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:

@@ -16,6 +16,7 @@ from gapg.budget import BudgetController
 from gapg.config import ConfigError, RunConfig
 from gapg.data import PromptQueue, split_validation
 from gapg.judge import Judge
+from gapg.memory import announce
 from gapg.model import load_model, load_tokenizer
 from gapg.optim import make_optimizer
 from gapg.parts import RewardFunction, fitting_prompts, make_engine, make_oracle, make_reward
@@ -104,6 +105,7 @@ def build_run(config: RunConfig, folder: Path, task: Task, model_path: Path | No
     reference = _reference(config, tokenizer, model_path, model) if config.loss.kl_coef else None
     if config.model.lora:
         lora.add_adapters(model, config.model.lora, config.seed)
+    announce(model, config, model.device)
     optimizer = make_optimizer(model, config.optim)
     oracle = make_oracle(config, task, folder)
     prompts = fitting_prompts(config, task, tokenizer, "train")
