@@ -235,7 +235,7 @@ def test_a_refusal_is_one_line_that_names_what_fits() -> None:
         check(plan_memory(model, config, CUDA, int(6.2 * GIB)), model, config, CUDA)
     need, fix = str(refusal.value).split("; ")
     assert need.startswith("an update needs 7.") and need.endswith("the GPU has 6.2 GiB")
-    assert fix == "set rollout.vllm_args.gpu_memory_utilization=0.15 (5.9 GiB)"
+    assert fix == "set rollout.vllm_args.gpu_memory_utilization=0.14 (5.8 GiB)"
 
     plan = plan_memory(model, config, CUDA, 3 * GIB)
     with pytest.raises(ConfigError, match=r"AdamW's state alone take 3\.4 GiB: train adapters \(model\.lora\.rank\)"):
