@@ -25,22 +25,27 @@ std::unique_ptr<uint64_t[]> sorted_by_key(size_t count, uint64_t largest, const 
   const int bits = std::max(1, static_cast<int>(std::bit_width(largest)));
   const int widest = std::clamp(static_cast<int>(std::bit_width(count)) + 1, 8, 16);
   const int passes = (bits + widest - 1) / widest, digit = (bits + passes - 1) / passes;
-  const uint64_t mask = (uint64_t{1} << digit) - 1;
-  std::vector<uint32_t> start(mask + 1);
-  auto to = uninitialized<uint64_t>(count);
-  const auto distribute = [&](int shift, const auto& value) {
-    std::ranges::fill(start, 0);
-    for (size_t i = 0; i < count; ++i) ++start[value(i) >> shift & mask];
+  const size_t buckets = size_t{1} << digit;
+  std::vector<uint32_t> starts(passes * buckets);
+  for (size_t i = 0; i < count; ++i) {
+    uint64_t rest = key(i);
+    for (int pass = 0; pass < passes; ++pass, rest >>= digit) ++starts[pass * buckets + (rest & (buckets - 1))];
+  }
+  auto to = uninitialized<uint64_t>(count), from = uninitialized<uint64_t>(passes > 1 ? count : 0);
+  for (int pass = 0; pass < passes; ++pass) {
+    const auto start = std::span(starts).subspan(pass * buckets, buckets);
     uint32_t sum = 0;
     for (uint32_t& bucket : start) sum += std::exchange(bucket, sum);
-    for (size_t i = 0; i < count; ++i) to[start[value(i) >> shift & mask]++] = value(i);
-  };
-  distribute(32, [&](size_t i) { return static_cast<uint64_t>(key(i)) << 32 | i; });
-  if (passes == 1) return to;
-  auto from = uninitialized<uint64_t>(count);
-  for (int pass = 1; pass < passes; ++pass) {
-    std::swap(from, to);
-    distribute(32 + pass * digit, [&](size_t i) { return from[i]; });
+    const auto distribute = [&](const auto& value) {
+      const int shift = 32 + pass * digit;
+      for (size_t i = 0; i < count; ++i) to[start[value(i) >> shift & (buckets - 1)]++] = value(i);
+    };
+    if (pass == 0) {
+      distribute([&](size_t i) { return static_cast<uint64_t>(key(i)) << 32 | i; });
+    } else {
+      std::swap(from, to);
+      distribute([&](size_t i) { return from[i]; });
+    }
   }
   return to;
 }
@@ -120,46 +125,61 @@ class CapacitySet {
 // out, so the same sizes in the same order always land in the same bins.
 class BestFit {
  public:
-  struct Bin {
-    int32_t load, next;
-  };
-
   // `cap`: the largest capacity that place() will name. `shortest`: the smallest size; a bin with less room is closed.
   BestFit(int64_t cap, int64_t shortest) : shortest_(shortest), rooms_(cap), head_(uninitialized<int32_t>(cap + 1)) {}
 
   // The bin that `size` went into; a bin opened for it holds `capacity`.
+  //
+  // The bin of the call before is held out of the set: sizes that follow each other often go into the same bin, equal
+  // ones always do while it has room, and then nothing is searched.
   int32_t place(int64_t size, int64_t capacity) {
-    int64_t room = rooms_.at_least(size);
-    int32_t chosen;
-    if (room < 0) {
-      chosen = static_cast<int32_t>(bins_.size());
-      bins_.push_back({0, -1});
-      room = capacity;
-    } else {
-      chosen = head_[room];
-      head_[room] = bins_[chosen].next;
-      if (head_[room] < 0) rooms_.erase(room);
-    }
-    bins_[chosen].load += static_cast<int32_t>(size);
-    room -= size;
-    if (room < shortest_) return chosen;
-    bins_[chosen].next = rooms_.contains(room) ? head_[room] : -1;
-    rooms_.insert(room);
-    head_[room] = chosen;
-    return chosen;
+    if (size != last_ || size > room_) choose(size, capacity);
+    last_ = size;
+    room_ -= size;
+    bins_[held_].room = static_cast<int32_t>(room_);
+    return held_;
   }
 
-  // Forgets all bins, in time linear in their number. They were all opened with this capacity.
-  void clear(int64_t capacity) {
-    for (const Bin& bin : bins_) rooms_.erase(capacity - bin.load);
+  // How many bins there are, and how much room bin b has left.
+  size_t count() const { return bins_.size(); }
+  int64_t room(size_t b) const { return bins_[b].room; }
+
+  // Forgets all bins, in time linear in their number.
+  void clear() {
+    for (const Bin& bin : bins_) rooms_.erase(bin.room);
     bins_.clear();
+    held_ = -1, room_ = -1, last_ = -1;
   }
-
-  std::span<const Bin> bins() const { return bins_; }
 
  private:
+  struct Bin {
+    int32_t room, next;
+  };
+
+  void choose(int64_t size, int64_t capacity) {
+    const int64_t room = rooms_.at_least(size);
+    if (size <= room_ && (room < 0 || room_ <= room)) return;
+    if (room_ >= shortest_) {
+      bins_[held_].next = rooms_.contains(room_) ? head_[room_] : -1;
+      rooms_.insert(room_);
+      head_[room_] = held_;
+    }
+    if (room < 0) {
+      held_ = static_cast<int32_t>(bins_.size());
+      bins_.push_back({});
+      room_ = capacity;
+    } else {
+      held_ = head_[room];
+      head_[room] = bins_[held_].next;
+      if (head_[room] < 0) rooms_.erase(room);
+      room_ = room;
+    }
+  }
+
   int64_t shortest_;
-  CapacitySet rooms_;
+  int64_t room_ = -1, last_ = -1;  // the held bin's room, and the size it got last
+  int32_t held_ = -1;
+  CapacitySet rooms_;                // of the bins that are neither closed nor held
   std::unique_ptr<int32_t[]> head_;  // by room; valid where rooms_ has that room
   std::vector<Bin> bins_;
 };
@@ -168,8 +188,8 @@ class BestFit {
 inline std::vector<int64_t> fill_bins(const Items& items, int64_t cap, std::span<int32_t> bin_of) {
   BestFit fit(cap, items.shortest());
   for (size_t k = 0; k < items.count(); ++k) bin_of[k] = fit.place(items.size(k), cap);
-  std::vector<int64_t> loads(fit.bins().size());
-  std::ranges::transform(fit.bins(), loads.begin(), &BestFit::Bin::load);
+  std::vector<int64_t> loads(fit.count());
+  for (size_t b = 0; b < loads.size(); ++b) loads[b] = cap - fit.room(b);
   return loads;
 }
 

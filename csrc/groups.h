@@ -76,8 +76,8 @@ inline Parts split_groups(const Items& items, std::span<const int64_t> prompts, 
     part_of.assign(members.size(), 0);
     if (total[g] > capacity) {
       for (size_t m = 0; m < members.size(); ++m) part_of[m] = fit.place(items.size(members[m]) - prompt[g], capacity);
-      for (const BestFit::Bin& bin : fit.bins()) parts.tokens.push_back(prompt[g] + bin.load);
-      fit.clear(capacity);
+      for (size_t b = 0; b < fit.count(); ++b) parts.tokens.push_back(cap - fit.room(b));
+      fit.clear();
     } else {
       parts.tokens.push_back(prompt[g] + total[g]);
     }

@@ -175,27 +175,12 @@ def pack(
             length than its group's (each names the sequence and the fix); arguments of the wrong type or shape;
             ranks outside 1..2^20.
     """
-    array = _integers(lengths, "lengths")
-    cap, ranks = operator.index(cap), operator.index(ranks)
-    if not 1 <= cap <= _LARGEST_CAP:
-        raise ValueError(f"the token cap is {cap}; it must lie in 1..2^31-1 (set token_cap)")
-    if not 1 <= ranks <= _MOST_RANKS:
-        raise ValueError(f"ranks is {ranks}; it must lie in 1..2^20")
-    if (groups is None) != (prompt_lengths is None):
-        raise ValueError("give groups and prompt_lengths together: only groups share prompts")
-    linear, quadratic = _weights(cost)
-    if groups is None or prompt_lengths is None:
-        try:
-            return Packing(*_csrc.pack(array, cap, ranks, linear, quadratic))
-        except ValueError as error:
-            raise ValueError(_misfit(array, cap) or str(error)) from None
-    ids, prompts = _integers(groups, "groups"), _integers(prompt_lengths, "prompt_lengths")
-    if not len(ids) == len(prompts) == len(array):
-        raise ValueError(f"{len(array)} lengths, but {len(ids)} groups and {len(prompts)} prompt_lengths")
-    try:
-        return Packing(*_csrc.pack_groups(array, prompts, ids, cap, ranks, linear, quadratic))
-    except ValueError as error:
-        raise ValueError(_misfit(array, cap) or _odd_prompt(array, prompts, ids) or str(error)) from None
+    if groups is None and prompt_lengths is None:
+        try:  # C++ refuses all that is wrong, or is not int64: only then is it worth looking at
+            return Packing(*_csrc.pack(lengths, cap, ranks, *_weights(cost)))  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            pass
+    return _pack_checked(lengths, cap, ranks, groups, prompt_lengths, cost)
 
 
 def lay_out(
@@ -264,6 +249,37 @@ def lay_out_shared(
     )
     _csrc.lay_out_shared(*sequences, ids, chosen, *vars(arrays).values())
     return arrays
+
+
+def _pack_checked(
+    lengths: ArrayLike,
+    cap: int,
+    ranks: int,
+    groups: ArrayLike | None,
+    prompt_lengths: ArrayLike | None,
+    cost: Cost | None,
+) -> Packing:
+    """`pack`, with every argument converted, and every error in the caller's terms."""
+    array = _integers(lengths, "lengths")
+    cap, ranks = operator.index(cap), operator.index(ranks)
+    if not 1 <= cap <= _LARGEST_CAP:
+        raise ValueError(f"the token cap is {cap}; it must lie in 1..2^31-1 (set token_cap)")
+    if not 1 <= ranks <= _MOST_RANKS:
+        raise ValueError(f"ranks is {ranks}; it must lie in 1..2^20")
+    if (groups is None) != (prompt_lengths is None):
+        raise ValueError("give groups and prompt_lengths together: only groups share prompts")
+    if groups is None or prompt_lengths is None:
+        try:
+            return Packing(*_csrc.pack(array, cap, ranks, *_weights(cost)))
+        except ValueError as error:
+            raise ValueError(_misfit(array, cap) or str(error)) from None
+    ids, prompts = _integers(groups, "groups"), _integers(prompt_lengths, "prompt_lengths")
+    if not len(ids) == len(prompts) == len(array):
+        raise ValueError(f"{len(array)} lengths, but {len(ids)} groups and {len(prompts)} prompt_lengths")
+    try:
+        return Packing(*_csrc.pack_groups(array, prompts, ids, cap, ranks, *_weights(cost)))
+    except ValueError as error:
+        raise ValueError(_misfit(array, cap) or _odd_prompt(array, prompts, ids) or str(error)) from None
 
 
 def _sequences(

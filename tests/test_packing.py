@@ -115,6 +115,21 @@ def test_ranks_stay_balanced_where_bins_have_no_room_to_spare(kind: str, seed: i
     assert max(totals) <= 1.005 * np.mean(totals)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_added_bins_make_all_bins_emptier(seed: int) -> None:
+    """Instead of full bins and a few halves: micro-batches at the same position then hold about the same."""
+    lengths = sample("lognormal", 1000, seed)
+    loads = [int(lengths[members].sum()) for members in pack(lengths, int(lengths.sum()) // 74, ranks=8).bins]
+    assert len(loads) == 80
+    assert np.quantile(loads, 0.9) <= 1.02 * np.mean(loads)
+
+
+def test_bins_that_best_fit_had_to_add_are_filled_evenly_too() -> None:
+    # 20 tokens fit 2 bins of 10, but three 6s do not
+    loads = [sum([6, 6, 6, 1, 1][i] for i in members) for members in pack([6, 6, 6, 1, 1], 10, ranks=2).bins]
+    assert sorted(loads) == [2, 6, 6, 6]
+
+
 def test_only_the_ratio_of_a_cost_matters() -> None:
     lengths = sample("lognormal", 1000, 0)
     for one, other in [
