@@ -17,7 +17,7 @@ test: .venv/.full
 
 # The C++ algorithms without Python, under sanitizers; needs g++ only.
 NATIVE_BUILD ?= build
-NATIVE_FLAGS := -std=c++20 -O1 -g -Wall -Wextra -Wno-sign-compare -D_GLIBCXX_ASSERTIONS -ffp-contract=off \
+NATIVE_FLAGS := -std=c++20 -g -Wall -Wextra -Wno-sign-compare -D_GLIBCXX_ASSERTIONS -ffp-contract=off \
   -fsanitize=address,undefined -fno-sanitize-recover=all
 test-native:
 	@mkdir -p $(NATIVE_BUILD)
