@@ -11,6 +11,7 @@ bench/results/update_step/<device>.json.
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import sys
 import weakref
@@ -361,14 +362,15 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     attention.register()
     rows: list[Row] = []
-    for case in REAL:
-        rows += counted_rows(case)
-        print(f"counted {case}", file=sys.stderr, flush=True)
-    for case in SMALL if device == "cpu" else REAL:
-        rows += timed_rows(case, arguments.rounds, device)
-        print(f"timed {case}", file=sys.stderr, flush=True)
-    record.write("update_step", rows, arguments.output / f"{device}.json")
-    plot(rows, arguments.output / f"{device}.png")
+    parts = [functools.partial(counted_rows, case) for case in REAL]
+    parts += [
+        functools.partial(timed_rows, case, arguments.rounds, device) for case in (SMALL if device == "cpu" else REAL)
+    ]
+    for part in parts:  # written part by part: a run that is stopped leaves what it had
+        rows += part()
+        record.write("update_step", rows, arguments.output / f"{device}.json")
+        plot(rows, arguments.output / f"{device}.png")
+        print(f"{part.func.__name__} {part.args[0]}", file=sys.stderr, flush=True)
     print(table(rows), goal(rows), sep="\n\n")
 
 
