@@ -1,0 +1,267 @@
+"""The packer against other projects': processor time, bins, caps broken and the ranks' balance, in one run.
+
+    python bench/packing.py                  # most of its half hour is spent in Karmarkar-Karp
+    python bench/packing.py --counts 1000    # only so many lengths
+    python bench/packing.py --report         # no measuring: the table and the plot of the record there is
+
+Every ratio is of calls that took turns in the same rounds. Who the peers are stands in `bench.peers.packers`. Results
+go to bench/results/packing/, or to the folder given as --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: bench/kernels.py would shadow Hugging Face's package `kernels`
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+
+from bench import record
+from bench.peers.packers import OURS, PEERS, Lengths, Peer
+from bench.record import Row
+from gapg.packing import Cost, pack
+
+RESULTS = record.ROOT / "bench" / "results" / "packing"
+SEED, CAP, RANKS = 0, 16_384, 8
+COUNTS = (1_000, 10_000, 100_000)
+COST = Cost(linear=24_576, quadratic=1)
+"""verl's workload model for a transformer of 7B (verl.utils.seqlen_balancing.calculate_workload, 0.9.1)"""
+
+TIERS = ((0.02, 41), (2.0, 7))
+"""Calls of up to so many seconds are timed in so many rounds; longer ones once, ours right after."""
+SAMPLE = 0.005
+"""seconds: shorter calls are repeated until a sample takes about this"""
+
+TIME, RATIO, OVER, BROKEN, BALANCE = (
+    "time",
+    "time / gapg's",
+    "bins over the lower bound",
+    "bins over the cap",
+    "max/mean",
+)
+
+
+def lognormal(random: np.random.Generator, n: int) -> Lengths:
+    """Median 900, sigma 0.9, clipped to 16..8192."""
+    return np.clip(random.lognormal(np.log(900), 0.9, n), 16, 8192).astype(np.int64)
+
+
+def uniform(random: np.random.Generator, n: int) -> Lengths:
+    """16..8192."""
+    return random.integers(16, 8193, n)
+
+
+def bimodal(random: np.random.Generator, n: int) -> Lengths:
+    """Four in five of 100..600, the others of 4000..8192: short answers among long reasoning."""
+    return np.where(random.random(n) < 0.8, random.integers(100, 601, n), random.integers(4000, 8193, n))
+
+
+DISTRIBUTIONS = (lognormal, uniform, bimodal)
+
+
+def measure(counts: tuple[int, ...]) -> list[Row]:
+    rows: list[Row] = []
+    for distribution in DISTRIBUTIONS:
+        for n in counts:
+            case = f"{distribution.__name__}, n={n}"
+            print(case, file=sys.stderr, flush=True)
+            rows += measured(case, distribution(np.random.default_rng(SEED), n))
+    return rows
+
+
+def measured(case: str, lengths: Lengths) -> list[Row]:
+    """One case: what each packing is worth, and the times in tiers of like speed, ours in each of them."""
+    rows: list[Row] = []
+    ours = OURS.prepare(lengths, CAP)
+    groups = np.arange(len(lengths)) // 8
+    prompts = np.full(len(lengths), int(lengths.min()))
+    tiers: list[dict[str, Callable[[], Any]]] = [{} for _ in TIERS]
+    tiers[0] = {
+        OURS.name: ours,
+        f"gapg, {RANKS} ranks": lambda: pack(lengths, CAP, ranks=RANKS, cost=COST),
+        "gapg, groups of 8": lambda: pack(lengths, CAP, groups=groups, prompt_lengths=prompts),
+    }
+    rows += worth(case, OURS, OURS.bins(ours(), lengths), lengths)
+    for peer in PEERS:
+        if len(lengths) > peer.most:
+            rows.append(record.error_row(case, peer.name, "not run: a call takes minutes"))
+            continue
+        try:
+            run = peer.prepare(lengths, CAP)
+            result, seconds = timed(run)
+        except Exception as error:
+            rows.append(record.error_row(case, peer.name, error))
+            continue
+        rows += worth(case, peer, peer.bins(result, lengths), lengths)
+        tier = next((i for i, (most, _) in enumerate(TIERS) if seconds <= most), None)
+        if tier is None:
+            rows += times(case, {peer.name: [seconds], OURS.name: [timed(ours)[1]]})
+        else:
+            tiers[tier][peer.name] = run
+    for tier, (_, rounds) in zip(tiers, TIERS, strict=True):
+        impls = tier | {OURS.name: ours}
+        repeats = {name: calls(run) for name, run in impls.items()}
+        turns = {name: partial(repeat, run, repeats[name]) for name, run in impls.items()}
+        samples = record.interleaved(turns, rounds=rounds, clock="cpu")
+        per_call = {name: [sample / repeats[name] for sample in samples[name]] for name in impls}
+        rows += times(case, per_call, with_ours=tier is tiers[0])
+    return rows
+
+
+def times(case: str, seconds: dict[str, list[float]], with_ours: bool = False) -> list[Row]:
+    """Rows of times, and of their ratios to ours round by round."""
+    mine = seconds[OURS.name]
+    others = {name: theirs for name, theirs in seconds.items() if name != OURS.name}
+    ratios = {name: [a / b for a, b in zip(theirs, mine, strict=True)] for name, theirs in others.items()}
+    timings = record.timing_rows(case, seconds if with_ours else others)
+    return [row | {"version": version(row["impl"])} for row in timings] + record.timing_rows(case, ratios, RATIO, "x")
+
+
+def version(impl: str) -> str | None:
+    """Of the package that a peer comes from."""
+    package = next((peer.package for peer in PEERS if peer.name == impl), None)
+    return None if package is None else f"{package} {importlib.metadata.version(package)}"
+
+
+def timed(run: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.process_time()
+    result = run()
+    return result, time.process_time() - start
+
+
+def calls(run: Callable[[], Any]) -> int:
+    """How many calls a sample is made of."""
+    return max(1, int(SAMPLE / max(timed(run)[1], 1e-6)))
+
+
+def repeat(run: Callable[[], Any], times: int) -> None:
+    for _ in range(times):
+        run()
+
+
+def worth(case: str, peer: Peer, bins: list[Lengths], lengths: Lengths) -> list[Row]:
+    """Bins over the lower bound, bins over the cap, and the dearest of 8 ranks over their mean.
+
+    Ours is balanced by itself; the others' bins are dealt dearest first, each to the cheapest rank.
+    """
+    loads = [int(members.sum()) for members in bins]
+    if sum(loads) != int(lengths.sum()) or sum(map(len, bins)) != len(lengths):
+        raise AssertionError(f"{peer.name} lost or invented a sequence")
+    totals = np.zeros(RANKS)
+    if peer is OURS:
+        for b, members in enumerate(pack(lengths, CAP, ranks=RANKS, cost=COST).bins):
+            totals[b % RANKS] += COST(lengths[members]).sum()
+    else:
+        for cost in sorted((float(COST(members).sum()) for members in bins), reverse=True):
+            totals[totals.argmin()] += cost
+    lower_bound = -(-int(lengths.sum()) // CAP)
+    values = (
+        (OVER, "bins", len(bins) - lower_bound),
+        (BROKEN, "bins", sum(load > CAP for load in loads)),
+        (BALANCE, "x", float(totals.max() / totals.mean())),
+    )
+    return [row for metric, unit, v in values for row in record.timing_rows(case, {peer.name: [v]}, metric, unit)]
+
+
+def cells(rows: list[Row]) -> dict[tuple[str, str, str], float]:
+    """Medians by (case, implementation, metric)."""
+    return {(row["case"], row["impl"], row["metric"]): row["median"] for row in rows if "median" in row}
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: a table for each distribution."""
+    found, lines = cells(rows), []
+    names = list(dict.fromkeys(row["impl"] for row in rows))
+    for name in dict.fromkeys(row["case"].split(",")[0] for row in rows):
+        cases = list(dict.fromkeys(row["case"] for row in rows if row["case"].startswith(f"{name},")))
+        heads = [case.split("n=")[1] for case in cases]
+        lines += ["", f"**{name}**", ""]
+        columns = [
+            f"{metric}, n = {n}" for metric in ("ms (x gapg's)", OVER, BROKEN, f"{BALANCE} of 8 ranks") for n in heads
+        ]
+        lines += ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+        for impl in names:
+            times = []
+            for case in cases:
+                seconds, ratio = found.get((case, impl, TIME)), found.get((case, impl, RATIO))
+                text = "–" if seconds is None else f"{seconds * 1e3:.3g}"
+                times.append(text if ratio is None else f"{text} ({ratio:.3g}x)")
+            others = [
+                "–" if (value := found.get((case, impl, metric))) is None else form.format(value)
+                for metric, form in ((OVER, "{:.0f}"), (BROKEN, "{:.0f}"), (BALANCE, "{:.4f}"))
+                for case in cases
+            ]
+            lines.append("| " + " | ".join([impl, *times, *others]) + " |")
+    errors = {row["impl"]: row["error"] for row in rows if "error" in row and not row["error"].startswith("not run")}
+    lines += ["", *(f"{impl} could not run: {error}" for impl, error in errors.items())]
+    return "\n".join(lines[1:])
+
+
+def plot(rows: list[Row], path: Path, title: str) -> None:
+    """Lognormal lengths: time over their number; bins over the lower bound and balance where most peers ran."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = cells(rows)
+    counts = sorted({int(row["case"].split("n=")[1]) for row in rows if row["case"].startswith("lognormal,")})
+    names = [peer.name for peer in (OURS, *PEERS)]
+    colors = {name: "black" if name == OURS.name else f"C{i}" for i, name in enumerate(names)}
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    for name in names:
+        points = [(n, found.get((f"lognormal, n={n}", name, TIME))) for n in counts]
+        points = [(n, seconds * 1e3) for n, seconds in points if seconds is not None]
+        if points:
+            width = 2.5 if name == OURS.name else 1.2
+            left.loglog(*zip(*points, strict=True), "o-", color=colors[name], label=name, linewidth=width, markersize=4)
+    left.set(xlabel="sequences", ylabel="processor time, ms", title="Time of one packing (lower is better)")
+    left.set_xticks(counts, [f"{n:,}" for n in counts])
+    left.legend(fontsize=8)
+    shown = f"lognormal, n={counts[min(1, len(counts) - 1)]}"
+    for axis, metric, offset in ((middle, OVER, 0.0), (right, BALANCE, 1.0)):
+        values = [(name, found[shown, name, metric]) for name in names if (shown, name, metric) in found][::-1]
+        bars = axis.barh([name for name, _ in values], [value - offset for _, value in values])
+        for bar, (name, _) in zip(bars, values, strict=True):
+            bar.set_color(colors[name])
+        labels = [f"{value:.0f}" if metric == OVER else f"{value:.4f}" for _, value in values]
+        broken = [found[shown, name, BROKEN] for name, _ in values]
+        if metric == OVER:
+            labels = [
+                f"{text}, {int(b)} bins over the cap" if b else text for text, b in zip(labels, broken, strict=True)
+            ]
+        axis.bar_label(bars, labels, padding=3, fontsize=8)
+        axis.margins(x=0.35)
+    middle.set(title=f"Bins over the lower bound, {shown}", xlabel="bins")
+    right.set(title=f"Cost over {RANKS} ranks: max/mean - 1, {shown}", xlabel="max/mean - 1")
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="how many lengths")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--report", action="store_true", help="only draw the record that is there")
+    arguments = parser.parse_args()
+    path = arguments.output / "packing.json"
+    if not arguments.report:
+        record.write("packing", measure(tuple(arguments.counts)), path)
+    found = record.read(path)
+    print(table(found["rows"]))
+    plot(found["rows"], path.with_suffix(".png"), f"{found['machine']['cpu']}, one thread, cap {CAP:,}, seed {SEED}")
+
+
+if __name__ == "__main__":
+    main()
