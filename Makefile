@@ -15,14 +15,14 @@ quickstart: .venv/.small
 test: .venv/.full
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-# The C++ algorithms without Python, under sanitizers; needs g++ only.
+# The C++ algorithms without Python, under sanitizers; needs g++ only. (They must be loaded first, and vLLM preloads.)
 NATIVE_BUILD ?= build
 NATIVE_FLAGS := -std=c++20 -g -Wall -Wextra -Wno-sign-compare -D_GLIBCXX_ASSERTIONS -ffp-contract=off \
   -fsanitize=address,undefined -fno-sanitize-recover=all
 test-native:
 	@mkdir -p $(NATIVE_BUILD)
 	$(CXX) $(NATIVE_FLAGS) tests/csrc/native_test.cpp -o $(NATIVE_BUILD)/native_test
-	$(NATIVE_BUILD)/native_test
+	LD_PRELOAD= $(NATIVE_BUILD)/native_test
 
 lint: .venv/.full
 	$(BIN)/ruff check .
