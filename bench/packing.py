@@ -174,7 +174,10 @@ def worth(case: str, peer: Peer, bins: list[Lengths], lengths: Lengths) -> list[
     return [row for metric, unit, v in values for row in record.timing_rows(case, {peer.name: [v]}, metric, unit)]
 
 
-def cells(rows: list[Row]) -> dict[tuple[str, str, str], float]:
+Cells = dict[tuple[str, str, str], float]
+
+
+def cells(rows: list[Row]) -> Cells:
     """Medians by (case, implementation, metric)."""
     return {(row["case"], row["impl"], row["metric"]): row["median"] for row in rows if "median" in row}
 
@@ -182,30 +185,43 @@ def cells(rows: list[Row]) -> dict[tuple[str, str, str], float]:
 def table(rows: list[Row]) -> str:
     """Markdown: a table for each distribution."""
     found, lines = cells(rows), []
-    names = list(dict.fromkeys(row["impl"] for row in rows))
     for name in dict.fromkeys(row["case"].split(",")[0] for row in rows):
         cases = list(dict.fromkeys(row["case"] for row in rows if row["case"].startswith(f"{name},")))
-        heads = [case.split("n=")[1] for case in cases]
-        lines += ["", f"**{name}**", ""]
-        columns = [
-            f"{metric}, n = {n}" for metric in ("ms (x gapg's)", OVER, BROKEN, f"{BALANCE} of 8 ranks") for n in heads
+        heads = [
+            f"{head}, n = {case.split('n=')[1]}"
+            for head in ("ms (x gapg's)", "bins over the lower bound", f"{BALANCE} of {RANKS} ranks")
+            for case in cases
         ]
-        lines += ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
-        for impl in names:
-            times = []
-            for case in cases:
-                seconds, ratio = found.get((case, impl, TIME)), found.get((case, impl, RATIO))
-                text = "–" if seconds is None else f"{seconds * 1e3:.3g}"
-                times.append(text if ratio is None else f"{text} ({ratio:.3g}x)")
-            others = [
-                "–" if (value := found.get((case, impl, metric))) is None else form.format(value)
-                for metric, form in ((OVER, "{:.0f}"), (BROKEN, "{:.0f}"), (BALANCE, "{:.4f}"))
-                for case in cases
-            ]
-            lines.append("| " + " | ".join([impl, *times, *others]) + " |")
+        lines += ["", f"**{name}**", "", "| | " + " | ".join(heads) + " |", "|" + "---|" * (len(heads) + 1)]
+        for impl in dict.fromkeys(row["impl"] for row in rows):
+            texts = [write(found, case, impl) for write in (time_text, bins_text, balance_text) for case in cases]
+            lines.append("| " + " | ".join([impl, *texts]) + " |")
     errors = {row["impl"]: row["error"] for row in rows if "error" in row and not row["error"].startswith("not run")}
     lines += ["", *(f"{impl} could not run: {error}" for impl, error in errors.items())]
     return "\n".join(lines[1:])
+
+
+def time_text(found: Cells, case: str, impl: str) -> str:
+    seconds, ratio = found.get((case, impl, TIME)), found.get((case, impl, RATIO))
+    if seconds is None:
+        return "–"
+    return short(seconds * 1e3) + ("" if ratio is None else f" ({short(ratio)}x)")
+
+
+def short(value: float) -> str:
+    """Three digits that count."""
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
+def bins_text(found: Cells, case: str, impl: str) -> str:
+    if (case, impl, OVER) not in found:
+        return "–"
+    broken = found[case, impl, BROKEN]
+    return f"{found[case, impl, OVER]:.0f}" + (f", {broken:.0f} over the cap" if broken else "")
+
+
+def balance_text(found: Cells, case: str, impl: str) -> str:
+    return f"{found[case, impl, BALANCE]:.4f}" if (case, impl, BALANCE) in found else "–"
 
 
 def plot(rows: list[Row], path: Path, title: str) -> None:
@@ -226,25 +242,23 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
         if points:
             width = 2.5 if name == OURS.name else 1.2
             left.loglog(*zip(*points, strict=True), "o-", color=colors[name], label=name, linewidth=width, markersize=4)
-    left.set(xlabel="sequences", ylabel="processor time, ms", title="Time of one packing (lower is better)")
+    left.set(xlabel="sequences", ylabel="processor time, ms", title="Time of one packing")
     left.set_xticks(counts, [f"{n:,}" for n in counts])
-    left.legend(fontsize=8)
-    shown = f"lognormal, n={counts[min(1, len(counts) - 1)]}"
-    for axis, metric, offset in ((middle, OVER, 0.0), (right, BALANCE, 1.0)):
-        values = [(name, found[shown, name, metric]) for name in names if (shown, name, metric) in found][::-1]
-        bars = axis.barh([name for name, _ in values], [value - offset for _, value in values])
-        for bar, (name, _) in zip(bars, values, strict=True):
-            bar.set_color(colors[name])
-        labels = [f"{value:.0f}" if metric == OVER else f"{value:.4f}" for _, value in values]
-        broken = [found[shown, name, BROKEN] for name, _ in values]
-        if metric == OVER:
-            labels = [
-                f"{text}, {int(b)} bins over the cap" if b else text for text, b in zip(labels, broken, strict=True)
-            ]
-        axis.bar_label(bars, labels, padding=3, fontsize=8)
-        axis.margins(x=0.35)
-    middle.set(title=f"Bins over the lower bound, {shown}", xlabel="bins")
-    right.set(title=f"Cost over {RANKS} ranks: max/mean - 1, {shown}", xlabel="max/mean - 1")
+    left.minorticks_off()
+    figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
+    for axis, n, metric, text, offset in (
+        (middle, counts[min(1, len(counts) - 1)], OVER, bins_text, 0.0),
+        (right, counts[0], BALANCE, balance_text, 1.0),
+    ):
+        case = f"lognormal, n={n}"
+        shown = [name for name in names if (case, name, metric) in found][::-1]
+        bars = axis.barh(
+            shown, [found[case, name, metric] - offset for name in shown], color=[colors[name] for name in shown]
+        )
+        axis.bar_label(bars, [text(found, case, name) for name in shown], padding=3, fontsize=8)
+        axis.margins(x=0.5 if metric == OVER else 0.2)
+    middle.set(title=f"Bins over the lower bound, n = {counts[min(1, len(counts) - 1)]:,}", xlabel="bins")
+    right.set(title=f"Dearest of {RANKS} ranks over their mean, n = {counts[0]:,}", xlabel="max/mean - 1")
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
 
@@ -260,7 +274,11 @@ def main() -> None:
         record.write("packing", measure(tuple(arguments.counts)), path)
     found = record.read(path)
     print(table(found["rows"]))
-    plot(found["rows"], path.with_suffix(".png"), f"{found['machine']['cpu']}, one thread, cap {CAP:,}, seed {SEED}")
+    plot(
+        found["rows"],
+        path.with_suffix(".png"),
+        f"Lognormal lengths, {found['machine']['cpu']}, one thread, cap {CAP:,}, seed {SEED}",
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,13 @@ def ours(lengths: Lengths, cap: int) -> Run:
 
 
 def first_fit(lengths: Lengths, cap: int) -> Run:
+    run = compiled_first_fit()
+    run(lengths[:2], cap)  # compiles
+    return lambda: run(lengths, cap)
+
+
+@cache
+def compiled_first_fit() -> Callable[[Lengths, int], tuple[Lengths, Lengths]]:
     """Each sequence, as it comes, into the first bin that holds it: the plainest loops over arrays, compiled by numba.
 
     Gives what `gapg.packing.pack` gives: order [n] and offsets [bins + 1].
@@ -73,8 +81,7 @@ def first_fit(lengths: Lengths, cap: int) -> Run:
             start[bin_of[i]] += 1
         return order, offsets
 
-    run(lengths[:2], cap)  # compiles
-    return lambda: run(lengths, cap)
+    return run
 
 
 def split(result: tuple[Lengths, Lengths], lengths: Lengths) -> list[Lengths]:
