@@ -166,8 +166,8 @@ def pack(
     Returns:
         With one rank, bins by decreasing cost, so a micro-batch that is too slow or too large is the first.
         With more, the ranks' total costs are balanced: bins and sequences are exchanged between ranks until the dearest
-        is within 0.1% of the mean or no exchange helps. Each rank's bins come by decreasing cost, so bins that run at
-        the same time, `bins[i * ranks : (i + 1) * ranks]`, are alike; how alike is not bounded.
+        is within 0.1% of the mean, or no exchange found in linear time helps. Each rank's bins come by decreasing
+        cost, so bins that run at the same time, `bins[i * ranks : (i + 1) * ranks]`, are alike, within no set bound.
         The same input always gives the same packing.
 
     Raises:
