@@ -37,13 +37,13 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gapg needs Python 3.11 or newer: make PYTHON=python3.12 quickstart")'
 	$(PYTHON) -m venv .venv
 
-.venv/.small: pyproject.toml setup.py constraints.txt csrc/bindings.cpp csrc/packing.h | $(BIN)/python
+.venv/.small: pyproject.toml setup.py constraints.txt $(wildcard csrc/*) | $(BIN)/python
 	[ -e .venv/.full ] || $(BIN)/pip install --quiet -c constraints.txt -e .
 	@touch $@
 
 # On a CPU: the exact versions, without resolving, because resolving adds torchvision builds that break the CPU torch.
 # torch 2.13.0 without its CUDA libraries may not import from a plain index; then, and only then, PyTorch's CPU index.
-.venv/.full: pyproject.toml setup.py constraints.txt csrc/bindings.cpp csrc/packing.h | $(BIN)/python
+.venv/.full: pyproject.toml setup.py constraints.txt $(wildcard csrc/*) | $(BIN)/python
 ifeq ($(HAS_GPU),yes)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[vllm,dev,bench]'
 else
