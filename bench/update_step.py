@@ -40,10 +40,10 @@ from gapg.batching import Example, PackedBatch, packed_batches
 from gapg.config import RunConfig, load_config
 from gapg.kernels import flash
 from gapg.kernels.policy_loss import PolicyLossOptions, group_advantages
-from gapg.memory_trace import _head_bytes
+from gapg.memory_trace import head_bytes
 from gapg.optim import clip_and_step, make_optimizer
 from gapg.policy import response_loss
-from gapg.update import _with_gradient, policy_update
+from gapg.update import policy_update, with_gradient
 
 RESULTS = record.ROOT / "bench" / "results" / "update_step"
 SETTINGS = ("pack", "response_positions", "skip_zero_advantage", "share_prompts")
@@ -107,7 +107,7 @@ class Case:
         examples, table = self.data()
         config = self.config(savings)
         return packed_batches(
-            _with_gradient(config, examples, table), config.token_cap, torch.device("cpu"), share=savings > 3,
+            with_gradient(config, examples, table), config.token_cap, torch.device("cpu"), share=savings > 3,
             padded=not config.update.pack, every_position=not config.update.response_positions,
         )  # fmt: skip
 
@@ -244,7 +244,7 @@ class _Live(TorchDispatchMode):
                 self.live += storage.nbytes()
                 weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
         fused = func is torch.ops.gapg.fused_policy_loss.default
-        inside = _head_bytes(*args[:2], device=torch.device("cuda"), entropy=False) if fused else 0
+        inside = head_bytes(*args[:2], device=torch.device("cuda"), entropy=False) if fused else 0
         self.peak = max(self.peak, self.live + inside)
         return out
 

@@ -112,7 +112,7 @@ class _Rows:
         of, at = arrays.sequence_ids, _counts(arrays.sequence_ids)
         real = at < self.responses[of]  # beyond a response lies padding
         of, index, target = of[real], arrays.response_index[real], arrays.targets[real]
-        logprob, weight, cell = self.logprob[self.starts[of] + at[real]], self.weight[of], self.cell[of]
+        logprob, weight, cell = self.logprob[self.starts[of] + at[real]], arrays.coefficients[real], self.cell[of]
         if self.every_position:
             idle = np.setdiff1d(np.arange(len(arrays.input_ids)), index)
             index = np.concatenate([index, idle])

@@ -91,16 +91,24 @@ class MemoryPlan:
 
 def announce(model: PreTrainedModel, config: RunConfig, device: torch.device) -> None:
     """Prints the plan: a table, or a line where it is far from mattering. Raises ConfigError where it cannot fit."""
-    try:
-        plan = plan_memory(model, config, device)
-    except Exception as error:  # a plan is a help: a model whose code asks for values trains without one
-        say(f"memory: no plan for {model.config.model_type}: {' '.join(str(error).split())[:120]}")
+    plan = refuse(model, config, device)
+    if plan is None:
         return
-    check(plan, model, config, device)
     if plan.total < plan.capacity / 20:
         say(plan.line)
     else:
         console.print(plan.table())
+
+
+def refuse(model: PreTrainedModel, config: RunConfig, device: torch.device) -> MemoryPlan | None:
+    """The plan, unprinted; None for a model that cannot be traced. Raises ConfigError where it cannot fit."""
+    try:
+        plan = plan_memory(model, config, device)
+    except Exception as error:  # a plan is a help: a model whose code asks for values trains without one
+        say(f"memory: no plan for {model.config.model_type}: {' '.join(str(error).split())[:120]}")
+        return None
+    check(plan, model, config, device)
+    return plan
 
 
 def print_plan(config: RunConfig) -> None:

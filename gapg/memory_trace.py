@@ -88,7 +88,7 @@ def trace_layers(
         tensors: dict[str, Any] = {
             f.name: fakes.from_tensor(x) for f in fields(batch) if isinstance(x := getattr(batch, f.name), Tensor)
         }
-        live = _Live(policy, partial(_head_bytes, device=device, entropy=config.loss.entropy))
+        live = _Live(policy, partial(head_bytes, device=device, entropy=config.loss.entropy))
         with live:
             compute = getattr(torch, config.model.dtype)
             out = response_loss(
@@ -113,7 +113,7 @@ class _Live(TorchDispatchMode):
         super().__init__()
         self.live = self.copies = self.at_head = self.copies_at_head = self.head = 0
         self.peaks = [0, 0, 0, 0]
-        self._phase, self._head_bytes = 0, head_bytes
+        self._phase, self.head_bytes = 0, head_bytes
         self._head_weight = model.get_output_embeddings().weight.untyped_storage()._cdata
         self._weights = {p.untyped_storage()._cdata for p in model.parameters()}
         self._seen: set[int] = set()
@@ -131,7 +131,7 @@ class _Live(TorchDispatchMode):
         inside = 0
         if func is _HEAD:
             self._phase, self.at_head, self.copies_at_head = 2, self.live, self.copies
-            self.head = self._head_bytes(*args[:2])
+            self.head = self.head_bytes(*args[:2])
         elif func is _FLASH_BACKWARD:
             # float32 sums of dq; dk and dv of every query head, before those of a group are added up (flash_api.cpp)
             _, q, k = args[:3]
@@ -179,7 +179,7 @@ def _attention(
         return attention._grouped(q, k, v, rows, scaling)[None], None
 
 
-def _head_bytes(hidden: Tensor, weight: Tensor, device: torch.device, entropy: bool) -> int:
+def head_bytes(hidden: Tensor, weight: Tensor, device: torch.device, entropy: bool) -> int:
     """The most inside the fused loss, of so many rows or fewer: E, its scratch, and four factors [C, H] of a chunk."""
     kernel = device.type == "cuda" and (not torch.cuda.is_available() or head.uses_kernel(hidden.to(device)))
     plan = ChunkPlan.of(hidden, weight, DEFAULT_WORKSPACE, kernel=kernel, entropy=entropy)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from gapg import sharing
 from gapg.batching import Example, PackedBatch, packed_batches
-from gapg.config import RunConfig
+from gapg.config import ConfigError, RunConfig
 from gapg.kernels.policy_loss import PolicyLossOptions, group_advantages, summarize
 from gapg.optim import clip_and_step, learning_rate
 from gapg.policy import response_logprobs, response_loss
@@ -40,9 +40,14 @@ def policy_update(
 
     Returns:
         The metrics: learning rate, gradient norm, log-prob gap to the engine, the loss's statistics, token counts.
+
+    Raises:
+        ConfigError: `loss.tis_cap` without the engine's log-probs.
     """
     loss, device = config.loss, model.device
-    chosen = _with_gradient(config, examples, rewards_PG)
+    if loss.tis_cap and any(len(e.rollout_logprobs) != len(e.response_ids) for e in examples):
+        raise ConfigError("loss.tis_cap needs the log-probs of the rollout engine, which gave none: leave it empty")
+    chosen = with_gradient(config, examples, rewards_PG)
     saving = _sharing(model, chosen)
     share = {"auto": saving.pays, "always": True, "never": False}[config.update.share_prompts]
     batches = packed_batches(
@@ -89,7 +94,7 @@ def policy_update(
     }
 
 
-def _with_gradient(config: RunConfig, examples: Sequence[Example], rewards_PG: torch.Tensor) -> Sequence[Example]:
+def with_gradient(config: RunConfig, examples: Sequence[Example], rewards_PG: torch.Tensor) -> Sequence[Example]:
     """The responses that have a gradient: all under a KL penalty, else those whose advantage is not exactly 0."""
     if config.loss.kl_coef or not config.update.skip_zero_advantage or not examples:
         return examples

@@ -13,6 +13,7 @@ from gapg import checkpoint
 from gapg.batching import Example, packed_batches
 from gapg.config import ConfigError, RunConfig
 from gapg.data import split_validation
+from gapg.memory import refuse
 from gapg.model import device, load_model
 from gapg.optim import clip_and_step, learning_rate, make_optimizer
 from gapg.parts import fitting_prompts
@@ -38,6 +39,8 @@ def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTraine
         say(f"resuming the warm start from step {begin}")
     model_config = config.model if last is None else config.model.model_copy(update={"path": str(last / "model")})
     model = load_model(model_config, tokenizer, config.seed)
+    whole = config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})  # it trains all weights
+    refuse(model, whole, device())
     optimizer = make_optimizer(model, settings.optim)
     if last:
         checkpoint.restore_optimizer(last, model, optimizer)

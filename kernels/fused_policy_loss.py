@@ -19,9 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from gapg.kernels import definition, head
 from gapg.kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan, pitch, sum_dtype
 from gapg.kernels.definition import RowOdds, RowScales
-from gapg.kernels.policy_loss import STATS, PolicyLossOptions, RowLosses, group_advantages, row_losses
-
-DEFAULTS = PolicyLossOptions()
+from gapg.kernels.policy_loss import DEFAULTS, STATS, PolicyLossOptions, RowLosses, group_advantages, row_losses
 
 
 class FusedLoss(NamedTuple):
@@ -96,6 +94,8 @@ def fused_policy_loss(
     rows = (coefficient, old_logprob, rollout_logprob, reference_logprob)
     _check_rows(hidden.shape[0], rewards, group, sample, rows)
     _check_main_grad(main_grad, weight)
+    if target_term not in ("exact", "patched"):
+        raise ValueError(f"fused_policy_loss: target_term must be 'exact' or 'patched', not {target_term!r}")
     grad = torch.is_grad_enabled()
     needs = [
         grad and hidden.requires_grad,
@@ -178,9 +178,7 @@ def _fused_op(
     clip = None if clip_low is None or clip_high is None else (clip_low, clip_high)
     options = PolicyLossOptions(advantage, clip, tis_cap, kl, kl_coef)  # type: ignore[arg-type]
     settings = Settings(temperature, denominator, loss_scale, workspace_bytes, needs, with_entropy, patched)
-    rows = TokenRows(
-        hidden, target, group, sample, coefficient, old_logprob, rollout_logprob, reference_logprob
-    )  # fmt: skip
+    rows = TokenRows(hidden, target, group, sample, coefficient, old_logprob, rollout_logprob, reference_logprob)
     device, table = hidden.device, rewards.to(hidden.device, non_blocking=True)
     entering = _entering(rewards, group, sample, options) if drop and rewards.device.type == "cpu" else None
     if entering is None or len(entering) == len(group):

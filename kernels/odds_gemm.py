@@ -124,7 +124,7 @@ def odds_gemm_kernel(
             target = tl.load(target_ptr + rows, mask=rows < C, other=-100).to(tl.int32)
             logit = tl.load(logit_ptr + rows, mask=rows < C, other=float("inf"))
             # Few tiles hold a target of their 128 rows, one a row ends V: the others skip two comparisons and a
-            # select an element, which were half of the epilogue's instructions.
+            # select an element.
             edge = (tl.max(((target >= col) & (target < col + BN)).to(tl.int32), 0) > 0) | (col + BN > V)
             left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, HALF)), (0, 2, 1)))
             e, total, moment = _half(left, bias_ptr, logit, target, col, V, scale, edge, HALF, ENTROPY)

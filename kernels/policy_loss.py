@@ -23,6 +23,7 @@ from gapg.kernels.policy_loss_definition import (
 )
 
 __all__ = [
+    "DEFAULTS",
     "STATS",
     "PolicyLoss",
     "PolicyLossOptions",

@@ -6,14 +6,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from gapg.config import RunConfig, load_config
+from gapg.model import load_tokenizer
+from gapg.parts import make_task
+from gapg.run import Run, build_run
 from gapg.tasks.countdown import Countdown
+from gapg.warm_start import warm_start
 
 torch.set_num_threads(1)
 # a busy machine is slow, not wrong
@@ -61,3 +68,74 @@ def make_model(tokenizer: PreTrainedTokenizerBase) -> Callable[..., PreTrainedMo
         return LlamaForCausalLM._from_config(config, attn_implementation=attention.NAME).train()
 
     return make
+
+
+SMALL_RUN = {
+    "task.args": "{max_number: 4, max_target: 12}",
+    "model.llama": "{hidden_size: 48, num_layers: 2, num_heads: 2, intermediate_size: 96}",
+    "warm_start.steps": "150",
+    "warm_start.batch_size": "32",
+    "warm_start.checkpoint_every": "200",
+    "warm_start.optim.lr": "6e-3",
+    "rollout.prompts_per_step": "8",
+    "rollout.samples_per_prompt": "4",
+    "steps": "3",
+    "checkpoint_every": "2",
+    "eval.every": "2",
+    "eval.problems": "12",
+    "compare": "false",
+    "tensorboard": "false",
+    "threads": "1",
+}
+"""The quickstart on easier problems, with a smaller model and three steps."""
+
+
+@pytest.fixture(scope="session")
+def small_config() -> Callable[..., RunConfig]:
+    """`small_config(folder, **overrides)`, the overrides' dots written as two underscores."""
+
+    def make(folder: Path, **overrides: str) -> RunConfig:
+        changed = {key.replace("__", "."): value for key, value in overrides.items()}
+        return load_config("quickstart", {**SMALL_RUN, "output_dir": str(folder), **changed})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def warm_model(small_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """After a short warm start, real but far from good."""
+    folder = tmp_path_factory.mktemp("warm")
+    config = small_config(folder)
+    task = make_task(config)
+    return warm_start(config, folder / "checkpoints", task, load_tokenizer(config.model, task))
+
+
+@pytest.fixture
+def start(small_config: Callable[..., RunConfig], warm_model: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """`start(name, **overrides)`: a run from the warm start, or from its last checkpoint, in the test's own folder."""
+    opened: list[Run] = []
+
+    def make(name: str = "run", **overrides: str) -> Run:
+        config = small_config(tmp_path / name, **overrides)
+        config.output_dir.mkdir(exist_ok=True)
+        opened.append(build_run(config, config.output_dir, make_task(config), warm_model))
+        return opened[-1]
+
+    yield make
+    for run in opened:
+        run.close()
+
+
+@pytest.fixture
+def trl_settings(tmp_path: Path) -> dict[str, Any]:
+    """Arguments with which a trainer of TRL's takes a float32 step on this CPU and says nothing to anyone."""
+    return {
+        "output_dir": str(tmp_path / "trl"),
+        "max_completion_length": 6,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "seed": 1,
+        "model_init_kwargs": {"dtype": torch.float32},
+    }

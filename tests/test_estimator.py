@@ -6,6 +6,7 @@ from fractions import Fraction
 from itertools import product
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -205,7 +206,10 @@ def test_a_zero_rho_keeps_only_what_was_solved_locally() -> None:
 
 
 def test_gradient_and_loss_agree_with_trls_rloo(
-    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    make_model: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    trl_settings: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     """TRL's own trainer generates, takes leave-one-out baselines and makes its loss; ours gets the same samples.
 
@@ -232,19 +236,12 @@ def test_gradient_and_loss_agree_with_trls_rloo(
         model=str(tmp_path / "model"),
         reward_funcs=reward,
         args=RLOOConfig(
-            output_dir=str(tmp_path / "trl"),
             per_device_train_batch_size=P * G,
             num_generations=G,
             num_iterations=1,
             beta=0.0,
             normalize_advantages=False,
-            max_completion_length=6,
-            gradient_checkpointing=False,
-            use_cpu=True,
-            bf16=False,
-            report_to=[],
-            seed=1,
-            model_init_kwargs={"dtype": torch.float32},
+            **trl_settings,
         ),
         train_dataset=Dataset.from_list([{"prompt": q} for q in questions]),
         processing_class=tokenizer,

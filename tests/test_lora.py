@@ -1,7 +1,7 @@
 """Adapters train and nothing else does; everyone but the optimizer sees the plain model with merged weights."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from gapg.policy import response_logprobs, response_loss
 from gapg.rollout.records import Sampling
 from gapg.rollout.transformers_engine import TransformersEngine
 from gapg.rollout.vllm_engine import _weight_names
-from gapg.run import Run, build_run
+from gapg.run import Run
 from gapg.tracking import read_jsonl
 from gapg.train import train
 from gapg.use.validate import validate
@@ -283,50 +283,24 @@ def test_without_peft_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
 
 # --- a run -----------------------------------------------------------------------------------------------------------
 
-SETTINGS = {
-    "task.args": "{max_number: 4, max_target: 12}",
-    "model.llama": "{hidden_size: 48, num_layers: 2, num_heads: 2, intermediate_size: 96}",
-    "model.lora": "{rank: 4}",
-    "warm_start": "{steps: 150, batch_size: 32, checkpoint_every: 200, optim: {lr: 6.0e-3}}",
-    "rollout": "{prompts_per_step: 8, samples_per_prompt: 4, max_prompt_tokens: 16, max_new_tokens: 22}",
-    "eval": "{every: 0, problems: 12}",
-    **{"steps": "3", "optim.lr": "4e-3", "checkpoint_every": "2", "compare": "false", "tensorboard": "false"},
-    "threads": "1",
-}
+ADAPTED = {"model__lora": "{rank: 4}", "optim__lr": "4e-3", "eval__every": "0"}
 
 
-def tiny(folder: Path, **overrides: str) -> RunConfig:
-    changed = {key.replace("__", "."): value for key, value in overrides.items()}
-    return load_config("quickstart", {**SETTINGS, "output_dir": str(folder), **changed})
-
-
-@pytest.fixture(scope="module")
-def warm_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The warm start of a LoRA run, which trains all weights."""
-    folder = tmp_path_factory.mktemp("warm")
-    config = tiny(folder)
-    task = make_task(config)
-    return warm_start(config, folder / "checkpoints", task, load_tokenizer(config.model, task))
-
-
-@pytest.fixture
-def start(warm_model: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    """`start(name, **overrides)`: a run from the warm start, or from its last checkpoint."""
-    opened: list[Run] = []
-
-    def make(name: str = "run", **overrides: str) -> Run:
-        config = tiny(tmp_path / name, **overrides)
-        config.output_dir.mkdir(exist_ok=True)
-        opened.append(build_run(config, config.output_dir, make_task(config), warm_model))
-        return opened[-1]
-
-    yield make
-    for run in opened:
-        run.close()
+def test_the_warm_start_of_such_a_run_trains_all_weights(
+    small_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    found = []
+    for lora in ("null", "{rank: 4}"):
+        config = small_config(tmp_path, model__lora=lora, warm_start__steps="2")
+        task = make_task(config)
+        path = warm_start(config, tmp_path / lora, task, load_tokenizer(config.model, task))
+        found.append(AutoModelForCausalLM.from_pretrained(path).state_dict())
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_a_run_trains_the_adapters_only(start: Callable[..., Run], warm_model: Path) -> None:
-    run = start(loss__kl_coef="0.05")
+    run = start(**ADAPTED, loss__kl_coef="0.05")
     adapters = {name: tensor.clone() for name, tensor in adapter_tensors(run.model).items()}
     assert {id(p) for g in run.optimizer.param_groups for p in g["params"]} == {
         id(p) for name, p in run.model.named_parameters() if name in adapters
@@ -354,7 +328,7 @@ def test_a_run_trains_the_adapters_only(start: Callable[..., Run], warm_model: P
 
 
 def test_a_killed_run_ends_with_the_same_bits(start: Callable[..., Run]) -> None:
-    settings = {"steps": "5", "eval__every": "1", "checkpoint_every": "2", "loss__kl_coef": "0.05"}
+    settings = {**ADAPTED, "steps": "5", "eval__every": "1", "loss__kl_coef": "0.05"}
 
     def scored(run: Run) -> dict[str, float]:
         return {"eval/accuracy": 0.0, "eval/local_accuracy": 0.0, "eval/call_fraction": 0.0}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from gapg import attention, lora
+from gapg import attention, lora, memory
 from gapg.batching import PackedBatch
 from gapg.cli import main
 from gapg.config import ConfigError, RunConfig, load_config
@@ -19,9 +20,12 @@ from gapg.kernels import flash
 from gapg.kernels.policy_loss import PolicyLossOptions
 from gapg.memory import ROOM, announce, check, plan_memory, suggestions
 from gapg.memory_trace import largest_batch, trace_layers, trace_update
+from gapg.model import load_tokenizer
 from gapg.optim import clip_and_step, make_optimizer
+from gapg.parts import make_task
 from gapg.policy import response_loss
 from gapg.tracking import console
+from gapg.warm_start import warm_start
 
 attention.register()
 
@@ -253,3 +257,14 @@ def test_a_plan_without_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     main(["info", "--config", "quickstart", "--token-cap", "4096"])
     shown = capsys.readouterr().out
     assert "micro-batches of 4066 tokens" in shown and "total" in shown and "optimizer" in shown
+
+
+def test_the_warm_start_is_refused_before_it_begins(
+    small_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "capacity", lambda device: 1 << 20)
+    config = small_config(tmp_path)
+    task = make_task(config)
+    with pytest.raises(ConfigError, match=r"an update needs .* and the machine has 1\.0 MiB"):
+        warm_start(config, tmp_path / "checkpoints", task, load_tokenizer(config.model, task))
+    assert not (tmp_path / "checkpoints").exists()

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -13,65 +13,12 @@ import pytest
 import torch
 
 from gapg import checkpoint, tracking
-from gapg.config import RunConfig, load_config
 from gapg.judge import Judge
-from gapg.model import load_tokenizer
-from gapg.parts import make_task
 from gapg.rollout.records import OracleAnswer, OracleQuestion, OracleUsage
-from gapg.run import Run, build_run
+from gapg.run import Run
 from gapg.tracking import read_jsonl
 from gapg.train import COLLAPSED_AFTER, UNKNOWN_STEPS, OracleDown, _warn_if_collapsed, train, train_step
 from gapg.use.validate import validate
-from gapg.warm_start import warm_start
-
-SETTINGS = {
-    "task.args": "{max_number: 4, max_target: 12}",
-    "model.llama": "{hidden_size: 48, num_layers: 2, num_heads: 2, intermediate_size: 96}",
-    "warm_start.steps": "150",
-    "warm_start.batch_size": "32",
-    "warm_start.checkpoint_every": "200",
-    "warm_start.optim.lr": "6e-3",
-    "rollout.prompts_per_step": "8",
-    "rollout.samples_per_prompt": "4",
-    "steps": "3",
-    "checkpoint_every": "2",
-    "eval.every": "2",
-    "eval.problems": "12",
-    "compare": "false",
-    "tensorboard": "false",
-    "threads": "1",
-}
-
-
-def tiny(folder: Path, **overrides: str) -> RunConfig:
-    changed = {key.replace("__", "."): value for key, value in overrides.items()}
-    return load_config("quickstart", {**SETTINGS, "output_dir": str(folder), **changed})
-
-
-@pytest.fixture(scope="module")
-def warm_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """After a short warm start, real but far from good."""
-    folder = tmp_path_factory.mktemp("warm")
-    config = tiny(folder)
-    task = make_task(config)
-    return warm_start(config, folder / "checkpoints", task, load_tokenizer(config.model, task))
-
-
-@pytest.fixture
-def start(warm_model: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    """`start(**overrides)`: a run from the warm start, or from its last checkpoint, in the test's own folder."""
-    opened: list[Run] = []
-
-    def make(**overrides: str) -> Run:
-        config = tiny(tmp_path / "run", **overrides)
-        config.output_dir.mkdir(exist_ok=True)
-        opened.append(build_run(config, config.output_dir, make_task(config), warm_model))
-        return opened[-1]
-
-    yield make
-    for run in opened:
-        run.close()
-
 
 KEYS = {
     *("step", "accuracy", "local_accuracy", "call_fraction", "alpha_c", "lr", "grad_norm", "clipped", "logprob_gap"),

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from gapg.batching import Example
-from gapg.config import RunConfig, load_config
+from gapg.config import ConfigError, RunConfig, load_config
 from gapg.optim import make_optimizer
 from gapg.update import policy_update
 
@@ -127,6 +127,14 @@ def test_auto_shares_long_prompts_and_leaves_short_ones(make_model: Callable[...
         row = policy_update(model, make_optimizer(model, settings.optim), settings, 0, examples, table)
         assert (row["tokens/saved_shared_prompts"] > 0) == bool(row["sharing/on"]) == shared
         assert (row["sharing/predicted_speedup"] > 1) == shared
+
+
+def test_truncated_weights_need_the_engines_log_probs(make_model: Callable[..., PreTrainedModel]) -> None:
+    model = make_model(seed=5, vocab_size=VOCAB)
+    settings = config(loss__tis_cap="2")
+    examples = [Example([5], [6, 7], group=0, sample=i) for i in range(2)]
+    with pytest.raises(ConfigError, match=r"loss\.tis_cap needs the log-probs"):
+        policy_update(model, make_optimizer(model, settings.optim), settings, 0, examples, torch.tensor([[1.0, 0.0]]))
 
 
 def test_an_update_without_prompts_does_nothing(make_model: Callable[..., PreTrainedModel]) -> None:

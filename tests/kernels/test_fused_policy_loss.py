@@ -373,6 +373,7 @@ def test_what_it_refuses() -> None:
         (ValueError, "main_grad", {"main_grad": torch.zeros(8, 30)}),
         (ValueError, "clip needs old_logprob", {"options": PolicyLossOptions(clip=(0.1, 0.1))}),
         (ValueError, "denominator", {"denominator": 0.0}),
+        (ValueError, "target_term must be", {"target_term": "rounded"}),
         (ValueError, "one row needs", {"workspace_bytes": 10}),
     ]:
         with pytest.raises(error_type, match=match):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from gapg.kernels.policy_loss import PolicyLossOptions, group_advantages, policy
 
 
 def test_loss_gradient_and_metrics_are_trls(
-    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    make_model: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    trl_settings: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     """TRL's trainer generates and makes its advantages and its loss ("bnpo": the mean over tokens); ours gets the same
     log-probs of the same tokens. Old, reference and rollout log-probs are moved away so that everything binds."""
@@ -36,7 +40,6 @@ def test_loss_gradient_and_metrics_are_trls(
         model=str(tmp_path / "model"),
         reward_funcs=reward,
         args=GRPOConfig(
-            output_dir=str(tmp_path / "trl"),
             per_device_train_batch_size=P * G,
             num_generations=G,
             beta=beta,
@@ -44,13 +47,7 @@ def test_loss_gradient_and_metrics_are_trls(
             epsilon=clip[0],
             epsilon_high=clip[1],
             loss_type="bnpo",
-            max_completion_length=6,
-            gradient_checkpointing=False,
-            use_cpu=True,
-            bf16=False,
-            report_to=[],
-            seed=1,
-            model_init_kwargs={"dtype": torch.float32},
+            **trl_settings,
         ),
         train_dataset=Dataset.from_list([{"prompt": q} for q in questions]),
         processing_class=tokenizer,

@@ -1,4 +1,4 @@
-"""Shared by the oracle's tests: a real HTTP server, in a process of its own, that injects real faults."""
+"""A real HTTP server, in a process of its own, that injects real faults; and prompts for the engine."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerBase
+
+from gapg.tasks.countdown import Countdown
+
+sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves it out
 
 
 class FaultServer:
@@ -63,3 +68,10 @@ def make_server() -> Iterator[type[FaultServer]]:
     yield Tracked
     for one in made:
         one.kill()
+
+
+@pytest.fixture(scope="module")
+def prompts(countdown: Countdown, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Of three to nine tokens, in no order of length."""
+    rendered = [countdown.render(p, tokenizer) for p in countdown.prompts("train")[:24]]
+    return [ids[-3 - i % 4 :] + ids[: i % 3] for i, ids in enumerate(rendered)]

@@ -1,0 +1,151 @@
+"""The in-process engine steers the help phrase as it is told, and says how far it was from choosing it."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from engine_checks import generate, next_token, p_value
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gapg.rollout.records import HelpControl
+from gapg.rollout.transformers_engine import TransformersEngine
+from gapg.tasks.base import HELP_PHRASE, STOP
+
+MakeModel = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture
+def steered(make_model: MakeModel, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, TransformersEngine]:
+    model = make_model(seed=14, initializer_range=0.15)
+    return model, TransformersEngine(model, tokenizer)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])
+def test_minus_infinity_forbids_the_phrase(
+    steered: tuple[PreTrainedModel, TransformersEngine],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    temperature: float,
+) -> None:
+    _, engine = steered
+    token = tokenizer.convert_tokens_to_ids(HELP_PHRASE)
+    settings = {"max_new_tokens": 40, "temperature": temperature, "stop": STOP}
+    free = [c for cs in generate(engine, prompts, 10, **settings) for c in cs]
+    if temperature:
+        assert any(token in c.token_ids for c in free)
+    held = [c for cs in generate(engine, prompts, 10, **settings, help=HelpControl(token, bias=-math.inf)) for c in cs]
+    assert not any(token in c.token_ids for c in held)
+    assert all(math.isfinite(x) for c in held for x in c.logprobs)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_large_bias_always_calls(
+    steered: tuple[PreTrainedModel, TransformersEngine],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    temperature: float,
+) -> None:
+    model, engine = steered
+    token = tokenizer.convert_tokens_to_ids(HELP_PHRASE)
+    control = HelpControl(token, bias=1e4)
+    found = generate(engine, prompts, 2, temperature=temperature, stop=STOP, help=control)
+    for prompt, completions in zip(prompts, found, strict=True):
+        for c in completions:
+            assert (c.token_ids, c.text, c.finish_reason) == ((token,), HELP_PHRASE, "stop")
+            # the policy's own log-prob, before the bias
+            assert c.logprobs[0] == pytest.approx(float(next_token(model, [prompt])[0, token].log()), abs=1e-4)
+
+
+def test_the_bias_is_added_to_the_logit_at_any_temperature(
+    steered: tuple[PreTrainedModel, TransformersEngine], tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    model, engine = steered
+    token, bias, temperature = tokenizer.convert_tokens_to_ids(HELP_PHRASE), 3.0, 2.0
+    ids = torch.tensor(prompts[:1])
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].double()
+    logits[token] += bias
+    chances = dict(enumerate(torch.softmax(logits / temperature, -1).tolist()))
+    (completions,) = generate(
+        engine, prompts[:1], 4000, max_new_tokens=1, temperature=temperature, help=HelpControl(token, bias=bias)
+    )
+    assert p_value(Counter(c.token_ids[0] for c in completions), chances) > 1e-3
+
+
+@pytest.mark.parametrize("k", [0, 1, 2])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_rest_of_the_phrase_is_forced(
+    make_model: MakeModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], k: int, temperature: float
+) -> None:
+    """Wherever the prefix stands, a large bias writes the deciding token and then every other one, and nothing else."""
+    vocab = 14  # few tokens, so that a prefix of k comes up by chance
+    model = make_model(seed=15, vocab_size=vocab, initializer_range=0.3, eos_token_id=1)
+    engine = TransformersEngine(model, tokenizer)
+    few = [[t % vocab for t in p] for p in prompts]
+    settings = {"temperature": temperature, "max_new_tokens": 30}
+    free = [c.token_ids for cs in generate(engine, few, 6, **settings) for c in cs]
+    grams = Counter(ids[t : t + k] for ids in free for t in range(len(ids) - k))
+    prefix = next(g for g, _ in grams.most_common() if not {1, 5, 11, 12, 13} & set(g))
+    control = HelpControl(11, prefix, rest_ids=(12, 5, 13), bias=1e4)
+    found = [c for cs in generate(engine, few, 6, **settings, help=control) for c in cs]
+    phrase, seen = (*prefix, 11, 12, 5, 13), 0
+    for c in found:
+        t = 0
+        while t + k <= len(c.token_ids):
+            if c.token_ids[t : t + k] == prefix:
+                cut = len(c.token_ids) - t
+                assert c.token_ids[t : t + len(phrase)] == phrase[:cut]
+                seen += cut > k
+                t += len(phrase)
+            else:
+                t += 1
+    assert seen > 20
+
+
+def test_a_phrase_that_begins_by_itself_is_finished(
+    make_model: MakeModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    model = make_model(seed=15, vocab_size=14, initializer_range=0.1, eos_token_id=1)
+    control = HelpControl(11, rest_ids=(12, 5), bias=0.0)
+    few = [[t % 14 for t in p] for p in prompts]
+    found = [
+        c for cs in generate(TransformersEngine(model, tokenizer), few, 6, max_new_tokens=30, help=control) for c in cs
+    ]
+    begun = 0
+    for c in found:
+        for t, token in enumerate(c.token_ids[:-2]):
+            if token == 11:
+                begun += 1
+                assert c.token_ids[t : t + 3] == (11, 12, 5)
+    assert begun > 20
+
+
+@pytest.mark.parametrize("prefix", [(), (9,)])
+def test_margins_are_those_of_the_plain_model(
+    make_model: MakeModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], prefix: tuple[int, ...]
+) -> None:
+    """max over positions of (help logit - best other logit), at positions where the phrase could begin."""
+    model = make_model(seed=16, vocab_size=14, initializer_range=0.3, eos_token_id=1)
+    few = [[t % 14 for t in p] for p in prompts]
+    control = HelpControl(11, prefix, bias=-math.inf)
+    found = generate(TransformersEngine(model, tokenizer), few, temperature=0.0, max_new_tokens=12, help=control)
+    finite = 0
+    for prompt, (c,) in zip(few, found, strict=True):
+        expected = -math.inf
+        for t in range(len(c.token_ids)):
+            if c.token_ids[max(0, t - len(prefix)) : t] == prefix:
+                logits = next_token(model, [[*prompt, *c.token_ids[:t]]])[0].log()
+                others = torch.cat([logits[:11], logits[12:]])
+                expected = max(expected, float(logits[11] - others.max()))
+        assert c.help_margin == pytest.approx(expected, abs=1e-4)
+        finite += math.isfinite(expected)
+    assert finite >= 3
+
+
+def test_without_control_there_is_no_margin(
+    make_model: MakeModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    engine = TransformersEngine(make_model(), tokenizer)
+    assert all(c.help_margin is None for cs in generate(engine, prompts, 2) for c in cs)
