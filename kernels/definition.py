@@ -121,11 +121,11 @@ def plain_odds(
     if moment is None:
         x.exp_()
     # The shift to the target's odds is a factor, not part of the exponent, where it would round every element.
-    x.mul_(torch.where(far, 1.0, gap.exp() * UNIT)[:, None])
+    factor = torch.where(far, 1.0, gap.exp() * UNIT)
     x.scatter_(1, column, 0.0)
-    odds = torch.where(gap.isnan(), gap, x.sum(1))  # with V = 1 the column just zeroed was the only NaN
-    if store is not None and store.dtype != x.dtype:
-        store.copy_(x)
+    odds = torch.where(gap.isnan(), gap, x.sum(1) * factor)  # with V = 1 the column just zeroed was the only NaN
+    if store is not None:
+        torch.mul(x, factor[:, None], out=store)
     h = None if moment is None else finish_entropy(moment, odds, unit, gap, target)
     return RowOdds(finish_logprob(odds, unit, gap, target), odds, unit, h)
 
