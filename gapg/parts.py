@@ -65,7 +65,7 @@ def make_oracle(run: RunConfig, task: Task, folder: Path) -> Oracle:
         if not isinstance(task, Solvable):
             raise ConfigError(f"oracle.kind=solver: task {task.name!r} has no exact solver; use oracle.kind=openai")
         # the oracle is part of the world, not of the run: the same problems are hard for it under every seed
-        return SolverOracle(task.solve, config.accuracy, wrong="0")
+        return SolverOracle(task.solve, config.accuracy, wrong="0", samples=config.samples)
     from gapg.rollout.oracle_openai import OpenAIOracle
 
     settings = config.model_dump(exclude={"kind", "accuracy", "cache", "account"})

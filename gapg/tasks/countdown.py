@@ -40,6 +40,7 @@ class Countdown:
     problems: how many to draw at random; without it every problem is enumerated (for small settings only).
     heldout: fraction of the problems held out, cut by a hash of the problem and `seed`.
     style: `tiny` prompts with the bare problem, for models made here; `chat` explains task and endings in words.
+    help_shown: whether demonstrations ever call; without, the same traces all end in an answer.
     Raises ValueError on settings that leave no problems.
     """
 
@@ -55,6 +56,7 @@ class Countdown:
         heldout: float = 0.25,
         seed: int = 0,
         style: Literal["tiny", "chat"] = "tiny",
+        help_shown: bool = True,
     ) -> None:
         counts = (numbers,) if isinstance(numbers, int) else tuple(numbers)
         if not counts or not all(2 <= n <= 6 for n in counts):
@@ -63,6 +65,7 @@ class Countdown:
             raise ValueError(f"style: must be 'tiny' or 'chat', not {style!r}")
         if not 0 < heldout < 1:
             raise ValueError(f"heldout: must be a fraction between 0 and 1, not {heldout!r}")
+        self.help_shown = help_shown
         self.style, self.max_word, self.max_value = style, max(max_number, max_target, max_value), max_value
         self.traces = lru_cache(maxsize=2048)(lambda numbers: arithmetic.traces(numbers, max_value))
         if problems is None:
@@ -123,7 +126,8 @@ class Countdown:
         """One for each training problem, drawn afresh for each seed: pass the epoch's number.
 
         80% are right (3% of them call all the same), 20% honestly compute a wrong value and then call (70%) or
-        answer it (30%), so that the model learns to call *because of* the trace it wrote.
+        answer it (30%), so that the model learns to call *because of* the trace it wrote. `help_shown=False` shows the
+        same traces, all answered.
         """
         rng = random.Random(seed)
         return [Demonstration(p, self._respond(p, rng)) for p in self._splits["train"]]
@@ -135,7 +139,8 @@ class Countdown:
         wrong = [t for t in known if t.value != target]
         is_right = rng.random() < _RIGHT or not wrong
         trace: Trace = rng.choice(right if is_right else wrong)
-        if rng.random() < (_HELP_AFTER_RIGHT if is_right else _HELP_AFTER_WRONG):
+        calls = rng.random() < (_HELP_AFTER_RIGHT if is_right else _HELP_AFTER_WRONG)
+        if calls and self.help_shown:
             return f"{trace.steps} {HELP_PHRASE}"
         return f"{trace.steps} {ANSWER_OPEN} {trace.expression} {ANSWER_CLOSE}"
 

@@ -73,3 +73,28 @@ def test_a_failing_solver_is_an_unknown_answer_that_is_asked_again() -> None:
 def test_an_impossible_accuracy_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         SolverOracle(str, accuracy=80, wrong="0")
+
+
+def test_each_sample_has_a_chance_of_its_own() -> None:
+    """As many right samples a question as coin tosses give: their mean correctness is a fraction."""
+    oracle = SolverOracle(str, accuracy=0.6, wrong="0", samples=4)
+    answers = [[a.text for a in oracle.ask(question(f"q{i}")).result()] for i in range(4000)]
+    right = [sum(text == f"q{i}" for text in texts) for i, texts in enumerate(answers)]
+    assert all(len(texts) == 4 for texts in answers)
+    assert right == [round(4 * oracle.score(f"q{i}")) for i in range(4000)]
+    assert oracle.usage.requests == 16000
+    for k, expected in enumerate((0.4**4, 4 * 0.6 * 0.4**3, 6 * 0.36 * 0.16, 4 * 0.6**3 * 0.4, 0.6**4)):
+        assert abs(right.count(k) / 4000 - expected) < 4 * (expected * (1 - expected) / 4000) ** 0.5
+
+
+def test_a_single_sample_is_the_first_of_several() -> None:
+    one, four = SolverOracle(str, 0.5, "0"), SolverOracle(str, 0.5, "0", samples=4)
+    for i in range(200):
+        asked = question(f"q{i}")
+        assert one.ask(asked).result()[0] == four.ask(asked).result()[0]
+        assert one.score(asked.id) == float(four.knows(asked.id))
+
+
+def test_no_samples_are_refused() -> None:
+    with pytest.raises(ValueError, match="samples must be 1 or more"):
+        SolverOracle(str, accuracy=0.5, wrong="0", samples=0)

@@ -82,6 +82,14 @@ def test_demonstrations_are_what_they_claim(task):
     assert kinds[False, "help"] / (n - rights) == pytest.approx(0.70, abs=0.05)
 
 
+def test_demonstrations_without_help_answer_the_same_traces(task):
+    shown, hidden = task.demonstrations(3), Countdown(help_shown=False).demonstrations(3)
+    assert [d.response.split(" <")[0] for d in shown] == [d.response.split(" <")[0] for d in hidden]
+    assert all(parse(d.response).kind == "answer" for d in hidden)
+    kept = [(a, b) for a, b in zip(shown, hidden, strict=True) if parse(a.response).kind == "answer"]
+    assert all(a == b for a, b in kept) and len(kept) < len(shown)
+
+
 def test_demonstrations_are_fresh_for_each_seed(task):
     assert task.demonstrations(0) == task.demonstrations(0)
     differ = sum(a != b for a, b in zip(task.demonstrations(0), task.demonstrations(1), strict=True))
