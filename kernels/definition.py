@@ -124,8 +124,10 @@ def plain_odds(
     factor = torch.where(far, 1.0, gap.exp() * UNIT)
     x.scatter_(1, column, 0.0)
     odds = torch.where(gap.isnan(), gap, x.sum(1) * factor)  # with V = 1 the column just zeroed was the only NaN
-    if store is not None:
+    if store is not None and x.is_cuda:
         torch.mul(x, factor[:, None], out=store)
+    elif store is not None:  # with a narrower `out` the CPU would hold the product a second time, in float32
+        store.copy_(x.mul_(factor[:, None]))
     h = None if moment is None else finish_entropy(moment, odds, unit, gap, target)
     return RowOdds(finish_logprob(odds, unit, gap, target), odds, unit, h)
 
