@@ -3,39 +3,66 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
-EMA = 0.7
+MEMORY = 0.9
+"""Of the answers' accuracy; calls follow alpha_c with a delay of about ten steps, so nothing faster is needed."""
+APPROACH = 20
+"""Steps in which the reference goes most of the way from the first call fraction to the budget."""
 LOW, HIGH = 0.02, 0.98
 """alpha_c stays inside these parts of alpha_a: at 0 help has no gradient to come back by, at 1 nothing is local."""
 
 
+class Controller(Protocol):
+    """A law for alpha_c; a dataclass, so that its fields are its state."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    alpha_c: float
+
+    def observe(self, call_fraction: float, local_accuracy: float) -> None:
+        """Takes in one step: parts of all its samples that called, and that were answered and right, in [0, 1]."""
+
+
 @dataclass(slots=True)
 class BudgetController:
-    """A damped integrator on alpha_c.
+    """A damped integrator on what a call pays, in units of what an answer pays on average.
 
     Without the filter the best policy calls exactly where P(local success) < alpha_c P(oracle right), so alpha_c is a
-    threshold and the call fraction its quantile. With f the call fraction of all samples of a step, before filtering:
+    threshold and the call fraction its quantile. Responses that are answered succeed with probability q, most of them
+    nearly alike: close to alpha_a q a small change of alpha_c moves many calls, far below it hardly any. Hence the
+    controller moves alpha_c / (alpha_a q). With f the call fraction of all samples of a step, before filtering, and r
+    a reference that starts at the first f and approaches the budget c:
 
-        ema <- 0.7 ema + 0.3 f          I <- I - gain (f - c)          alpha_c = I - damping (ema - c)
+        q <- .9 q + .1 (right / answered)     r <- r + (c - r) / 20     I <- I - gain (f - r)
+        alpha_c = alpha_a q (I - damping (f - r))
 
-    both clipped to [0.02, 0.98] alpha_a. `ema` starts at the first f. The new alpha_c holds from the next step on.
-    A longer memory in `ema` delays the damping, and the fraction swings with a period of some 50 steps.
+    I and alpha_c / alpha_a are clipped to [0.02, 0.98]. The new alpha_c holds from the next step on.
     """
 
     cloud_fraction: float
     alpha_a: float
-    integral: float
+    alpha_c: float
     gain: float
     damping: float
-    alpha_c: float
-    ema: float | None = None
+    integral: float | None = None
+    reference: float | None = None
+    answered_right: float | None = None
 
-    def observe(self, call_fraction: float) -> None:
-        """Takes in one step's call fraction, in [0, 1]."""
-        f, c = call_fraction, self.cloud_fraction
-        self.ema = f if self.ema is None else EMA * self.ema + (1 - EMA) * f
-        self.integral = self._clip(self.integral - self.gain * (f - c))
-        self.alpha_c = self._clip(self.integral - self.damping * (self.ema - c))
+    def observe(self, call_fraction: float, local_accuracy: float) -> None:
+        """Takes in one step: parts of all its samples that called, and that were answered and right, in [0, 1]."""
+        f = call_fraction
+        if f < 1:
+            right = local_accuracy / (1 - f)
+            q = right if self.answered_right is None else MEMORY * self.answered_right + (1 - MEMORY) * right
+            self.answered_right = q
+        q = max(self.answered_right or 0.0, LOW)
+        if self.integral is None or self.reference is None:
+            self.integral, self.reference = _clip(self.alpha_c / (self.alpha_a * q)), f
+        self.reference += (self.cloud_fraction - self.reference) / APPROACH
+        error = f - self.reference
+        self.integral = _clip(self.integral - self.gain * error)
+        self.alpha_c = self.alpha_a * _clip(q * (self.integral - self.damping * error))
 
-    def _clip(self, value: float) -> float:
-        return min(max(value, LOW * self.alpha_a), HIGH * self.alpha_a)
+
+def _clip(value: float) -> float:
+    return min(max(value, LOW), HIGH)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg import checkpoint, lora
-from gapg.budget import BudgetController
+from gapg.budget import BudgetController, Controller
 from gapg.config import ConfigError, RunConfig
 from gapg.data import PromptQueue, split_validation
 from gapg.judge import Judge
@@ -55,7 +55,7 @@ class Run:
     judge: Judge
     queue: PromptQueue
     validation: list[Prompt]
-    controller: BudgetController
+    controller: Controller
     reward: RewardFunction
     tracker: Tracker
     state: TrainState
@@ -92,8 +92,13 @@ class Run:
         self.tracker.close()
 
 
-def build_run(config: RunConfig, folder: Path, task: Task, model_path: Path | None) -> Run:
-    """A run ready for its next step: fresh from `model_path` (or the config's model), or from its last checkpoint."""
+def build_run(
+    config: RunConfig, folder: Path, task: Task, model_path: Path | None, controller: Controller | None = None
+) -> Run:
+    """A run ready for its next step: fresh from `model_path` (or the config's model), or from its last checkpoint.
+
+    `controller`: another law for alpha_c than the budget's; a dataclass, whose fields go into the checkpoints.
+    """
     root = folder / "checkpoints"
     last = checkpoint.latest(root)
     # the adapters of a LoRA run continue on the weights that it began with: its checkpoints' are merged
@@ -110,22 +115,14 @@ def build_run(config: RunConfig, folder: Path, task: Task, model_path: Path | No
     oracle = make_oracle(config, task, folder)
     prompts = fitting_prompts(config, task, tokenizer, "train")
     train, validation = split_validation(prompts, config.eval.problems, config.seed)
-    budget = config.budget
-    controller = BudgetController(
-        cloud_fraction=budget.cloud_fraction,
-        alpha_a=config.reward.alpha_a,
-        integral=config.reward.alpha_c,
-        gain=budget.gain,
-        damping=budget.damping,
-        alpha_c=config.reward.alpha_c,
-    )
+    controller = controller or make_controller(config)
     queue, state = PromptQueue(train, config.seed), TrainState()
     if last:
         if config.model.lora:
             checkpoint.restore_adapters(last, model)
         saved = checkpoint.restore_optimizer(last, model, optimizer)
         queue.cursor, queue.returned = saved["queue"]["cursor"], saved["queue"]["returned"]
-        controller = BudgetController(**saved["controller"])
+        controller = replace(controller, **saved["controller"])
         try:
             oracle.restore(OracleUsage(**saved["oracle"]))
         except CacheError as error:
@@ -143,13 +140,23 @@ def build_run(config: RunConfig, folder: Path, task: Task, model_path: Path | No
         optimizer=optimizer,
         engine=engine,
         oracle=oracle,
-        judge=Judge(task, oracle, ask_unsolved=budget.filter),
+        judge=Judge(task, oracle, ask_unsolved=config.budget.filter),
         queue=queue,
         validation=validation,
         controller=controller,
         reward=make_reward(config),
         tracker=Tracker(folder, state.step if last else -1, tensorboard=config.tensorboard, wandb=config.wandb),
         state=state,
+    )
+
+
+def make_controller(config: RunConfig) -> BudgetController:
+    return BudgetController(
+        cloud_fraction=config.budget.cloud_fraction,
+        alpha_a=config.reward.alpha_a,
+        alpha_c=config.reward.alpha_c,
+        gain=config.budget.gain,
+        damping=config.budget.damping,
     )
 
 

@@ -103,7 +103,7 @@ def train_step(run: Run) -> dict[str, Any]:
     run.state.all_unknown = run.state.all_unknown + 1 if selection.unknown == len(groups) else 0
     row = _metrics(run, groups, selection) | update | {"alpha_c": alpha_c}
     if config.budget.controller:
-        run.controller.observe(row["call_fraction"])
+        run.controller.observe(row["call_fraction"], row["local_accuracy"])
     return row
 
 

@@ -74,7 +74,7 @@ def test_options_of_the_loss_reach_the_step(start: Callable[..., Run]) -> None:
     shown = {"policy/kl", "policy/entropy", "policy/clip_fraction", "policy/tis_fraction"}
     assert all(set(row) == KEYS | shown for row in rows)
     assert all(math.isfinite(v) for row in rows for v in row.values())
-    assert 0 < rows[0]["policy/kl"] < rows[2]["policy/kl"], "half of the first step's rows are those before any update"
+    assert all(row["policy/kl"] > 0 for row in rows), "from the second epoch on the policy has left the reference"
     assert any(row["policy/clip_fraction"] > 0 for row in rows)
     assert all(0 < row["policy/entropy"] < math.log(114) for row in rows)
     assert run.reference is not None

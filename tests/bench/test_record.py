@@ -31,8 +31,9 @@ def test_the_clocks_measure_what_they_say() -> None:
     impls = {"sleep": lambda: time.sleep(0.05), "work": work}
     wall = record.interleaved(impls, rounds=3)
     cpu = record.interleaved(impls, rounds=3, clock="cpu")
-    assert min(wall["sleep"]) >= 0.05 and min(wall["work"]) >= 0.02
-    assert min(cpu["sleep"]) < 0.02 <= min(cpu["work"])  # sleeping costs no processor time
+    # two clocks of one machine may tick 1% apart
+    assert min(wall["sleep"]) >= 0.049 and min(wall["work"]) >= 0.019
+    assert min(cpu["sleep"]) < 0.019 <= min(cpu["work"])  # sleeping costs no processor time
 
 
 @given(st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=30))
