@@ -34,26 +34,24 @@ def rewards(group: Group, alpha_a: float, alpha_c: float, alpha_f: float = 0.0) 
 
 @dataclass(slots=True)
 class Multiplier:
-    """lambda <- max(0, lambda + 0.01 (f - c)), with f the call fraction of all samples of a step."""
+    """lambda <- max(0, lambda + 0.01 (f - c)), with f the call fraction of all samples of a step.
+
+    Kept as alpha_c = alpha_a - lambda, what a call to a right cloud is worth, which the run passes to `rewards`.
+    """
 
     cloud_fraction: float
     alpha_a: float
-    multiplier: float
-
-    @property
-    def alpha_c(self) -> float:
-        """What a call to a right cloud is worth, as the run passes it to `rewards` and logs it."""
-        return self.alpha_a - self.multiplier
+    alpha_c: float
 
     def observe(self, call_fraction: float, local_accuracy: float) -> None:
         """Takes in one step's call fraction, in [0, 1]; how often the policy is right alone does not matter to it."""
-        self.multiplier = max(0.0, self.multiplier + RATE * (call_fraction - self.cloud_fraction))
+        multiplier = self.alpha_a - self.alpha_c + RATE * (call_fraction - self.cloud_fraction)
+        self.alpha_c = self.alpha_a - max(0.0, multiplier)
 
 
 def make_multiplier(config: RunConfig) -> Multiplier:
     """Starts at alpha_a - alpha_c of the config, so that a call pays what it pays at GAPG's first step.
 
-    From 0 a right call would be worth a right answer, and the first hundred steps teach to call always.
+    From 0 a right call would be worth a right answer, and the first hundred steps would teach to call always.
     """
-    reward = config.reward
-    return Multiplier(config.budget.cloud_fraction, reward.alpha_a, reward.alpha_a - reward.alpha_c)
+    return Multiplier(config.budget.cloud_fraction, config.reward.alpha_a, config.reward.alpha_c)
