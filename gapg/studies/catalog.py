@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from gapg.studies.baselines import BASELINES
-from gapg.studies.budgets import BUDGETS, FILTER_CONTROLLER, WRONG_RHO
+from gapg.studies.budgets import BUDGETS
+from gapg.studies.holding import FILTER_CONTROLLER, WRONG_RHO
 from gapg.studies.study import Study
 
 STUDIES: dict[str, Study] = {study.name: study for study in (BASELINES, BUDGETS, WRONG_RHO, FILTER_CONTROLLER)}

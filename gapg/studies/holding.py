@@ -1,0 +1,291 @@
+"""What holds the budget: a rho set wrong on purpose, and filter and controller each on and off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gapg.studies import units
+from gapg.studies.budgets import SEED_WITHIN
+from gapg.studies.curves import FloatArray, accuracies_at
+from gapg.studies.drawing import BLUE, COLOURS, GREEN, GREY, ORANGE, SMALL, panels, percent, seeds_strip
+from gapg.studies.methods import (
+    Method,
+    accuracy,
+    by_help_phrase,
+    by_label,
+    called,
+    interval,
+    listed,
+    percents,
+    points,
+    seeds_range,
+    sides,
+    unanswered,
+)
+from gapg.studies.paired import Difference, paired_difference, spread
+from gapg.studies.study import Finished, Report, Study, Table, Unit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LAST = 50
+"""Training steps at the end of a run over which its calls and its alpha_c are averaged."""
+FRACTION = 0.3
+RIGHT_RHO = Fraction(3, 7)
+"""rho of a cloud fraction of 30%."""
+RHO_FACTORS = {"half": 0.5, "right": 1.0, "twice": 2.0}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The runs of one setting, in the order of the seeds, with what they did on the held-out problems."""
+
+    label: str
+    target: float
+    methods: list[Method]
+    training: list[list[dict[str, Any]]]
+    """metrics.jsonl of each seed, training steps only."""
+
+    @property
+    def called(self) -> list[float]:
+        """As trained, at the training temperature."""
+        return [called(m.trained) for m in self.methods if m.trained]
+
+    @property
+    def errors(self) -> list[float]:
+        return [value - self.target for value in self.called]
+
+    @property
+    def at_budget(self) -> list[FloatArray]:
+        """[seeds][n] correctness with exactly the target called, greedily by the help phrase."""
+        return [accuracies_at(m.routed, self.target) for m in self.methods]
+
+    def late(self, key: str) -> list[float]:
+        """A metric's mean over the last training steps, a seed."""
+        return [float(np.mean([row[key] for row in rows[-LAST:]])) for rows in self.training]
+
+
+def settings(finished: Sequence[Finished]) -> dict[str, Setting]:
+    """The settings by label. Raises ValueError where the runs were measured on different problems."""
+    left_out = unanswered(f.rows("heldout-masked") for f in finished)
+    return {
+        label: Setting(
+            label,
+            runs[0].config.budget.cloud_fraction,
+            [by_help_phrase(label, run, left_out) for run in runs],
+            [[row for row in run.metrics() if "alpha_c" in row] for run in runs],
+        )
+        for label, runs in by_label(finished).items()
+    }
+
+
+def raw_rows(found: Mapping[str, Setting]) -> list[dict[str, Any]]:
+    """A row a setting and seed, with the call fraction and alpha_c of training in tenths of the run."""
+    rows = []
+    for s in found.values():
+        for i, m in enumerate(s.methods):
+            assert m.trained is not None
+            row: dict[str, Any] = {"setting": s.label, "seed": m.seed, "target": s.target}
+            row |= {"called": s.called[i], "error": s.errors[i], "accuracy": accuracy(m.trained)}
+            row |= {"at_budget": float(s.at_budget[i].mean()), "late_alpha_c": s.late("alpha_c")[i]}
+            for key in ("call_fraction", "alpha_c"):
+                tenths = np.array_split(np.array([r[key] for r in s.training[i]]), min(10, len(s.training[i])))
+                row[f"training_{key}"] = [round(float(part.mean()), 4) for part in tenths]
+            rows.append(row)
+    return rows
+
+
+def held_table(title: str, found: Mapping[str, Setting]) -> Table:
+    cells = []
+    for s in found.values():
+        worst = max(s.errors, key=abs)
+        trained = [accuracy(m.trained) for m in s.methods if m.trained]
+        cells.append(
+            [
+                s.label,
+                f"{spread(s.called).mean * 100:.1f}",
+                " ".join(f"{value * 100:.1f}" for value in s.called),
+                points(spread(s.errors).mean),
+                points(worst),
+                f"{spread(s.late('alpha_c')).mean:.2f}",
+                percents(spread(trained).mean),
+                f"{percents(spread(at := [float(a.mean()) for a in s.at_budget]).mean)} ({seeds_range(at)})",
+            ]
+        )
+    target = next(iter(found.values())).target
+    columns = ["setting", "called of 100 (T=1)", "each seed", "mean error", "worst seed", f"alpha_c, last {LAST} steps"]
+    columns += ["accuracy as trained", f"accuracy at exactly {target:.0%} called, greedy (seeds)"]
+    return Table(title, columns, cells)
+
+
+def compare(a: Setting, b: Setting) -> Difference:
+    """Accuracy at exactly the target called, a less b, paired by problem and seed."""
+    return paired_difference(a.at_budget, b.at_budget)
+
+
+def misses(s: Setting) -> float:
+    """The mean distance from the target, over seeds."""
+    return spread([abs(e) for e in s.errors]).mean
+
+
+def draw(figure: Figure, found: Mapping[str, Setting], colours: Sequence[str]) -> None:
+    """Where the runs land, how they came there, and their accuracy at equal calls."""
+    axes = panels(figure, 3, width=6.0, height=max(4.4, 0.55 * len(found) + 2))
+    names, target = list(found), next(iter(found.values())).target
+    seeds_strip(axes[0], names, [s.called for s in found.values()], colours)
+    for width, alpha in ((0.04, 0.25), (0.02, 0.45)):
+        axes[0].axvspan(target - width, target + width, color=GREY, alpha=alpha, linewidth=0)
+    axes[0].axvline(target, color="black", linewidth=0.8, linestyle="--")
+    axes[0].set(xlabel="called of the held-out problems, as trained", title="a dot a seed; bands: ±2 and ±4 points")
+    percent(axes[0], x=True)
+    _training(axes[1], found, colours)
+    at_budget = [[float(a.mean()) for a in s.at_budget] for s in found.values()]
+    seeds_strip(axes[2], names, at_budget, colours)
+    axes[2].set(xlabel=f"accuracy with exactly {target:.0%} called, greedy", title="accuracy at equal calls")
+    percent(axes[2], x=True)
+
+
+def _training(axis: Axes, found: Mapping[str, Setting], colours: Sequence[str]) -> None:
+    """Call fractions of training, mean over seeds and over the ten steps before."""
+    for s, colour in zip(found.values(), colours, strict=True):
+        f = np.mean([[row["call_fraction"] for row in rows] for rows in s.training], axis=0)
+        window = min(10, len(f))
+        smooth = np.convolve(f, np.ones(window) / window, mode="valid")
+        axis.plot(np.arange(window, len(f) + 1), smooth, color=colour, linewidth=1.5, label=s.label)
+    axis.axhline(next(iter(found.values())).target, color="black", linewidth=0.8, linestyle="--")
+    axis.set(xlabel="step", ylabel="called in training", title="on the way (mean over seeds and ten steps)")
+    percent(axis, y=True)
+    axis.legend(fontsize=SMALL)
+
+
+def report(found: dict[str, Setting], title: str, pairs: Sequence[tuple[str, str, str]], said: list[str],
+           colours: Sequence[str]) -> Report:  # fmt: skip
+    """pairs: (what it shows, label, label); said: the two sentences."""
+    compared = [(what, a, b, compare(found[a], found[b])) for what, a, b in pairs]
+    cells = [[what, a, b, interval(d), f"{d.wins} of {len(d.per_seed)}"] for what, a, b, d in compared]
+    columns = ["what it shows", "setting", "less setting", "points (95%)", "seeds the first wins"]
+
+    def picture(figure: Figure) -> None:
+        draw(figure, found, colours)
+
+    return Report(
+        rows=raw_rows(found),
+        tables=[held_table(title, found), Table("Accuracy at equal calls, paired", columns, cells)],
+        comparisons=[{"what": what, "a": a, "b": b, **asdict(d)} for what, a, b, d in compared],
+        conclusions=said,
+        draw=picture,
+    )
+
+
+# ---- a rho set wrong on purpose
+
+
+def rho_label(factor: str, controller: bool) -> str:
+    return f"{factor} rho, {'controller' if controller else 'fixed alpha_c'}"
+
+
+def rho_units(seed: int) -> list[Unit]:
+    found = []
+    for controller in (True, False):
+        for factor, times in RHO_FACTORS.items():
+            overrides = dict(units.gapg_at(FRACTION, seed).overrides) | ({} if controller else units.FIXED_PRICE)
+            if times != 1:
+                overrides["budget.rho"] = f"{float(RIGHT_RHO * Fraction(times)):.12g}"
+            found.append(Unit(rho_label(factor, controller), overrides, seed))
+    return found
+
+
+def analyse_rho(finished: list[Finished]) -> Report:
+    found = settings(finished)
+    pairs = [
+        (f"{factor} rho, {'with' if on else 'without'} controller", rho_label(factor, on), rho_label("right", on))
+        for on in (True, False)
+        for factor in ("half", "twice")
+    ]  # fmt: skip
+    shifts = {
+        on: {f: spread(found[rho_label(f, on)].called).mean - spread(found[rho_label("right", on)].called).mean
+             for f in ("half", "twice")}
+        for on in (True, False)
+    }  # fmt: skip
+    text = {on: " and ".join(f"{points(v)} points at {f} rho" for f, v in shifts[on].items()) for on in shifts}
+    worst = {on: max((e for f in RHO_FACTORS for e in found[rho_label(f, on)].errors), key=abs) for on in (True, False)}
+    first = (
+        f"A wrong rho moves the call fraction by {text[True]} with the controller, and by {text[False]} with a fixed"
+        f" alpha_c; the run furthest from {FRACTION:.0%} is {points(worst[True])} points away with it and"
+        f" {points(worst[False])} without."
+    )
+    second = effects([(what, compare(found[a], found[b])) for what, a, b in pairs])
+    title = f"rho set wrong on purpose: {FRACTION:.0%} needs {RIGHT_RHO}"
+    colours = ("#63b3ed", BLUE, "#2a4365", "#f6ad55", ORANGE, "#7b341e")
+    return report(found, title, pairs, [first, second], colours)
+
+
+# ---- filter and controller, each on and off
+
+CELLS = {"filter + controller": (True, True), "controller only": (False, True), "filter only": (True, False),
+         "neither": (False, False)}  # fmt: skip
+
+
+def cell_units(seed: int) -> list[Unit]:
+    runs = {
+        (True, True): units.gapg(seed),
+        (False, True): units.without_filter(seed),
+        (True, False): units.without_controller(seed),
+        (False, False): units.collaboration_aware(seed),
+    }
+    return [replace(runs[cell], label=label) for label, cell in CELLS.items()]
+
+
+def analyse_cells(finished: list[Finished]) -> Report:
+    found = settings(finished)
+    pairs = [
+        ("the filter, with controller", "filter + controller", "controller only"),
+        ("the filter, with a fixed alpha_c", "filter only", "neither"),
+        ("the controller, with filter", "filter + controller", "filter only"),
+        ("the controller, without filter", "controller only", "neither"),
+        ("both", "filter + controller", "neither"),
+    ]
+    target = found["neither"].target
+    away = [f"{label} {misses(s) * 100:.1f} (worst {points(max(s.errors, key=abs))})" for label, s in found.items()]
+    kept = [label for label, s in found.items() if max(map(abs, s.errors)) <= SEED_WITHIN]
+    within = f"within {SEED_WITHIN * 100:.0f} points on every seed"
+    first = f"As trained the runs call this many points beside {target:.0%}, mean over seeds: {listed(away)}; " + (
+        f"{within}: {listed(kept)}." if kept else f"none is {within}."
+    )
+    second = effects([(what, compare(found[a], found[b])) for what, a, b in pairs])
+    title = f"Filter and controller, each on and off; the budget is {target:.0%}"
+    return report(found, title, pairs, [first, second], (BLUE, GREEN, ORANGE, COLOURS[3]))
+
+
+def effects(differences: Sequence[tuple[str, Difference]]) -> str:
+    """One sentence: which of the compared things change the accuracy at equal calls."""
+    gains, nothing, losses = sides(differences)
+    by_name = dict(differences)
+    parts = [
+        f"{verb} {listed([f'{name} ({interval(by_name[name])} points)' for name in names])}"
+        for verb, names in (("a gain from", gains), ("a loss from", losses), ("no effect is shown of", nothing))
+        if names
+    ]
+    return f"On accuracy at equal calls: {'; '.join(parts)}."
+
+
+WRONG_RHO = Study(
+    "wrong-rho",
+    "What does the filter's rho do to the call fraction when it is set wrong, with and without the controller?",
+    units.SEEDS,
+    rho_units,
+    analyse_rho,
+)
+FILTER_CONTROLLER = Study(
+    "filter-controller",
+    "What do the prompt filter and the budget controller buy, each alone and together?",
+    units.HEADLINE_SEEDS,
+    cell_units,
+    analyse_cells,
+)
