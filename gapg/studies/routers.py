@@ -1,16 +1,66 @@
-"""Baselines that decide about the cloud outside the model: at random, or by the response's log-prob."""
+"""Who is called first: scores of predictions, higher where the cloud is needed more; and routing by a threshold."""
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from gapg.judge import parse
 from gapg.seeding import derive
+from gapg.studies.curves import FloatArray
 from gapg.use.evaluate import Result
 
-Predictions = Sequence[dict[str, Any]]
+Predictions = Sequence[Mapping[str, Any]]
 """Lines of `predictions.jsonl` with `outcome` and `oracle_score`, of responses decoded with help masked."""
+
+
+def help_margins(rows: Predictions) -> FloatArray:
+    """[n] the model's own decision: how near the response came to calling; -inf where it never could."""
+    margins = [-math.inf if row["help_margin"] is None else row["help_margin"] for row in rows]
+    return np.array(margins, dtype=np.float64)
+
+
+def mean_logprob(rows: Predictions) -> FloatArray:
+    """[n] the mean token log-prob of the response, negated: a post-inference router."""
+    return -np.array([row["logprob_mean"] for row in rows], dtype=np.float64)
+
+
+def min_logprob(rows: Predictions) -> FloatArray:
+    """[n] the log-prob of the response's least likely token, negated: a post-inference router."""
+    return -np.array([row["logprob_min"] for row in rows], dtype=np.float64)
+
+
+def self_consistency(rows: Predictions) -> tuple[FloatArray, FloatArray]:
+    """(score [n], local [n]) of n problems with k sampled responses each, in the order in which the ids first come.
+
+    score: 1 - the share of the k responses that give the most common answer (the text in the answer block, blanks
+    aside); 1 where none has an answer. local: 1 where that answer is right; of equally common ones the first sampled.
+    Answers are told apart by their text: two ways to write one value are two answers. Raises ValueError where problems
+    have unequally many responses.
+    """
+    samples: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        samples.setdefault(row["id"], []).append(row)
+    if len({len(of_problem) for of_problem in samples.values()}) > 1:
+        raise ValueError("self-consistency needs equally many responses for each problem")
+    votes = [_vote(of_problem) for of_problem in samples.values()]
+    return np.array([score for score, _ in votes]), np.array([float(right) for _, right in votes])
+
+
+def _vote(of_problem: Predictions) -> tuple[float, bool]:
+    answers = [parse(row["response"]).answer for row in of_problem]
+    texts = [None if answer is None else " ".join(answer.split()) for answer in answers]
+    counts = Counter(text for text in texts if text is not None)
+    if not counts:
+        return 1.0, False
+    # most_common keeps the order of first appearance among equals
+    winner, count = counts.most_common(1)[0]
+    return 1 - count / len(texts), of_problem[texts.index(winner)]["outcome"] == "local_correct"
 
 
 def offload(name: str, predictions: Predictions, to_cloud: Sequence[bool]) -> Result:

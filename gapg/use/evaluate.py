@@ -107,6 +107,7 @@ def prediction(group: Group, reward: RewardConfig) -> dict[str, Any]:
         "outcome": group.outcomes[0].value,
         "reward": None if group.unknown else rewards(group, reward.alpha_a, reward.alpha_c, reward.alpha_f)[0],
         "logprob_mean": sum(completion.logprobs) / len(completion.logprobs),
+        "logprob_min": min(completion.logprobs),
         "help_margin": margin if margin is not None and math.isfinite(margin) else None,
         "oracle_score": group.oracle_score,
         "oracle_answers": [a.text for a in group.oracle_answers],
