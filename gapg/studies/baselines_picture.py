@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def draw(figure: Figure, measured: Measured) -> None:
     figure.suptitle(f"{problems:,} held-out problems, mean over {seeds} seed{'s' if seeds > 1 else ''}")
 
 
-def _line(name: str) -> dict[str, object]:
+def _line(name: str) -> dict[str, Any]:
     if name == "GAPG":
         return {"linewidth": 2.8, "zorder": 5}
     return {"linestyle": "--" if name in ("+ random offloading", "warm start") else "-"}
