@@ -1,0 +1,239 @@
+"""The variance of the group estimator at fixed prompts, measured on real groups and computed by its formula.
+
+At a fixed prompt the estimator of G responses is a U-statistic. Along a direction v, with s = v . d log pi(y),
+mu = E r and g = E[r s]:
+
+    Var = [4 (G - 2) zeta_1 + 2 zeta_2] / (G (G - 1))
+    zeta_1 = (E[(r - mu)^2 s^2] - g^2) / 4        zeta_2 = (E[(r - mu)^2 s^2] + Var(r) E[s^2]) / 2
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from gapg.batching import Example, packed_batches
+from gapg.judge import Group, Judge
+from gapg.policy import response_logprobs
+from gapg.rollout.records import Sampling
+from gapg.run import Run
+from gapg.seeding import derive
+from gapg.studies.curves import FloatArray
+from gapg.studies.drawing import COLOURS, SMALL
+from gapg.studies.paired import t_quantile
+from gapg.studies.study import Finished, Table
+from gapg.tasks.base import STOP, Prompt
+from gapg.tracking import Display
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+GROUP_SIZES = (2, 4, 8, 16)
+PROMPTS, DIRECTIONS = 4, 32
+PILOT_PROMPTS, PILOT_SAMPLES = 64, 16
+BLOCKS = 8
+"""A prompt's responses fall into blocks, each of two training steps' responses. Both variances are taken over the same
+block, so that a rare response with a large score weighs on both alike; the blocks tell the error of their ratio."""
+PARTITIONS = 32
+"""Random partitions of a block into groups, over which its variance is averaged."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Responses to one prompt: rewards [n], and the scores along the directions [n, k]."""
+
+    rewards: FloatArray
+    scores: FloatArray
+
+
+def formula(sampled: Sampled, group_size: int) -> FloatArray:
+    """[k] the estimator's variance along each direction by the formula, its moments taken over these responses."""
+    r, s = sampled.rewards, sampled.scores
+    centred = r - r.mean()
+    both = (centred[:, None] ** 2 * s**2).mean(0)
+    zeta_1 = (both - (centred[:, None] * s).mean(0) ** 2) / 4
+    zeta_2 = (both + (centred**2).mean() * (s**2).mean(0)) / 2
+    return np.asarray((4 * (group_size - 2) * zeta_1 + 2 * zeta_2) / (group_size * (group_size - 1)))
+
+
+def measured(sampled: Sampled, group_size: int, rng: np.random.Generator, partitions: int = PARTITIONS) -> FloatArray:
+    """[k] the variance over disjoint groups of these responses, averaged over random partitions into groups."""
+    groups = len(sampled.rewards) // group_size
+    total = np.zeros(sampled.scores.shape[1])
+    for _ in range(partitions):
+        chosen = rng.permutation(len(sampled.rewards))[: groups * group_size].reshape(groups, group_size)
+        r = sampled.rewards[chosen]
+        advantages = (r - r.mean(1, keepdims=True)) / (group_size - 1)
+        total += np.einsum("ng,ngk->nk", advantages, sampled.scores[chosen]).var(0, ddof=1)
+    return total / partitions
+
+
+def gradient_variance(run: Run) -> list[dict[str, Any]]:
+    """A product: one row a (prompt, G) on the prompts whose rewards vary most, under the trained policy.
+
+    `measured` and `formula` are means over blocks, one a direction; `measured_blocks` and `formula_blocks` sums over
+    directions, one a block. The directions are random unit vectors in the space of all weights.
+    """
+    prompts = _varied_prompts(run)
+    rollout = run.config.rollout
+    block = max(2 * GROUP_SIZES[-1], 2 * rollout.prompts_per_step * rollout.samples_per_prompt)
+    run.model.eval()
+    params = [p for p in run.model.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(derive(run.config.seed, "directions"))
+    directions = torch.randn(DIRECTIONS, sum(p.numel() for p in params), generator=generator)
+    directions = (directions / directions.norm(dim=1, keepdim=True)).to(params[0].device)
+    rng = np.random.default_rng(derive(run.config.seed, "partitions"))
+    rows = []
+    with Display("gradient variance", len(prompts)) as display:
+        for prompt, group in zip(prompts, _responses(run, prompts, BLOCKS * block, "variance"), strict=True):
+            sampled = Sampled(_rewards(run, group), _scores(run, group, params, directions))
+            rows += [{"prompt": prompt.id, **row} for row in variance_rows(sampled, rng)]
+            display.advance()
+    run.model.train()
+    return rows
+
+
+def variance_rows(sampled: Sampled, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """One row a group size. The number of responses must be a multiple of BLOCKS."""
+    blocks = [
+        Sampled(r, s) for r, s in zip(np.split(sampled.rewards, BLOCKS), np.split(sampled.scores, BLOCKS), strict=True)
+    ]
+    rows = []
+    for size in GROUP_SIZES:
+        found = np.array([measured(block, size, rng) for block in blocks])
+        expected = np.array([formula(block, size) for block in blocks])
+        rows.append(
+            {
+                "group_size": size,
+                "reward_std": float(sampled.rewards.std()),
+                "measured": found.mean(0).tolist(),
+                "formula": expected.mean(0).tolist(),
+                "measured_blocks": found.sum(1).tolist(),
+                "formula_blocks": expected.sum(1).tolist(),
+            }
+        )
+    return rows
+
+
+def _varied_prompts(run: Run) -> list[Prompt]:
+    """The validation prompts on which a few responses differ most in reward, in their order."""
+    pilot = run.validation[:PILOT_PROMPTS]
+    spread = [float(_rewards(run, g).std()) for g in _responses(run, pilot, PILOT_SAMPLES, "pilot")]
+    best = sorted(range(len(pilot)), key=lambda i: -spread[i])[:PROMPTS]
+    return [pilot[i] for i in sorted(best)]
+
+
+def _responses(run: Run, prompts: Sequence[Prompt], n: int, label: str) -> list[Group]:
+    """n judged responses a prompt, sampled as in training."""
+    rollout = run.config.rollout
+    seed = derive(run.config.seed, "gradient variance", label)
+    sampling = Sampling(rollout.max_new_tokens, rollout.temperature, STOP, seed)
+    judge = Judge(run.task, run.oracle, ask_always=True)
+    ids = [run.task.render(p, run.tokenizer) for p in prompts]
+    found = {i: judge.submit(prompts[i], c).result() for i, c in run.engine.generate(ids, n, sampling)}
+    return [found[i] for i in range(len(prompts))]
+
+
+def _rewards(run: Run, group: Group) -> FloatArray:
+    config = run.config
+    alpha_c = run.controller.alpha_c if config.budget.controller else config.reward.alpha_c
+    return np.array(run.reward(group, config.reward.alpha_a, alpha_c, config.reward.alpha_f))
+
+
+def _scores(run: Run, group: Group, params: Sequence[torch.nn.Parameter], directions_KD: torch.Tensor) -> FloatArray:
+    """[n, K] float64: d log pi(response) along each direction; a backward pass for each distinct response."""
+    prompt = run.task.render(group.prompt, run.tokenizer)
+    of_response: dict[tuple[int, ...], list[float]] = {}
+    for completion in group.completions:
+        ids = completion.token_ids
+        if ids not in of_response:
+            grad_D = _score(run.model, params, Example(prompt, ids), run.config.rollout.temperature)
+            of_response[ids] = (directions_KD @ grad_D).tolist()
+    return np.array([of_response[c.token_ids] for c in group.completions])
+
+
+def _score(
+    model: PreTrainedModel, params: Sequence[torch.nn.Parameter], example: Example, temperature: float
+) -> torch.Tensor:
+    (batch,) = packed_batches([example], len(example), model.device)
+    logprob = response_logprobs(model, batch, temperature).sum()
+    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(logprob, list(params))])
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of one group size, summed over prompts and directions: both variances, their ratio and its 95% interval."""
+
+    group_size: int
+    measured: float
+    formula: float
+    ratio: float
+    low: float
+    high: float
+
+
+def agreements(rows: Sequence[dict[str, Any]]) -> list[Agreement]:
+    """One a group size, over the rows of all prompts and policies; blocks of responses are the interval's sample."""
+    found = []
+    for size in sorted({row["group_size"] for row in rows}):
+        chosen = [row for row in rows if row["group_size"] == size]
+        m_B = np.sum([row["measured_blocks"] for row in chosen], axis=0)
+        f_B = np.sum([row["formula_blocks"] for row in chosen], axis=0)
+        m, f = float(m_B.mean()), float(f_B.mean())
+        # a ratio of means, its error from the residuals (delta method)
+        half = t_quantile(len(m_B) - 1) * float((m_B - m / f * f_B).std(ddof=1)) / math.sqrt(len(m_B)) / f
+        found.append(Agreement(size, m, f, m / f, m / f - half, m / f + half))
+    return found
+
+
+def variance_table(found: Sequence[Agreement]) -> Table:
+    """Variances relative to the formula's at the smallest G, and at an equal number of responses."""
+    unit = found[0].formula
+    cells = [
+        [
+            str(a.group_size),
+            f"{a.measured / unit:.3f}",
+            f"{a.formula / unit:.3f}",
+            f"{a.ratio:.3f} ({a.low:.3f} to {a.high:.3f})",
+            f"{a.formula * a.group_size / (unit * found[0].group_size):.3f}",
+        ]
+        for a in found
+    ]
+    return Table(
+        f"Variance of one group's gradient at fixed prompts (formula at G = {found[0].group_size} is 1)",
+        ("G", "measured", "formula", "measured / formula (95%)", "formula at equal responses"),
+        cells,
+    )
+
+
+def draw_variance(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """A dot a (prompt, direction): the formula's variance against the measured one, a colour a G."""
+    sizes = sorted({row["group_size"] for row in rows})
+    for size, colour in zip(sizes, COLOURS, strict=False):
+        chosen = [row for row in rows if row["group_size"] == size]
+        x = np.concatenate([row["formula"] for row in chosen])
+        y = np.concatenate([row["measured"] for row in chosen])
+        axis.scatter(x, y, s=8, alpha=0.6, color=colour, linewidth=0, label=f"G = {size}")
+    axis.set(xscale="log", yscale="log", xlabel="by the formula", ylabel="measured")
+    axis.axline((1e-4, 1e-4), (1e-3, 1e-3), color="black", linewidth=0.8, linestyle="--")
+    axis.set_title("variance at one prompt, along one direction")
+    axis.legend(fontsize=SMALL)
+
+
+def measured_rows(finished: Sequence[Finished]) -> list[dict[str, Any]]:
+    """The rows of every unit that measured it, each with the unit's label and seed."""
+    return [
+        {"label": f.unit.label, "seed": f.unit.seed, **row}
+        for f in finished
+        if PRODUCT in f.unit.products
+        for row in f.rows(PRODUCT)
+    ]
+
+
+PRODUCT = f"{__name__}:{gradient_variance.__name__}"
