@@ -57,13 +57,41 @@ class Info:
     """Preset or YAML file: what an update of this run would need in memory, instead. Takes its options too."""
 
 
+@dataclass(frozen=True)
+class Experiment:
+    """Run a study to a table, a picture and raw JSON; `gapg experiment list` names them, `all` runs every one.
+
+    Every key of the config is an option too. The same command goes on where a killed one stopped.
+    """
+
+    name: Positional[str]
+    """A study, `list` or `all`."""
+    seeds: str | None = None
+    """Seeds, as in 0,1,2; empty: the study's own."""
+    jobs: int = 1
+    """Training runs side by side."""
+    config: str = "quickstart"
+    """Preset or YAML file that the study starts from."""
+    work_dir: Path = Path("runs/studies")
+    """Where warm starts and runs are kept; studies share them."""
+    results_dir: Path = Path("bench/results/studies")
+    """Where NAME.md, NAME.png, NAME.json and README.md go."""
+
+
 Command = (
     Annotated[Train, subcommand("train")]
     | Annotated[Eval, subcommand("eval")]
+    | Annotated[Experiment, subcommand("experiment")]
     | Annotated[Config, subcommand("config")]
     | Annotated[Info, subcommand("info")]
 )
-OWN_OPTIONS = {"train": {"--resume"}, "eval": {"--config", "--output-dir"}, "config": set(), "info": {"--config"}}
+OWN_OPTIONS = {
+    "train": {"--resume"},
+    "eval": {"--config", "--output-dir"},
+    "experiment": {"--seeds", "--jobs", "--config", "--work-dir", "--results-dir"},
+    "config": set(),
+    "info": {"--config"},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 from gapg.use.evaluate_command import evaluate_command
 
                 evaluate_command(command.checkpoint, command.config, command.output_dir, parse_overrides(overrides))
+            case Experiment():
+                _experiment(command, overrides)
             case Config():
                 _config(command, overrides)
             case Info(config=str(name)):
@@ -93,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"gapg: {error}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
     except KeyboardInterrupt:
-        print("gapg: interrupted; go on with --resume", file=sys.stderr)
+        print("gapg: interrupted; go on with --resume (a study: with the same command)", file=sys.stderr)
         sys.exit(130)
 
 
@@ -124,8 +154,13 @@ def _check_words(own: list[str]) -> None:
         return
     if command not in OWN_OPTIONS:
         said = f"{command!r} is no command" if command else "no command given"
-        raise ConfigError(f"{said}; use gapg train, eval, config or info (--help says more)")
-    usage = {"train": "NAME", "eval": "CHECKPOINT", "config": "list | config show NAME"}
+        raise ConfigError(f"{said}; use gapg train, eval, experiment, config or info (--help says more)")
+    usage = {
+        "train": "NAME",
+        "eval": "CHECKPOINT",
+        "experiment": "list | NAME | all",
+        "config": "list | config show NAME",
+    }
     if command in usage and not words:
         raise ConfigError(f"usage: gapg {command} {usage[command]} [--key value …]; gapg {command} --help says more")
 
@@ -146,6 +181,26 @@ def _config(command: Config, overrides: list[str]) -> None:
         raise ConfigError("usage: gapg config list | gapg config show NAME [--key value …]")
 
 
+def _experiment(command: Experiment, overrides: list[str]) -> None:
+    from gapg.studies.catalog import STUDIES
+    from gapg.studies.experiment import Order, experiment, list_studies, parse_seeds
+
+    if command.name == "list":
+        print(list_studies(STUDIES))
+        return
+    order = Order(
+        command.name,
+        parse_seeds(command.seeds),
+        command.jobs,
+        command.config,
+        parse_overrides(overrides),
+        command.work_dir,
+        command.results_dir,
+    )
+    if not experiment(order, STUDIES):
+        sys.exit(EXIT_FAILED)
+
+
 def _train(config: RunConfig, *, resume: bool) -> None:
     """Checks everything cheap first, then: warm start, GAPG, and an evaluation or, with `compare`, the comparison."""
     from gapg.folder import open_folder, save_config
@@ -155,6 +210,7 @@ def _train(config: RunConfig, *, resume: bool) -> None:
     from gapg.studies import compare
     from gapg.tracking import say
     from gapg.train import OracleDown
+    from gapg.use.calibrate import help_control
     from gapg.warm_start import check_demonstrations, warm_start
 
     task = make_task(config)
@@ -163,7 +219,7 @@ def _train(config: RunConfig, *, resume: bool) -> None:
     tokenizer = load_tokenizer(config.model, task)
     check_run(config, task, tokenizer)
     if config.compare:
-        compare.check_comparable(tokenizer)
+        help_control(tokenizer)  # the comparison masks and biases the phrase: a ConfigError where it cannot
     with open_folder(config, resume=resume):
         make_oracle(config, task, config.output_dir).close()
         save_config(config)

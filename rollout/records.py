@@ -12,18 +12,34 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class HelpControl:
-    """Steers one phrase at decoding time: `bias` is added to the logit of `token_id`, its first deciding token.
+class HelpSpelling:
+    """One way to write the help phrase in tokens: `prefix_ids`, then `token_id`, its deciding token, then `rest_ids`.
 
-    The bias applies only where the last generated tokens equal `prefix_ids` (the tokens the phrase shares with other
-    endings, often a lone `<`; empty for a phrase that is one token of its own). When `token_id` is chosen, `rest_ids`
-    are forced. `bias = -inf` forbids the phrase.
+    `prefix_ids` are the tokens that the phrase shares with other endings, often a lone `<`; empty for a phrase that is
+    one token of its own.
     """
 
     token_id: int
     prefix_ids: tuple[int, ...] = ()
     rest_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HelpControl:
+    """Steers the help phrase at decoding time: `bias` is added to the logit of each spelling's deciding token.
+
+    The bias applies only where the last generated tokens equal the spelling's `prefix_ids`. When its `token_id` is
+    chosen there, its `rest_ids` are forced; where several spellings fit, those of the longest prefix. `bias = -inf`
+    forbids the phrase.
+    """
+
+    spellings: tuple[HelpSpelling, ...]
     bias: float = 0.0
+
+    @property
+    def by_prefix(self) -> tuple[HelpSpelling, ...]:
+        """The spellings, those of the longest prefix last."""
+        return tuple(sorted(self.spellings, key=lambda s: len(s.prefix_ids)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +62,9 @@ class Completion:
     """One response. `logprobs[t]` is log pi(token_ids[t]) at the sampling temperature (at 1 when greedy).
 
     The last token of a finished response (EOS, or the last token of a stop string) is part of `token_ids`.
-    `help_margin` is max over positions of (help logit - best other logit), before the bias; None without `HelpControl`.
+    `help_margin` is max over positions of (best deciding token's logit - best other logit), before the bias.
+    `help_log_odds` has, for each position where the phrase could begin, log p - log(1 - p) of a deciding token, before
+    the bias, at the temperature of `logprobs`. Both are None without `HelpControl`.
     """
 
     token_ids: tuple[int, ...]
@@ -54,6 +72,7 @@ class Completion:
     text: str
     finish_reason: Literal["stop", "length"]
     help_margin: float | None = None
+    help_log_odds: tuple[float, ...] | None = None
 
 
 class Engine(Protocol):

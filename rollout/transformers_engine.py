@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg.rollout.records import Completion, HelpControl, Sampling
+from gapg.rollout.records import Completion, Sampling
+from gapg.rollout.transformers_help import HelpSteering
 
 COMPACT_BELOW = 0.75
 """Rows are dropped once fewer than this part is alive: selecting rows copies the cache."""
@@ -116,8 +117,7 @@ class _Wave:
         self.logprobs = torch.zeros(shape, device=self.device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=self.device)
         self.stopped = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        self.margins = torch.full((rows,), -torch.inf, device=self.device)
-        self.forced = torch.full((rows,), -1, dtype=torch.long, device=self.device)
+        self.help = None if sampling.help is None else HelpSteering(sampling.help, *shape, self.device)
 
     def run(self) -> Iterator[tuple[int, list[Completion]]]:
         ends, may_end = self.engine._stop_tokens(self.sampling.stop)
@@ -184,48 +184,18 @@ class _Wave:
         """(next token, its log-prob before any bias), both [rows]."""
         temperature = self.sampling.temperature
         logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
-        biased = logp if self.sampling.help is None else self._steer(logp, index, step, self.sampling.help)
+        biased = logp
+        if self.help is not None:
+            fits = self.help.fits(self.tokens, index, step)
+            biased = self.help.steer(logp, temperature or 1.0, fits, index, step, ~self.stopped[index])
         if temperature == 0:
             token = biased.argmax(-1)
         else:
             noise = torch.empty_like(biased).exponential_(generator=self.generator)
             token = (biased - noise.log()).argmax(-1)
-        if self.sampling.help is not None and self.sampling.help.rest_ids:
-            token = self._force_rest(token, index, step, self.sampling.help)
+        if self.help is not None:
+            token = self.help.force_rest(token, fits, index)
         return token, logp.gather(1, token[:, None]).squeeze(1)
-
-    def _steer(self, logp: torch.Tensor, index: torch.Tensor, step: int, help: HelpControl) -> torch.Tensor:
-        """Adds the help bias where the prefix stands, and records how far help was from being the best token."""
-        k = len(help.prefix_ids)
-        if step < k:
-            return logp
-        at = self.forced[index] < 0
-        if k:
-            prefix = torch.tensor(help.prefix_ids, device=self.device)
-            at &= (self.tokens[index, step - k : step] == prefix).all(1)
-        scores = logp * (self.sampling.temperature or 1.0)
-        others = scores.clone()
-        others[:, help.token_id] = -torch.inf
-        margin = scores[:, help.token_id] - others.amax(-1)
-        unfinished = ~self.stopped[index]
-        best = torch.maximum(self.margins[index], margin)
-        self.margins[index] = torch.where(at & unfinished, best, self.margins[index])
-        biased = logp.clone()
-        biased[:, help.token_id] += torch.where(at, help.bias / (self.sampling.temperature or 1.0), 0.0)
-        return biased
-
-    def _force_rest(self, token: torch.Tensor, index: torch.Tensor, step: int, help: HelpControl) -> torch.Tensor:
-        rest = torch.tensor(help.rest_ids, device=self.device)
-        at = self.forced[index]
-        token = torch.where(at >= 0, rest[at.clamp(min=0)], token)
-        k = len(help.prefix_ids)
-        begins = (at < 0) & (token == help.token_id)
-        if k:
-            prefix = torch.tensor(help.prefix_ids, device=self.device)
-            begins &= (self.tokens[index, step - k : step] == prefix).all(1) if step >= k else False
-        after = torch.where(at >= 0, at + 1, torch.where(begins, 0, -1))
-        self.forced[index] = torch.where(after >= len(rest), -1, after)
-        return token
 
     def _text_stops(self, candidates: torch.Tensor, rows: _Rows, step: int) -> torch.Tensor:
         """A stop string of several tokens: the tail's text is looked at where a token could complete it."""
@@ -239,12 +209,13 @@ class _Wave:
 
     def _completions(self, prompt: int) -> list[Completion]:
         span = slice(prompt * self.n, (prompt + 1) * self.n)
+        lengths = self.lengths[span].tolist()
         columns = zip(
             self.tokens[span].tolist(),
             self.logprobs[span].tolist(),
-            self.lengths[span].tolist(),
+            lengths,
             self.stopped[span].tolist(),
-            self.margins[span].tolist(),
+            [(None, None)] * self.n if self.help is None else self.help.recorded(span, lengths),
             strict=True,
         )
         return [
@@ -253,7 +224,8 @@ class _Wave:
                 logprobs=tuple(logprobs[:length]),
                 text=str(self.engine.tokenizer.decode(tokens[:length], skip_special_tokens=True)),
                 finish_reason="stop" if stopped else "length",
-                help_margin=None if self.sampling.help is None else margin,
+                help_margin=margin,
+                help_log_odds=log_odds,
             )
-            for tokens, logprobs, length, stopped, margin in columns
+            for tokens, logprobs, length, stopped, (margin, log_odds) in columns
         ]

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -227,14 +227,15 @@ class VLLMEngine:
         (one,) = output.outputs
         token_ids = tuple(one.token_ids)
         logprobs = tuple(at[token].logprob for at, token in zip(one.logprobs, token_ids, strict=True))
-        margin = None
+        margin = log_odds = None
         if trace is not None:
-            logprobs, margin = trace.finish(row, token_ids, logprobs)
+            logprobs, margin, log_odds = trace.finish(row, token_ids, logprobs)
         if one.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a response with {one.finish_reason!r}")
         # Decoded here: vLLM's own text ends at the stop string even where the last token goes on.
         text = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        return Completion(token_ids, logprobs, text, "stop" if one.finish_reason == "stop" else "length", margin)
+        reason: Literal["stop", "length"] = "stop" if one.finish_reason == "stop" else "length"
+        return Completion(token_ids, logprobs, text, reason, margin, log_odds)
 
 
 def _prepare_environment(on_cpu: bool, cpu_cache_gib: int) -> None:

@@ -28,11 +28,12 @@ ARGUMENT = "gapg_help_row"
 
 
 class HelpTrace:
-    """What one `generate` call asks of the processor, and what it records: both [R requests, T new tokens].
+    """What one `generate` call asks of the processor, and what it records: all [R requests, T new tokens].
 
-    `margin_RT` is (help logit - best other logit) where the bias applied, -inf elsewhere. `shift_RT` turns the log-prob
-    that vLLM reports into the one before the bias: that of a forced token is replaced, any other is shifted (and a
-    biased help token's is lowered by the bias too).
+    `margin_RT` is (best deciding token's logit - best other logit) where the bias applied, -inf elsewhere, and
+    `log_odds_RT` the log-odds of a deciding token there. `shift_RT` turns the log-prob that vLLM reports into the one
+    before the bias: that of a forced token is replaced, any other is shifted (and a biased deciding token's is lowered
+    by the bias too).
     """
 
     current: HelpTrace | None = None
@@ -43,60 +44,88 @@ class HelpTrace:
     ) -> None:
         self.control = control
         self.temperature = temperature or 1.0  # greedy log-probs are those at temperature 1
-        self.phrase = (*control.prefix_ids, control.token_id, *control.rest_ids)
+        self.spellings = control.by_prefix
+        self.token_ids = sorted({s.token_id for s in self.spellings})
+        self.token_S = torch.tensor([s.token_id for s in self.spellings], device=device)
+        phrases = [(*s.prefix_ids, s.token_id, *s.rest_ids) for s in self.spellings]
+        self.look_back = max(map(len, phrases)) - 1
+        self._prefix_SL = self._pattern([s.prefix_ids for s in self.spellings], device)
+        begun = [
+            (phrase[:n], phrase[n])
+            for s, phrase in zip(self.spellings, phrases, strict=True)
+            for n in range(len(s.prefix_ids) + 1, len(phrase))
+        ]
+        self._begun_PL = self._pattern([part for part, _ in begun], device)
+        self._next_P = torch.tensor([-1, *(token for _, token in begun)], device=device)  # after a first for no match
         self.margin_RT = torch.full((requests, max_new_tokens), -torch.inf, device=device)
+        self.log_odds_RT = torch.full_like(self.margin_RT, -torch.inf)
         self.shift_RT = torch.zeros((requests, max_new_tokens), device=device)
 
     def finish(
         self, row: int, token_ids: tuple[int, ...], logprobs: tuple[float, ...]
-    ) -> tuple[tuple[float, ...], float]:
-        """(log-probs before the bias, help margin) of a finished request."""
+    ) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
+        """(log-probs before the bias, help margin, help log-odds) of a finished request."""
         margins = self.margin_RT[row, : len(token_ids)].tolist()
         shifts = self.shift_RT[row, : len(token_ids)].tolist()
+        log_odds = self.log_odds_RT[row, : len(token_ids)].tolist()
         bias = self.control.bias / self.temperature
         biased = [
-            bias if math.isfinite(bias) and token == self.control.token_id and margin > -math.inf else 0.0
-            for token, margin in zip(token_ids, margins, strict=True)
+            bias if math.isfinite(bias) and margin > -math.inf and self._decides(token_ids, t) else 0.0
+            for t, margin in enumerate(margins)
         ]
         before = tuple(lp + shift - b for lp, shift, b in zip(logprobs, shifts, biased, strict=True))
-        return before, max(margins, default=-math.inf)
+        return before, max(margins, default=-math.inf), tuple(x for x in log_odds if x > -math.inf)
+
+    def _decides(self, token_ids: tuple[int, ...], t: int) -> bool:
+        """Whether token t begins the phrase in some spelling."""
+        return any(
+            token_ids[t] == s.token_id and token_ids[: t + 1][-len(s.prefix_ids) - 1 : -1] == s.prefix_ids
+            for s in self.spellings
+        )
 
     def steer(
         self, logits_BV: torch.Tensor, row_B: torch.Tensor, step_B: torch.Tensor, recent_BL: torch.Tensor
     ) -> torch.Tensor:
-        """The logits with the bias, or with nothing but a forced token. Records margin and shift at (row, step).
+        """The logits with the bias, or with nothing but a forced token. Records margin, odds and shift at (row, step).
 
-        `recent_BL` holds the last L = len(phrase) - 1 generated tokens, -1 where there are fewer.
+        `recent_BL` holds the last L = `look_back` generated tokens, -1 where there are fewer.
         """
-        control, help_id = self.control, self.control.token_id
-        begins_B = self._ends_with(control.prefix_ids, recent_BL)
-        forced_B = torch.full_like(row_B, -1)
-        for length in range(len(control.prefix_ids) + 1, len(self.phrase)):
-            forced_B = torch.where(self._ends_with(self.phrase[:length], recent_BL), self.phrase[length], forced_B)
-        begins_B &= forced_B < 0
-        bias_B = torch.where(begins_B, control.bias, 0.0)
-        if control.bias == math.inf:
-            forced_B, bias_B = torch.where(begins_B, help_id, forced_B), torch.zeros_like(bias_B)
+        bias, begun_BP = self.control.bias, self._ends_with(self._begun_PL, recent_BL)
+        order_P = torch.arange(1, len(self._next_P), device=begun_BP.device)
+        # the last that matches is that of the longest prefix; 0: none does
+        forced_B = self._next_P[torch.cat([torch.zeros_like(row_B)[:, None], begun_BP * order_P], 1).amax(1)]
+        fits_BS = self._ends_with(self._prefix_SL, recent_BL) & (forced_B < 0)[:, None]
+        deciding_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
+        for token_id in self.token_ids:
+            deciding_BV[:, token_id] = fits_BS[:, self.token_S == token_id].any(1)
+        helps_BV, others_BV = logits_BV.where(deciding_BV, -torch.inf), logits_BV.masked_fill(deciding_BV, -torch.inf)
+        self.margin_RT[row_B, step_B] = helps_BV.amax(-1) - others_BV.amax(-1)
+        odds_B = (helps_BV / self.temperature).logsumexp(-1) - (others_BV / self.temperature).logsumexp(-1)
+        self.log_odds_RT[row_B, step_B] = odds_B
+        if bias == math.inf:
+            forced_B = torch.where(deciding_BV.any(-1), helps_BV.argmax(-1), forced_B)
+            bias = 0.0
 
-        others = logits_BV.clone()
-        others[:, help_id] = -torch.inf
-        self.margin_RT[row_B, step_B] = torch.where(begins_B, logits_BV[:, help_id] - others.amax(-1), -torch.inf)
         before_BV = torch.log_softmax(logits_BV / self.temperature, dim=-1)
         choice_B1 = forced_B.clamp(min=0)[:, None]
         forced_logp_B = before_BV.gather(1, choice_B1).squeeze(1)
-        before_BV[:, help_id] += bias_B / self.temperature
-        log_normaliser_B = before_BV.logsumexp(-1)  # it was 0 before the bias
+        # the normaliser was 0 before the bias
+        log_normaliser_B = torch.where(deciding_BV, before_BV + bias / self.temperature, before_BV).logsumexp(-1)
         self.shift_RT[row_B, step_B] = torch.where(forced_B >= 0, forced_logp_B, log_normaliser_B)
 
-        steered_BV = logits_BV.clone()
-        steered_BV[:, help_id] += bias_B
+        steered_BV = torch.where(deciding_BV, logits_BV + bias, logits_BV)
         only_BV = torch.full_like(logits_BV, -torch.inf).scatter_(1, choice_B1, 0.0)
         return torch.where(forced_B[:, None] >= 0, only_BV, steered_BV)
 
+    def _pattern(self, endings: list[tuple[int, ...]], device: str) -> torch.Tensor:
+        """[P, L] the endings, filled up at the left with -2, which stands for any token."""
+        filled = [[*[-2] * (self.look_back - len(ids)), *ids] for ids in endings]
+        return torch.tensor(filled, dtype=torch.long, device=device).view(len(endings), self.look_back)
+
     @staticmethod
-    def _ends_with(ids: tuple[int, ...], recent_BL: torch.Tensor) -> torch.Tensor:
-        wanted = torch.tensor(ids, dtype=recent_BL.dtype, device=recent_BL.device)
-        return (recent_BL[:, recent_BL.shape[1] - len(ids) :] == wanted).all(1)
+    def _ends_with(pattern_PL: torch.Tensor, recent_BL: torch.Tensor) -> torch.Tensor:
+        """[B, P] which tokens so far end in which pattern."""
+        return ((recent_BL[:, None] == pattern_PL) | (pattern_PL == -2)).all(-1)
 
 
 def _row(params: SamplingParams) -> int:
@@ -123,7 +152,7 @@ class HelpProcessor(LogitsProcessor):
         trace = HelpTrace.current
         if trace is None or not self._requests:
             return logits
-        length = len(trace.phrase) - 1
+        length = trace.look_back
         index, (rows, generated) = list(self._requests), zip(*self._requests.values(), strict=True)
         recent = [[*[-1] * (length - len(g)), *g[max(0, len(g) - length) :]] for g in generated]
         index_B = torch.tensor(index, device=logits.device)
@@ -158,7 +187,7 @@ class HelpProcessorV2(LogitsProcessorV2):
         wanted_B = (row_B >= 0) & (step_B >= 0) & (step_B < trace.margin_RT.shape[1])
         index_B = wanted_B.nonzero().squeeze(1)
         row_B, slot_B, end_B, step_B = (x[index_B] for x in (row_B, slot_B, end_B, step_B))
-        back_L = torch.arange(1 - len(trace.phrase), 0, device=logits.device)
+        back_L = torch.arange(-trace.look_back, 0, device=logits.device)
         tokens_BL = self._states.all_token_ids.gpu[slot_B[:, None], (end_B[:, None] + back_L).clamp(min=0)].long()
         recent_BL = torch.where(step_B[:, None] + back_L >= 0, tokens_BL, -1)
         logits[index_B] = trace.steer(logits[index_B], row_B, step_B, recent_BL)

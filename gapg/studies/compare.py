@@ -15,9 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from gapg.config import ConfigError, RunConfig
+from gapg.config import RunConfig
 from gapg.folder import open_folder, save_config
 from gapg.judge import Judge
 from gapg.parts import fitting_prompts, make_oracle, make_task, oracle_account
@@ -56,12 +54,6 @@ def task_tuned_config(config: RunConfig) -> RunConfig:
             "threads": config.threads or 1,
         }
     )
-
-
-def check_comparable(tokenizer: PreTrainedTokenizerBase) -> None:
-    """The comparison masks and biases the help phrase. Raises ConfigError where it is not a token of its own."""
-    if help_control(tokenizer).rest_ids:
-        raise ConfigError("compare=true: the tokenizer splits the help phrase into several tokens; set --compare false")
 
 
 def check_alive(baseline: multiprocessing.process.BaseProcess, folder: Path) -> None:

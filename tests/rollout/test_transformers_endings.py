@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from gapg.batching import Example, packed_batches
 from gapg.policy import response_logprobs
-from gapg.rollout.records import HelpControl
+from gapg.rollout.records import HelpControl, HelpSpelling
 from gapg.rollout.transformers_engine import TransformersEngine
 from gapg.tasks.base import HELP_PHRASE, STOP
 
@@ -142,6 +142,6 @@ def test_a_long_stop_string_spelt_out_in_bytes(make_model: MakeModel, prompts: l
     stop = "please ask a stronger model"
     spelt = byte_tokenizer(f"I say: {stop} and more")["input_ids"]
     engine = TransformersEngine(make_model(vocab_size=256, eos_token_id=None), byte_tokenizer)
-    control = HelpControl(spelt[0], rest_ids=tuple(spelt[1:]), bias=1e4)
+    control = HelpControl((HelpSpelling(spelt[0], (), tuple(spelt[1:])),), bias=1e4)
     ((completion,),) = generate(engine, prompts[:1], max_new_tokens=len(spelt), stop=(stop,), help=control)
     assert (completion.text, completion.finish_reason) == (f"I say: {stop}", "stop")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from gapg.rollout.records import Completion, Engine, HelpControl, Sampling
+from gapg.rollout.records import Completion, Engine, HelpControl, HelpSpelling, Sampling
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -234,12 +234,12 @@ def test_a_sync_with_wrapped_names_is_refused(engine: Any, model: Any) -> None:
         engine.sync(wrapped)
 
 
-HELP = HelpControl(token_id=30, prefix_ids=(29,), rest_ids=(31, 32, 33))
-LONE = HelpControl(token_id=30, rest_ids=(31, 32, 33))
+HELP = HelpSpelling(token_id=30, prefix_ids=(29,), rest_ids=(31, 32, 33))
+LONE = HelpSpelling(token_id=30, rest_ids=(31, 32, 33))
 
 
-def with_bias(control: HelpControl, bias: float) -> HelpControl:
-    return HelpControl(control.token_id, control.prefix_ids, control.rest_ids, bias)
+def with_bias(spelling: HelpSpelling, bias: float) -> HelpControl:
+    return HelpControl((spelling,), bias)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
@@ -248,27 +248,31 @@ def test_help_is_steered_and_logprobs_are_those_before_it(
     engine: Any, model: Any, control: HelpControl, temperature: float
 ) -> None:
     sampling = Sampling(40, temperature=temperature, seed=4, help=control)
-    phrase = (*control.prefix_ids, control.token_id, *control.rest_ids)
-    k, begun = len(control.prefix_ids), 0
+    (spelling,) = control.spellings
+    phrase = (*spelling.prefix_ids, spelling.token_id, *spelling.rest_ids)
+    k, begun = len(spelling.prefix_ids), 0
     for prompt, completions in zip(PROMPTS, generate(engine, PROMPTS, 8, sampling), strict=True):
         for c in completions:
             expected = reference_logprobs(model, prompt, c, temperature or 1.0)
             torch.testing.assert_close(torch.tensor(c.logprobs), expected, rtol=1e-5, atol=2e-4)
-            logits, margins, forced = logits_of(model, prompt, c), [-math.inf], 0
+            logits, margins, odds, forced = logits_of(model, prompt, c), [-math.inf], [], 0
             for t, token in enumerate(c.token_ids):
                 if forced:
                     assert token == phrase[len(phrase) - forced]
                     forced -= 1
-                elif t >= k and c.token_ids[t - k : t] == control.prefix_ids:
+                elif t >= k and c.token_ids[t - k : t] == spelling.prefix_ids:
                     others = logits[t].clone()
-                    others[control.token_id] = -math.inf
-                    margins.append(float(logits[t, control.token_id] - others.max()))
+                    others[spelling.token_id] = -math.inf
+                    margins.append(float(logits[t, spelling.token_id] - others.max()))
+                    chances = torch.softmax(logits[t].double() / (temperature or 1.0), -1)
+                    odds.append(float(chances[spelling.token_id].logit()))
                     if temperature == 0:
-                        assert (token == control.token_id) == (margins[-1] + control.bias > 0)
-                    if token == control.token_id:
-                        forced, begun = len(control.rest_ids), begun + 1
+                        assert (token == spelling.token_id) == (margins[-1] + control.bias > 0)
+                    if token == spelling.token_id:
+                        forced, begun = len(spelling.rest_ids), begun + 1
             assert c.help_margin == pytest.approx(max(margins), abs=2e-4)
-    assert begun == 0 if control.bias < 0 else begun > 0 or control.prefix_ids
+            assert c.help_log_odds == pytest.approx(odds, abs=5e-4)
+    assert begun == 0 if control.bias < 0 else begun > 0 or spelling.prefix_ids
 
 
 def test_an_infinite_bias_always_calls(engine: Any) -> None:
@@ -278,7 +282,7 @@ def test_an_infinite_bias_always_calls(engine: Any) -> None:
 
 def test_help_at_a_bias_of_zero_changes_nothing_but_what_is_forced(engine: Any) -> None:
     plain = generate(engine, PROMPTS, 8, Sampling(30, seed=6))
-    lone = HelpControl(token_id=30)
+    lone = HelpControl((HelpSpelling(30),))
     steered = generate(engine, PROMPTS, 8, Sampling(30, seed=6, help=lone))
     for a, b in zip(flat(plain), flat(steered), strict=True):
         assert a.token_ids == b.token_ids

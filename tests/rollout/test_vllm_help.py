@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gapg.rollout.records import HelpControl
+from gapg.rollout.records import HelpControl, HelpSpelling
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -23,10 +23,11 @@ CONFIG: Any = None
 """The processors need none."""
 
 CONTROLS = [
-    HelpControl(4, (3,), (5, 6), 2.0),
-    HelpControl(4, (), (5, 6), 2.0),
-    HelpControl(4, (3,), (), -math.inf),
-    HelpControl(4, (), (5,), math.inf),
+    HelpControl((HelpSpelling(4, (3,), (5, 6)),), 2.0),
+    HelpControl((HelpSpelling(4, (), (5, 6)),), 2.0),
+    HelpControl((HelpSpelling(4, (3,)),), -math.inf),
+    HelpControl((HelpSpelling(4, (), (5,)),), math.inf),
+    HelpControl((HelpSpelling(4, (3,), (5, 6)), HelpSpelling(2, (), (7,)), HelpSpelling(4, (1, 3), (8,))), 2.0),
 ]
 
 
@@ -94,6 +95,7 @@ def test_both_runners_steer_and_record_alike(trace: Any, control: HelpControl, t
     torch.testing.assert_close(results[0], results[1])
     torch.testing.assert_close(traces[0].margin_RT, traces[1].margin_RT)
     torch.testing.assert_close(traces[0].shift_RT, traces[1].shift_RT)
+    torch.testing.assert_close(traces[0].log_odds_RT, traces[1].log_odds_RT)
     torch.testing.assert_close(results[0][3], logits[3])
 
 
@@ -112,12 +114,13 @@ def test_the_second_runner_steers_as_the_definition_says(trace: Any) -> None:
     assert (current.margin_RT > -math.inf).sum() == 1
     after, before = torch.log_softmax(steered[0], -1), torch.log_softmax(logits[0], -1)
     for token in (4, 7):
-        (reported,), _ = current.finish(0, (token,), (float(after[token]),))  # at step 0, where nothing was changed
+        (reported,), *_ = current.finish(0, (token,), (float(after[token]),))  # at step 0, where nothing was changed
         assert reported == pytest.approx(float(after[token]))
-        logprobs, margin = current.finish(0, (1, 3, token), (0.0, 0.0, float(after[token])))
+        logprobs, margin, (odds,) = current.finish(0, (1, 3, token), (0.0, 0.0, float(after[token])))
         assert logprobs[2] == pytest.approx(float(before[token]), abs=1e-6)
         assert margin == current.margin_RT[0, 2]
-    forced, _ = current.finish(1, (3, 4, 5, 6), (0.0, 0.0, 0.0, 0.0))
+        assert odds == pytest.approx(float(torch.softmax(logits[0], -1)[4].logit()), abs=1e-5)
+    forced, *_ = current.finish(1, (3, 4, 5, 6), (0.0, 0.0, 0.0, 0.0))
     assert forced[3] == pytest.approx(float(torch.log_softmax(logits[1], -1)[6]), abs=1e-6)
 
 

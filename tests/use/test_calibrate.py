@@ -1,56 +1,140 @@
 """The help bias: a fitted one calls on exactly the wanted part of the same problems, decoded greedily."""
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE, WordLevel
+from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from gapg.batching import Example, packed_batches
 from gapg.config import ConfigError
-from gapg.rollout.records import Completion, HelpControl, Sampling
+from gapg.judge import parse
+from gapg.policy import response_logprobs
+from gapg.rollout.records import Completion, HelpControl, HelpSpelling, Sampling
 from gapg.rollout.transformers_engine import TransformersEngine
-from gapg.tasks.base import HELP_PHRASE
+from gapg.tasks.base import HELP_PHRASE, STOP
 from gapg.use.calibrate import fit_bias, help_control, masked
 
+MakeModel = Callable[..., PreTrainedModel]
+ENDINGS = ("so {} = 39 ", "so {} = 39\n", "so {} = 39.\n\n", "so {} = 39.")
+"""How a response goes on to its ending: after a blank, on a line of its own, and right after a full stop."""
 
-def words(*vocabulary: str) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are exactly these, split by a regular expression at tags and blanks."""
-    inner = Tokenizer(WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token=vocabulary[0]))
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(" ", "removed"),
-            pre_tokenizers.Split("<", "isolated"),
-            pre_tokenizers.Split(">", "isolated"),
-        ]
+
+@pytest.fixture(scope="module")
+def bpe() -> PreTrainedTokenizerFast:
+    """A byte-level BPE as real models have it: ` <` and `.<` are tokens of their own beside `<`."""
+    inner = Tokenizer(BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=420, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token=vocabulary[0])
+    texts = [f"{e.format(i)}{tag}" for e in ENDINGS for i in range(9) for tag in (HELP_PHRASE, "<answer> 4 </answer>")]
+    inner.train_from_iterator([*texts, "a <b> and .<c>" * 9], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|end|>", pad_token="<|end|>", clean_up_tokenization_spaces=False
+    )
 
 
 def test_a_phrase_of_one_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert help_control(tokenizer) == HelpControl(tokenizer.convert_tokens_to_ids(HELP_PHRASE))
+    assert help_control(tokenizer) == HelpControl((HelpSpelling(tokenizer.convert_tokens_to_ids(HELP_PHRASE)),))
 
 
-def test_a_shared_beginning_is_left_alone() -> None:
-    """`<` begins both endings: the bias must wait until they differ."""
-    t = words("?", "<", ">", "answer", "unknown", "I", "need", "external", "assistance", "/unknown")
-    control = help_control(t)
-    assert control.prefix_ids == (1,)
-    assert control.token_id == 4
-    assert [*control.prefix_ids, control.token_id, *control.rest_ids] == t.encode(HELP_PHRASE)
+def test_a_shared_beginning_is_left_alone(bpe: PreTrainedTokenizerFast) -> None:
+    """`<` begins both endings, in every spelling: the bias must wait until they differ."""
+    assert {"<", "Ġ<", ".<"} <= bpe.get_vocab().keys()
+    control = help_control(bpe)
+    prefixes = {tuple(bpe.convert_ids_to_tokens(list(s.prefix_ids))) for s in control.spellings}
+    assert prefixes == {(token,) for token in bpe.get_vocab() if token.endswith("<")}
+    for spelling in control.spellings:
+        text = bpe.decode([*spelling.prefix_ids, spelling.token_id, *spelling.rest_ids])
+        assert text.lstrip(" .") == HELP_PHRASE
+        assert spelling.token_id == bpe.convert_tokens_to_ids("unknown")
     assert control.bias == 0.0
     assert masked(control) == replace(control, bias=-math.inf)
+
+
+def spelt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[HelpSpelling]:
+    """The spellings of the help phrase that a text holds."""
+    ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    found = []
+    for s in help_control(tokenizer).spellings:
+        phrase = (*s.prefix_ids, s.token_id, *s.rest_ids)
+        found += [s for t in range(len(ids)) if ids[t : t + len(phrase)] == phrase]
+    return found
+
+
+@given(st.text(alphabet="ab1 .)\n", max_size=6))
+def test_however_the_phrase_comes_it_is_found(bpe: PreTrainedTokenizerFast, before: str) -> None:
+    assert len(spelt(bpe, before + HELP_PHRASE)) == 1
+    assert not spelt(bpe, f"{before}<answer> 4 </answer>")
+
+
+def test_words_that_swallow_the_tag_are_no_spelling() -> None:
+    """A word tokenizer has `<unknown>` after a blank only; `x<unknown>` is another word, which says nothing."""
+    vocabulary = ("?", "x", "<answer>", *HELP_PHRASE.split())
+    inner = Tokenizer(WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    t = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
+    assert help_control(t).spellings == (HelpSpelling(3, (), (4, 5, 6, 7, 8)),)
 
 
 def test_a_tokenizer_that_cannot_tell_the_endings_apart_is_refused() -> None:
     inner = Tokenizer(WordLevel({"?": 0}, unk_token="?"))
     with pytest.raises(ConfigError, match="cannot be calibrated"):
         help_control(PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?"))
+
+
+@pytest.fixture(scope="module")
+def talker(make_model: MakeModel, bpe: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A model that has learnt to end its text in all of `ENDINGS`, with an answer or, for some, with the phrase."""
+    model = make_model(seed=0, vocab_size=len(bpe), hidden_size=64, intermediate_size=128)
+    rng, examples = random.Random(0), []
+    for i in range(60):
+        tag = HELP_PHRASE if rng.random() < 0.2 else f"<answer> {i % 7} </answer>"
+        text = ENDINGS[i % 4].format(i)
+        examples.append(Example(bpe(text[:5])["input_ids"], bpe(text[5:] + tag)["input_ids"], 1.0))
+    (batch,) = packed_batches(examples, 1 << 14, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        loss = -response_logprobs(model, batch).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+def talk(
+    model: PreTrainedModel, bpe: PreTrainedTokenizerFast, control: HelpControl, n: int = 1, **settings: Any
+) -> list[Completion]:
+    prompts = [bpe(ENDINGS[i % 4].format(i)[:5])["input_ids"] for i in range(60)]
+    sampling = Sampling(40, stop=STOP, help=control, **settings)
+    found = sorted(TransformersEngine(model, bpe).generate(prompts, n, sampling), key=lambda pair: pair[0])
+    return [c for _, completions in found for c in completions]
+
+
+def test_a_real_tokenizer_is_calibrated_in_every_spelling(
+    talker: PreTrainedModel, bpe: PreTrainedTokenizerFast
+) -> None:
+    control = help_control(bpe)
+    held = talk(talker, bpe, masked(control), temperature=0.0)
+    assert not any(parse(c.text).kind == "help" for c in held)
+    before = {c.text[: c.text.index("<")][-1] for c in held if "<" in c.text}
+    assert before >= {" ", "\n", "."}, "the spellings are all in use"
+    margins = [c.help_margin for c in held if c.help_margin is not None]
+    for fraction in (0.1, 0.3, 0.6, 0.9):
+        called = talk(talker, bpe, replace(control, bias=fit_bias(margins, fraction)), temperature=0.0)
+        assert sum(parse(c.text).kind == "help" for c in called) == round(fraction * 60)
 
 
 @given(st.lists(st.floats(-20, 20), min_size=2, max_size=60, unique=True), st.floats(0.01, 0.99))
@@ -86,12 +170,13 @@ def test_the_fitted_bias_calls_on_exactly_the_wanted_part(
         sampling = Sampling(10, temperature=0.0, help=control)
         return [c for _, (c,) in sorted(engine.generate(problems, 1, sampling), key=lambda pair: pair[0])]
 
-    control = HelpControl(11, (9,) if prefix else (), rest_ids=(13, 12))
+    spelling = HelpSpelling(11, (9,) if prefix else (), (13, 12))
+    control = HelpControl((spelling,))
     margins = [c.help_margin for c in decode(masked(control))]
     assert all(m is not None for m in margins)
     reachable = sum(math.isfinite(m) for m in margins if m is not None)
     assert reachable > 40
-    phrase = (*control.prefix_ids, 11, 13)
+    phrase = (*spelling.prefix_ids, 11, 13)
     for fraction in (0.05, 0.1, 0.25, 0.3):
         biased = replace(control, bias=fit_bias([m for m in margins if m is not None], fraction))
         called = [
