@@ -64,6 +64,8 @@ def experiment(order: Order, studies: Studies) -> bool:
     plans = [(s, _plan(s, order, work)) for s in chosen]
     runs = _merge([run for _, plan in plans for run in plan])
     check(runs[0][1])
+    _make_folder(work, "--work-dir")
+    _make_folder(order.results, "--results-dir")
     jobs = _jobs([(unit, p) for unit, p in runs if not p.finished()])
     say(f"{len(runs)} runs, {len(runs) - sum(job.counted for job in jobs)} of them there; {order.work}/")
     failed = run_jobs(jobs, order.jobs, "runs", len(runs)) if jobs else {}
@@ -100,6 +102,13 @@ def _chosen(name: str, studies: Studies) -> list[Study]:
     return [studies[name]]
 
 
+def _make_folder(folder: Path, option: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}; choose a {option} you can write to") from None
+
+
 def _plan(study: Study, order: Order, work: Path) -> list[tuple[Unit, Place]]:
     """The study's units, seed by seed, and where the run of each lies."""
     units = [unit for seed in order.seeds or study.seeds for unit in study.units(seed)]
@@ -132,10 +141,6 @@ def write_study(study: Study, order: Order, runs: list[Finished]) -> None:
     """NAME.png, NAME.md and NAME.json, each whole, and README.md of everything that lies beside them."""
     report = study.analyse(runs)
     folder = order.results
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder}: {error.strerror}; choose a --results-dir you can write to") from None
     _draw(report.draw, folder / f"{study.name}.png")
     record = _record(study, order, runs, report)
     write_whole(folder / f"{study.name}.md", f"# {study.name}\n\n{section(record)}")

@@ -18,7 +18,6 @@ from typing import Any
 from gapg.tracking import Display, warn
 
 POLL_SECONDS = 1.0
-Pipe = connection.Connection[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Job:
 @dataclass
 class Worker:
     process: SpawnProcess
-    pipe: Pipe
+    pipe: connection.Connection[Any, Any]
     job: Job | None = None
 
 
@@ -125,7 +124,7 @@ def _now(job: Job) -> str:
     return f"{job.title}: {said[:60]}"
 
 
-def _work(pipe: Pipe) -> None:
+def _work(pipe: connection.Connection[Any, Any]) -> None:
     """The life of a worker: a job, one line of what went wrong or None, and so on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -1,0 +1,239 @@
+"""`gapg experiment` on toy studies: killed halfway, it goes on; what two studies share is made once; failures show."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gapg.cli import main
+from gapg.config import ConfigError
+from gapg.studies.experiment import Order, experiment, list_studies, parse_seeds
+from gapg.studies.runs import place
+from gapg.studies.study import Study, Unit
+from gapg.tracking import read_jsonl
+
+HERE = Path(__file__).parent
+STANDARD = {"heldout-sampled", "heldout-masked", "train-masked"}
+
+
+@dataclass
+class Story:
+    """All toy studies, killed with two workers busy, then run again to their end."""
+
+    folder: Path
+    kept: dict[Path, int]
+    """Files of what was finished at the kill, and when each was last written."""
+    code: int
+    said: str
+
+    def record(self, study: str) -> dict[str, Any]:
+        return dict(json.loads((self.folder / "results" / f"{study}.json").read_text()))
+
+    def run(self, study: str, label: str, seed: int = 0) -> Path:
+        found = [r for r in self.record(study)["runs"] if (r["label"], r["seed"]) == (label, seed)]
+        return self.folder / "work" / "runs" / found[0]["run"]
+
+
+def finished(folder: Path) -> list[Path]:
+    """The finished warm starts and runs (of a run with a broken product: what is finished of it)."""
+    done = list(folder.glob("work/runs/*/done.json"))
+    runs = [path.parent for path in done if json.loads(path.read_text())["products"].keys() >= STANDARD]
+    return runs + [path.parents[1] for path in folder.glob("work/warm/*/checkpoints/step-60")]
+
+
+def started(folder: Path, tiny: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, str(HERE / "toy.py"), "all", tiny, str(folder), "2"]
+    environment = {**os.environ, "TOY_FOLDER": str(folder)}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.fixture(scope="module")
+def story(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    folder = tmp_path_factory.mktemp("studies")
+    first = started(folder, tiny)
+    while not ((folder / "waiting").exists() and len(finished(folder)) >= 2):
+        assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    files = [f for d in finished(folder) for f in (*d.glob("products/*"), *d.glob("checkpoints/*/model/*"))]
+    kept = {f: f.stat().st_mtime_ns for f in files}
+    assert not list((folder / "results").iterdir())
+    (folder / "gate").touch()
+    second = started(folder, tiny)
+    said = second.communicate()[1]
+    return Story(folder, kept, second.returncode, said)
+
+
+def test_what_was_finished_is_kept(story: Story) -> None:
+    assert any("warm" in str(path) for path in story.kept) and any("products" in str(path) for path in story.kept)
+    assert {path: path.stat().st_mtime_ns for path in story.kept} == story.kept
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(story: Story) -> None:
+    run = story.run("second", "gated")
+    assert "resuming from step 2" in (run / "log.txt").read_text()
+    assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == [1, 2, 3]
+    state = json.loads((run / "checkpoints" / "step-3" / "state.json").read_text())
+    assert state["controller"] == {"alpha_c": 0.4, "seen": 3}, "the unit's own controller, and its state"
+
+
+def test_shared_runs_and_warm_starts_are_made_once(story: Story) -> None:
+    assert len(list((story.folder / "work" / "runs").iterdir())) == 5
+    assert len(list((story.folder / "work" / "warm").iterdir())) == 2
+    shared = story.run("first", "plain")
+    assert shared == story.run("second", "same as plain")
+    assert story.run("second", "gated") != shared, "another controller is another run"
+    logs = [path.read_text() for path in story.folder.glob("work/*/*/log.txt")]
+    assert sum("warm start 60/60" in log for log in logs) == 2
+
+
+def test_a_failing_unit_is_said_and_the_others_go_on(story: Story) -> None:
+    assert story.code == 1
+    assert "same as plain, seed 0: RuntimeError: this product is broken (log: " in story.said
+    assert "broken: not written, 1 of its 1 runs failed" in story.said
+    assert not list((story.folder / "results").glob("broken*"))
+
+
+def test_results(story: Story) -> None:
+    record = story.record("first")
+    assert (record["seeds"], record["own_seeds"]) == ([0, 1], [0, 1])
+    assert record["command"].startswith("gapg experiment first --config ")
+    made = [(row["method"], row["seed"]) for row in record["rows"]]
+    assert made == [("plain", 0), ("tuned", 0), ("plain", 1), ("tuned", 1)]
+    assert all(row["steps"] == [1, 2, 3] and row["n"] == 24 and row["train"] == 75 for row in record["rows"])
+    assert {"question", "config", "revision", "machine", "versions", "comparisons", "conclusions"} <= record.keys()
+    results = story.folder / "results"
+    page = (results / "README.md").read_text()
+    for name in ("first", "second"):
+        assert (results / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        own = (results / f"{name}.md").read_text()
+        assert own.partition("\n\n")[2] in page, "one text, drawn twice"
+        for part in ("| method | local |", "It ran. It ended.", f"![]({name}.png)", f"`gapg experiment {name} "):
+            assert part in own, part
+    assert not [path for path in story.folder.rglob("*partial*")], "nothing half"
+
+
+def test_nothing_large_is_left_of_a_finished_run(story: Story) -> None:
+    for folder in finished(story.folder):
+        (last,) = (folder / "checkpoints").glob("step-*")
+        assert (last / "optimizer.safetensors").stat().st_size < 100
+        assert (last / "model" / "model.safetensors").stat().st_size > 10_000
+
+
+@pytest.fixture
+def toy_studies(story: Story, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Study]]:
+    monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.setenv("TOY_FOLDER", str(story.folder))
+    import toy
+
+    yield toy.STUDIES
+
+
+def test_what_is_missing_is_made_from_the_finished_models(
+    story: Story, tiny: str, toy_studies: dict[str, Study], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A product that failed, and one for which the cloud did; with fewer seeds than the study's own, which it says."""
+    plain, tuned = story.run("first", "plain"), story.run("first", "tuned")
+    model = plain / "checkpoints" / "step-3" / "model" / "model.safetensors"
+    before = model.read_bytes(), (plain / "metrics.jsonl").read_bytes()
+    assert {row["oracle_score"] for row in read_jsonl(tuned / "products" / "asked.jsonl")} == {None}
+    (story.folder / "mended").touch()
+    order = Order("all", (0,), config=tiny, work=story.folder / "work", results=tmp_path / "results")
+    assert experiment(order, toy_studies)
+    assert (model.read_bytes(), (plain / "metrics.jsonl").read_bytes()) == before
+    assert len(read_jsonl(plain / "products" / "fragile.jsonl")) == 12
+    assert {row["oracle_score"] for row in read_jsonl(tuned / "products" / "asked.jsonl")} == {1.0}
+    assert "3 runs, 1 of them there" in capsys.readouterr().err
+    record = json.loads((tmp_path / "results" / "first.json").read_text())
+    assert (record["seeds"], record["own_seeds"]) == ([0], [0, 1])
+    assert "seeds 0 (of the study's own 0, 1)" in (tmp_path / "results" / "README.md").read_text()
+    assert "--seeds 0 " in record["command"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"name": "third"}, ["'third'", "first", "second", "list"]),
+        ({"jobs": 0}, ["--jobs 0", "1 or more"]),
+        ({"config": "quickstrat"}, ["quickstrat", "presets"]),
+        ({"overrides": {"seed": "3"}}, ["seed", "--seeds"]),
+        ({"overrides": {"output_dir": "x"}}, ["output_dir", "--work-dir"]),
+        ({"overrides": {"eval.heldout": "0"}}, ["eval.heldout=0", "raise it"]),
+        ({"overrides": {"optim.lrr": "1"}}, ["optim.lrr", "optim.lr?"]),
+        ({"overrides": {"task.args.numbrs": "1"}}, ["numbrs"]),
+        ({"work": Path("/dev/null/x")}, ["/dev/null/x", "--work-dir"]),
+        ({"results": Path("/dev/null/x")}, ["/dev/null/x", "--results-dir"]),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_at_once(
+    asked: dict[str, Any], words: list[str], tiny: str, toy_studies: dict[str, Study], tmp_path: Path
+) -> None:
+    folders = {"work": tmp_path / "work", "results": tmp_path / "results"}
+    with pytest.raises(ConfigError) as refused:
+        experiment(Order(**{"name": "first", "config": tiny, **folders, **asked}), toy_studies)
+    message = str(refused.value)
+    assert all(word in message for word in words) and "\n" not in message, message
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "nothing is left behind"
+
+
+@pytest.mark.parametrize("text", ["", "0,", "0,x", "-1", "0,0", "1.5"])
+def test_seeds_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--seeds .*0,1,2"):
+        parse_seeds(text)
+
+
+def test_seeds() -> None:
+    assert (parse_seeds(None), parse_seeds("3, 1"), parse_seeds("7")) == ((), (3, 1), (7,))
+
+
+def test_only_what_a_run_is_names_it(tiny: str, tmp_path: Path) -> None:
+    def at(overrides: dict[str, str], command: dict[str, str] | None = None, seed: int = 0) -> tuple[Path, Path | None]:
+        p = place(Unit("x", overrides, seed), tiny, command or {}, tmp_path)
+        return p.folder, p.warm
+
+    run, warm = at({})
+    for same in ({"threads": "4"}, {"checkpoint_every": "7"}, {"oracle.concurrency": "3"}, {"rollout.max_rows": "64"}):
+        assert at({}, same) == (run, warm)
+    for other in ({"steps": "4"}, {"reward.alpha_c": "0.3"}, {"oracle.accuracy": "0.6"}, {"eval.heldout": "9"}):
+        assert at(other)[0] != run and at(other)[1] == warm, "another run from the same warm start"
+        assert at({}, other) == at(other), "whoever says it"
+    for other in ({"warm_start.steps": "61"}, {"task.args.max_number": "5"}, {"eval.problems": "11"}):
+        assert at(other)[0] != run and at(other)[1] not in (None, warm)
+    assert at({}, seed=1)[0] != run and at({}, seed=1)[1] != warm
+    assert at({"warm_start": ""})[1] is None
+    assert at({"reward.alpha_c": "0.3"}, {"reward.alpha_c": "0.2"}) == at({"reward.alpha_c": "0.3"}), "the unit's"
+
+
+@pytest.mark.parametrize("unit", [Unit("x", {}, 0, "nowhere:f"), Unit("x", {}, 0, products=("heldout-maskd",))])
+def test_a_unit_that_names_what_is_not_there(unit: Unit, tiny: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"x: (controller|product): "):
+        place(unit, tiny, {}, tmp_path)
+
+
+def test_list(toy_studies: dict[str, Study]) -> None:
+    assert list_studies(toy_studies).splitlines() == [
+        "second  Does it share?", "first   Does it run?", "broken  Does it say so?",
+    ]  # fmt: skip
+
+
+def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from gapg.studies.catalog import STUDIES
+
+    main(["experiment", "list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(STUDIES)
+    assert all(line.endswith(study.question) for line, study in zip(lines, STUDIES.values(), strict=True))
+    for argv in (["experiment"], ["experiment", "no-such-study"], ["experiment", lines[0].split()[0], "--seeds", "x"]):
+        with pytest.raises(SystemExit) as left:
+            main(argv)
+        assert left.value.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
