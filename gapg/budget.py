@@ -9,6 +9,8 @@ MEMORY = 0.9
 """Of the answers' accuracy; calls follow alpha_c with a delay of about ten steps, so nothing faster is needed."""
 APPROACH = 20
 """Steps in which the reference goes most of the way from the first call fraction to the budget."""
+SLOWEST = 0.2
+"""Part of the full learning rate below which `damping` grows no further: the noise of f grows with it."""
 LOW, HIGH = 0.02, 0.98
 """alpha_c stays inside these parts of alpha_a: at 0 help has no gradient to come back by, at 1 nothing is local."""
 
@@ -19,8 +21,11 @@ class Controller(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
     alpha_c: float
 
-    def observe(self, call_fraction: float, local_accuracy: float) -> None:
-        """Takes in one step: parts of all its samples that called, and that were answered and right, in [0, 1]."""
+    def observe(self, call_fraction: float, local_accuracy: float, pace: float) -> None:
+        """Takes in one step: parts of all its samples that called, and that were answered and right, in [0, 1].
+
+        pace: the step's learning rate as a part of the full one.
+        """
 
 
 @dataclass(slots=True)
@@ -34,9 +39,10 @@ class BudgetController:
     a reference that starts at the first f and approaches the budget c:
 
         q <- .9 q + .1 (right / answered)     r <- r + (c - r) / 20     I <- I - gain (f - r)
-        alpha_c = alpha_a q (I - damping (f - r))
+        alpha_c = alpha_a q (I - damping (f - r) / pace)
 
-    I and alpha_c / alpha_a are clipped to [0.02, 0.98]. The new alpha_c holds from the next step on.
+    The policy follows alpha_c at the pace of its learning rate; damping that grows as that falls (fivefold at most)
+    keeps correcting until the last step, where the policy would else end at whatever f it had when it grew slow. I and alpha_c / alpha_a are clipped to [0.02, 0.98]. The new alpha_c holds from the next step on.
     """
 
     cloud_fraction: float
@@ -48,8 +54,11 @@ class BudgetController:
     reference: float | None = None
     answered_right: float | None = None
 
-    def observe(self, call_fraction: float, local_accuracy: float) -> None:
-        """Takes in one step: parts of all its samples that called, and that were answered and right, in [0, 1]."""
+    def observe(self, call_fraction: float, local_accuracy: float, pace: float) -> None:
+        """Takes in one step: parts of all its samples that called, and that were answered and right, in [0, 1].
+
+        pace: the step's learning rate as a part of the full one.
+        """
         f = call_fraction
         if f < 1:
             right = local_accuracy / (1 - f)
@@ -61,7 +70,7 @@ class BudgetController:
         self.reference += (self.cloud_fraction - self.reference) / APPROACH
         error = f - self.reference
         self.integral = _clip(self.integral - self.gain * error)
-        self.alpha_c = self.alpha_a * _clip(q * (self.integral - self.damping * error))
+        self.alpha_c = self.alpha_a * _clip(q * (self.integral - self.damping * error / max(pace, SLOWEST)))
 
 
 def _clip(value: float) -> float:

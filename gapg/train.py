@@ -20,6 +20,7 @@ import torch
 from gapg.batching import Example
 from gapg.filtering import Selection, select
 from gapg.judge import Group, Outcome
+from gapg.optim import learning_rate
 from gapg.run import Run, Validate
 from gapg.seeding import derive
 from gapg.tracking import Display, warn
@@ -103,7 +104,8 @@ def train_step(run: Run) -> dict[str, Any]:
     run.state.all_unknown = run.state.all_unknown + 1 if selection.unknown == len(groups) else 0
     row = _metrics(run, groups, selection) | update | {"alpha_c": alpha_c}
     if config.budget.controller:
-        run.controller.observe(row["call_fraction"], row["local_accuracy"])
+        pace = learning_rate(config.optim, run.state.step, config.steps) / config.optim.lr
+        run.controller.observe(row["call_fraction"], row["local_accuracy"], pace)
     return row
 
 

@@ -43,7 +43,7 @@ class Multiplier:
     alpha_a: float
     alpha_c: float
 
-    def observe(self, call_fraction: float, local_accuracy: float) -> None:
+    def observe(self, call_fraction: float, local_accuracy: float, pace: float) -> None:
         """Takes in one step's call fraction, in [0, 1]; how often the policy is right alone does not matter to it."""
         multiplier = self.alpha_a - self.alpha_c + RATE * (call_fraction - self.cloud_fraction)
         self.alpha_c = self.alpha_a - max(0.0, multiplier)

@@ -62,24 +62,24 @@ def test_the_multiplier_starts_at_the_configs_price_and_follows_the_calls() -> N
     config = load_config("quickstart", units.da_grpo(3).overrides)
     law = make_multiplier(config)
     assert law.alpha_c == config.reward.alpha_c == 0.4
-    law.observe(0.8, 0.1)
+    law.observe(0.8, 0.1, 1.0)
     assert law.alpha_c == pytest.approx(0.4 - 0.01 * 0.5)
-    law.observe(0.0, 0.1)
+    law.observe(0.0, 0.1, 1.0)
     assert law.alpha_c == pytest.approx(0.4 - 0.01 * 0.5 + 0.01 * 0.3)
 
 
 def test_the_multiplier_is_never_negative_and_has_no_ceiling() -> None:
     law = Multiplier(cloud_fraction=0.5, alpha_a=1.0, alpha_c=0.999)
-    law.observe(0.0, 1.0)
+    law.observe(0.0, 1.0, 1.0)
     assert law.alpha_c == 1.0
     for _ in range(300):
-        law.observe(1.0, 0.0)
+        law.observe(1.0, 0.0, 1.0)
     assert law.alpha_c == pytest.approx(1.0 - 300 * 0.01 * 0.5)
 
 
 def test_its_fields_are_its_state() -> None:
     law = Multiplier(0.3, 1.0, 0.4)
-    law.observe(0.9, 0.0)
+    law.observe(0.9, 0.0, 1.0)
     assert replace(Multiplier(0.3, 1.0, 0.4), **asdict(law)) == law
 
 

@@ -27,7 +27,7 @@ class Gated:
     alpha_c: float
     seen: int = 0
 
-    def observe(self, call_fraction: float, local_accuracy: float) -> None:
+    def observe(self, call_fraction: float, local_accuracy: float, pace: float) -> None:
         self.seen += 1
         folder = Path(os.environ["TOY_FOLDER"])
         if self.seen == 3 and not (folder / "gate").exists():
