@@ -185,7 +185,7 @@ class BudgetConfig(Section):
     """Moves alpha_c so that the training call fraction meets `cloud_fraction`."""
     rho: Annotated[float, Field(ge=0)] | None = None
     """Overrides the filter's rho = c / (1 - c)."""
-    gain: Annotated[float, Field(gt=0)] = 0.03
+    gain: Annotated[float, Field(gt=0)] = 0.05
     """Integral gain of the controller, per step."""
     damping: Annotated[float, Field(ge=0)] = 0.75
     """Proportional gain of the controller."""
