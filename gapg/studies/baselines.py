@@ -299,10 +299,10 @@ def conclusions(measured: Measured) -> list[str]:
     first += f", more than {listed(figures)}." if figures else ", and nothing here is shown to be worse."
     parts = []
     if tie:
-        names = [f"{name} ({interval(measured.differences[name])})" for name in tie]
+        names = [f"{name.removeprefix('+ ')} ({interval(measured.differences[name])})" for name in tie]
         parts.append(f"no difference is shown from {listed(names)}")
     if win:
-        names = [f"{name} ({interval(measured.differences[name])})" for name in win]
+        names = [f"{name.removeprefix('+ ')} ({interval(measured.differences[name])})" for name in win]
         parts.append(f"it is worse than {listed(names)}")
     second = "; ".join(parts) or "all of these intervals leave 0 out: nothing here comes up to it"
     return [first, second[:1].upper() + second[1:] + "."]

@@ -49,10 +49,16 @@ def _curves(axis: Axes, measured: Measured, colours: dict[str, str]) -> None:
         else:
             axis.plot(GRID, y_SK.mean(0), color=colours[name], label=name, **{"linewidth": 1.4, **_line(name)})
     axis.axvline(measured.cloud_fraction, color="black", linewidth=0.8, linestyle=":")
-    axis.axhline(measured.cloud(), color=GREEN, linewidth=0.8, linestyle=":")
+    _cloud(axis, measured)
     axis.set(xlabel="called", ylabel="accuracy together", title="accuracy against calls, greedy")
     percent(axis, x=True, y=True)
-    axis.legend(fontsize=SMALL, loc="lower right")
+    axis.legend(fontsize=SMALL, loc="lower right", title="+ : routers of the task-tuned model", title_fontsize=SMALL)
+
+
+def _cloud(axis: Axes, measured: Measured) -> None:
+    axis.axhline(measured.cloud(), color=GREEN, linewidth=0.8, linestyle=":")
+    at: dict[str, Any] = {"transform": axis.get_yaxis_transform(), "va": "bottom", "fontsize": SMALL, "color": GREEN}
+    axis.text(0.02, measured.cloud(), "cloud only", **at)
 
 
 def _money(axis: Axes, measured: Measured, colours: dict[str, str]) -> None:
@@ -65,9 +71,7 @@ def _money(axis: Axes, measured: Measured, colours: dict[str, str]) -> None:
             curves.append(np.interp(grid, spent, c.accuracy, left=np.nan, right=np.nan))
         y_SK = np.array(curves)
         axis.plot(grid, y_SK.mean(0), color=colours[name], **{"linewidth": 1.4, **_line(name)})
-    axis.plot([price.call], [measured.cloud()], "D", color=GREEN, markersize=6)
-    axis.annotate("cloud only", (price.call, measured.cloud()), (-6, -12), textcoords="offset points", fontsize=SMALL,
-                  ha="right", color=GREEN)  # fmt: skip
+    _cloud(axis, measured)
     axis.set_xscale("log")
     unit = "cloud calls" if price.call == 1 else "the config's currency"
     axis.set(xlabel=f"cost of a problem, in {unit}", ylabel="accuracy together", title="accuracy against money, greedy")

@@ -231,7 +231,7 @@ def draw(figure: Figure, measured: Measured) -> None:
     axes[0].set(xlabel="target", ylabel="called", title="target against called, a dot a seed", xlim=(0, high))
     axes[1].set(xlabel="target", ylabel="called less target, points", title="the same, as an error", xlim=(0, high))
     axes[2].set(xlabel="called", ylabel="accuracy together", title="accuracy (lines: greedy curves, mean over seeds)")
-    axes[0].legend(fontsize=SMALL, loc="upper left")
+    axes[0].legend(fontsize=SMALL, loc="lower right")
     axes[2].legend(fontsize=SMALL, loc="lower right")
     percent(axes[0], x=True, y=True)
     percent(axes[1], x=True)

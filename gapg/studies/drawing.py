@@ -42,9 +42,9 @@ def percent(axis: Axes, *, x: bool = False, y: bool = False) -> None:
     from matplotlib.ticker import PercentFormatter
 
     if x:
-        axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     if y:
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
 
 
 def mean_line(axis: Axes, x: FloatArray, y_SK: FloatArray, colour: str, label: str, **style: Any) -> None:

@@ -194,7 +194,7 @@ def rho_units(seed: int) -> list[Unit]:
     found = []
     for controller in (True, False):
         for factor, times in RHO_FACTORS.items():
-            overrides = dict(units.gapg_at(FRACTION, seed).overrides) | ({} if controller else units.FIXED_PRICE)
+            overrides = {**units.gapg_at(FRACTION, seed).overrides, **({} if controller else units.FIXED_PRICE)}
             if times != 1:
                 overrides["budget.rho"] = f"{float(RIGHT_RHO * Fraction(times)):.12g}"
             found.append(Unit(rho_label(factor, controller), overrides, seed))

@@ -168,7 +168,7 @@ def test_the_report_says_who_wins(runs: Callable[..., list[Finished]], tmp_path:
     assert first.startswith("With 30% of the problems called GAPG is right on 90.0% of them, more than")
     assert "DA-GRPO +40.0 points (2 of 2 seeds)" in first
     assert "random offloading +21.0 points (2 of 2 seeds)" in first
-    assert second.startswith("No difference is shown from + prompt-only router (+0.0 (+0.0 to +0.0))")
+    assert second.startswith("No difference is shown from prompt-only router (+0.0 (+0.0 to +0.0))")
     assert len({(r["method"], r["seed"]) for r in report.rows}) == len(report.rows) == 2 * (len(report.comparisons) + 3)
     ours = next(r for r in report.rows if r["method"] == "GAPG" and r["seed"] == 20)
     assert ours["calls_for_50"] == pytest.approx(0.15)
