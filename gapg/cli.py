@@ -1,4 +1,4 @@
-"""The command line: `gapg train`, `gapg eval`, `gapg config show`, `gapg info`. Orchestrates; knows no method."""
+"""The command line: `gapg train`, `eval`, `calibrate`, `experiment`, `config`, `info`. Orchestrates only."""
 
 from __future__ import annotations
 
@@ -42,6 +42,30 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class Calibrate:
+    """Find the bias on the help phrase that gives a call fraction, and save it beside the model.
+
+    Decodes the training problems once with help masked. `gapg eval` reads what is saved.
+    """
+
+    checkpoint: Positional[Path]
+    """A run's folder, one of its checkpoints, or a model folder."""
+    cloud_fraction: float | None = None
+    """Part of the problems that may go to the cloud; empty: the config's budget.cloud_fraction."""
+    temperature: float = 0.0
+    """The decoding to calibrate; 0 is greedy."""
+    problems: int | None = None
+    """How many training problems to calibrate on; empty: all that fit."""
+    accuracy: bool = False
+    """Ask a paid oracle about every calibration problem, for the accuracy together (a solver is always asked).
+    The bias needs no oracle."""
+    config: str | None = None
+    """Preset or YAML file; empty: the config of the run the checkpoint belongs to."""
+    output_dir: Path | None = None
+    """Where curve.png, summary.json and predictions.jsonl go; empty: beside the checkpoint."""
+
+
+@dataclass(frozen=True)
 class Config:
     """`gapg config list` names the presets; `gapg config show NAME` prints one with its defaults and overrides."""
 
@@ -81,6 +105,7 @@ class Experiment:
 Command = (
     Annotated[Train, subcommand("train")]
     | Annotated[Eval, subcommand("eval")]
+    | Annotated[Calibrate, subcommand("calibrate")]
     | Annotated[Experiment, subcommand("experiment")]
     | Annotated[Config, subcommand("config")]
     | Annotated[Info, subcommand("info")]
@@ -88,10 +113,14 @@ Command = (
 OWN_OPTIONS = {
     "train": {"--resume"},
     "eval": {"--config", "--output-dir"},
+    "calibrate": {"--cloud-fraction", "--temperature", "--problems", "--accuracy", "--config", "--output-dir"},
     "experiment": {"--seeds", "--jobs", "--config", "--work-dir", "--results-dir"},
     "config": set(),
     "info": {"--config"},
 }
+
+FLAGS = {"--resume", "--accuracy"}
+"""Those of them that take no value."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -109,6 +138,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 evaluate_command(command.checkpoint, command.config, command.output_dir, parse_overrides(overrides))
             case Experiment():
                 _experiment(command, overrides)
+            case Calibrate():
+                from gapg.use.calibrate_command import Wanted, calibrate_command
+
+                wanted = Wanted(command.cloud_fraction, command.temperature, command.problems, command.accuracy)
+                changed = parse_overrides(overrides)
+                calibrate_command(command.checkpoint, wanted, command.config, command.output_dir, changed)
             case Config():
                 _config(command, overrides)
             case Info(config=str(name)):
@@ -138,7 +173,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
         takes_value = "=" not in word and queue and not queue[0].startswith("--")
         if not word.startswith("-") or name in known or name in ("-h", "--help"):
             own.append(word)
-            if name in known and name != "--resume" and takes_value:
+            if name in known and name not in FLAGS and takes_value:
                 own.append(queue.pop(0))
         else:
             overrides.append(word)
@@ -154,10 +189,11 @@ def _check_words(own: list[str]) -> None:
         return
     if command not in OWN_OPTIONS:
         said = f"{command!r} is no command" if command else "no command given"
-        raise ConfigError(f"{said}; use gapg train, eval, experiment, config or info (--help says more)")
+        raise ConfigError(f"{said}; use gapg train, eval, calibrate, experiment, config or info (--help says more)")
     usage = {
         "train": "NAME",
         "eval": "CHECKPOINT",
+        "calibrate": "CHECKPOINT",
         "experiment": "list | NAME | all",
         "config": "list | config show NAME",
     }

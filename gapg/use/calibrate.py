@@ -30,6 +30,9 @@ from gapg.tracking import write_whole
 FILE = "help_calibration.json"
 """Beside a model's weights."""
 
+LIMIT = 1000.0
+"""A bias beyond which nothing changes."""
+
 FloatArray = NDArray[np.float64]
 
 
@@ -117,8 +120,8 @@ class MaskedPass:
         """[N] the chance that each problem calls under this bias; greedily 0 or 1."""
         if self.temperature == 0:
             return (self.margin_N + bias > 0).astype(np.float64)
-        stays = np.exp(-np.logaddexp(0.0, self.log_odds_NP + bias / self.temperature).sum(1))
-        return np.where(np.isposinf(self.margin_N), 1.0, 1.0 - stays)
+        log_stays_N = -np.logaddexp(0.0, self.log_odds_NP + bias / self.temperature).sum(1)
+        return np.where(np.isposinf(self.margin_N), 1.0, -np.expm1(log_stays_N))
 
     @property
     def reachable(self) -> float:
@@ -130,9 +133,8 @@ class MaskedPass:
         greedy = fit_bias(self.margin_N.tolist(), cloud_fraction)
         if self.temperature == 0:
             return greedy
-        # the chance of a call grows with the bias; bias = 0 is somewhere between
-        low, high = -1000.0, 1000.0
-        for _ in range(60):
+        low, high = -LIMIT, LIMIT
+        for _ in range(45):  # the chance of a call grows with the bias
             middle = (low + high) / 2
             low, high = (middle, high) if self.chances(middle).mean() < cloud_fraction else (low, middle)
         return high

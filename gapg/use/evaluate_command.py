@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -15,11 +15,12 @@ from gapg.judge import Judge
 from gapg.model import load_model, load_tokenizer
 from gapg.parts import check_run, fitting_prompts, make_engine, make_oracle, make_task
 from gapg.policy import check_supported
-from gapg.rollout.records import Engine, Oracle, Sampling
+from gapg.rollout.records import Engine, HelpControl, Oracle, Sampling
 from gapg.run import set_threads
 from gapg.seeding import derive
 from gapg.tasks.base import STOP, Task
 from gapg.tracking import say, write_whole
+from gapg.use.calibrate import FILE, help_control, load_calibration
 from gapg.use.evaluate import as_result, prediction, respond
 from gapg.use.report import print_table
 
@@ -29,29 +30,56 @@ def evaluate_command(target: Path, config_name: str | None, output: Path | None,
 
     Raises ConfigError where the folder or the config is missing, naming the fix.
     """
+    opened = open_target(target, config_name, overrides)
+    folder = output or opened.beside("eval")
+    folder.mkdir(parents=True, exist_ok=True)
+    config, task = opened.config, opened.task
+    oracle = make_oracle(config, task, opened.run_folder or folder)  # the run's paid answers are not paid again
+    try:
+        engine = opened.engine()
+        try:
+            evaluate(config, folder, task, opened.tokenizer, engine, oracle, model=str(opened.model_path))
+        finally:
+            engine.close()
+    finally:
+        oracle.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A model to use: its folder, the run it belongs to if any, and what its config names."""
+
+    model_path: Path
+    run_folder: Path | None
+    config: RunConfig
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+
+    def engine(self) -> Engine:
+        """Loads the weights. Raises ConfigError."""
+        model = load_model(self.config.model, self.tokenizer, self.config.seed)
+        check_supported(model)
+        return make_engine(self.config, model, self.tokenizer, str(self.model_path))
+
+    def beside(self, kind: str) -> Path:
+        """Where results about this model go: a folder of its run's, or of `runs`."""
+        path = self.model_path
+        name = path.resolve().parent.name if path.name == "model" else path.resolve().name
+        return (self.run_folder or Path("runs")) / kind / name
+
+
+def open_target(target: Path, config_name: str | None, overrides: Mapping[str, str]) -> Target:
+    """All but the weights. Raises ConfigError where the folder or the config is missing, naming the fix."""
     model_path, run_folder = find_model(target)
     if config_name is None and run_folder is None:
         raise ConfigError(f"{target}: not part of a run, so name the task with --config, e.g. --config gsm8k-smollm2")
     config = load_config(config_name or str(run_folder / "config.yaml"), overrides)  # type: ignore[operator]
     set_threads(config)
     task = make_task(config)
-    model_config = config.model.model_copy(update={"path": str(model_path)})
-    tokenizer = load_tokenizer(model_config, task)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(model_path)})})
+    tokenizer = load_tokenizer(config.model, task)
     check_run(config, task, tokenizer)
-    name = model_path.resolve().parent.name if model_path.name == "model" else model_path.resolve().name
-    folder = output or (run_folder or Path("runs")) / "eval" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    oracle = make_oracle(config, task, run_folder or folder)  # the run's paid answers are not paid again
-    try:
-        model = load_model(model_config, tokenizer, config.seed)
-        check_supported(model)
-        engine = make_engine(config, model, tokenizer, str(model_path))
-        try:
-            evaluate(config, folder, task, tokenizer, engine, oracle, model=str(model_path))
-        finally:
-            engine.close()
-    finally:
-        oracle.close()
+    return Target(model_path, run_folder, config, task, tokenizer)
 
 
 def find_model(target: Path) -> tuple[Path, Path | None]:
@@ -75,18 +103,23 @@ def evaluate(
     *,
     model: str,
 ) -> None:
-    """Held-out problems, greedy and sampled: prints a table; summary.json and predictions.jsonl in `folder`."""
+    """Held-out problems, greedy, sampled, and as each calibration beside the model says: a table on standard output;
+    summary.json and predictions.jsonl in `folder`.
+
+    Raises ConfigError where a calibration does not fit the tokenizer.
+    """
     prompts = fitting_prompts(config, task, tokenizer, "heldout")
     judge = Judge(task, oracle, ask_unsolved=False)
     rows, lines = [], []
-    for decoding, temperature in (("greedy", 0.0), ("sampled", config.rollout.temperature)):
-        seed = derive(config.seed, "eval", decoding)
-        sampling = Sampling(config.rollout.max_new_tokens, temperature, STOP, seed)
+    for decoding, temperature, help in decodings(config, tokenizer, Path(model)):
+        seed = derive(config.seed, "eval", "sampled" if temperature else "greedy")
+        sampling = Sampling(config.rollout.max_new_tokens, temperature, STOP, seed, help)
         groups = respond(engine, task, tokenizer, judge, prompts, sampling, title=f"evaluate {decoding}")
         lines += [{"decoding": decoding, **prediction(g, config.reward)} for g in groups]
         outcomes = [g.outcomes[0].value for g in groups]
         rows.append(
-            as_result(decoding if temperature == 0 else f"{decoding}, T={temperature:g}", groups).row()
+            as_result(decoding, groups).row()
+            | {"help_bias": help.bias if help else 0.0}
             | {"outcomes": {o: outcomes.count(o) for o in sorted(set(outcomes))}}
             | {"unknown": sum(g.unknown for g in groups)}
         )
@@ -97,3 +130,20 @@ def evaluate(
     print_table(rows)
     say(f"oracle: {', '.join(f'{key} {value:g}' for key, value in usage.items())}")
     say(f"{folder}/summary.json  {folder}/predictions.jsonl")
+
+
+def decodings(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_folder: Path
+) -> list[tuple[str, float, HelpControl | None]]:
+    """(name, temperature, help control) of all that is evaluated; says so where nothing is calibrated."""
+    temperature = config.rollout.temperature
+    found: list[tuple[str, float, HelpControl | None]] = [
+        ("greedy", 0.0, None),
+        (f"sampled, T={temperature:g}", temperature, None),
+    ]
+    entries = load_calibration(model_folder)
+    if not entries:
+        say(f"no {FILE} beside the model: only as trained (gapg calibrate sets a call fraction)")
+    elif any(e.spellings != help_control(tokenizer).spellings for e in entries):
+        raise ConfigError(f"{model_folder / FILE}: made with another tokenizer; delete it and run gapg calibrate again")
+    return found + [(e.label, e.temperature, e.control) for e in entries]

@@ -137,6 +137,23 @@ def test_a_real_tokenizer_is_calibrated_in_every_spelling(
         assert sum(parse(c.text).kind == "help" for c in called) == round(fraction * 60)
 
 
+@pytest.mark.parametrize(("temperature", "bias"), [(1.0, -1.0), (1.0, 1.5), (0.7, 0.5)])
+def test_one_masked_pass_tells_what_any_bias_does_to_samples(
+    talker: PreTrainedModel, bpe: PreTrainedTokenizerFast, temperature: float, bias: float
+) -> None:
+    """The expected call fraction of the masked samples against samples drawn with the bias."""
+    control, n = help_control(bpe), 12
+    held = talk(talker, bpe, masked(control), n, temperature=temperature, seed=1)
+    odds = [c.help_log_odds for c in held if c.help_log_odds is not None]
+    stays = [math.prod(1 / (1 + math.exp(o + bias / temperature)) for o in of_one) for of_one in odds]
+    drawn = talk(talker, bpe, replace(control, bias=bias), n, temperature=temperature, seed=2)
+    called = [parse(c.text).kind == "help" for c in drawn]
+    expected = 1 - sum(stays) / len(stays)
+    assert 0.05 < expected < 0.95
+    deviation = math.sqrt(2 * expected * (1 - expected) / len(called))
+    assert abs(sum(called) / len(called) - expected) < 4 * deviation
+
+
 @given(st.lists(st.floats(-20, 20), min_size=2, max_size=60, unique=True), st.floats(0.01, 0.99))
 def test_it_is_the_quantile(margins: list[float], c: float) -> None:
     """With bias b a problem calls exactly where its margin is above -b."""
