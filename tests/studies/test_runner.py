@@ -1,5 +1,6 @@
 """`gapg experiment` on toy studies: killed halfway, it goes on; what two studies share is made once; failures show."""
 
+import importlib
 import json
 import os
 import signal
@@ -7,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,8 @@ class Story:
     folder: Path
     kept: dict[Path, int]
     """Files of what was finished at the kill, and when each was last written."""
-    code: int
+    whole: bool
+    """Whether everything was written in the end."""
     said: str
 
     def record(self, study: str) -> dict[str, Any]:
@@ -42,24 +46,34 @@ class Story:
         return self.folder / "work" / "runs" / found[0]["run"]
 
 
-def finished(folder: Path) -> list[Path]:
+def finished(folder: Path, kind: str = "*") -> list[Path]:
     """The finished warm starts and runs (of a run with a broken product: what is finished of it)."""
-    done = list(folder.glob("work/runs/*/done.json"))
+    done = list(folder.glob(f"work/{kind}/*/done.json"))
     runs = [path.parent for path in done if json.loads(path.read_text())["products"].keys() >= STANDARD]
-    return runs + [path.parents[1] for path in folder.glob("work/warm/*/checkpoints/step-60")]
-
-
-def started(folder: Path, tiny: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, str(HERE / "toy.py"), "all", tiny, str(folder), "2"]
-    environment = {**os.environ, "TOY_FOLDER": str(folder)}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return runs + [path.parents[1] for path in folder.glob(f"work/{kind}/*/checkpoints/step-60")]
 
 
 @pytest.fixture(scope="module")
-def story(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Story:
+def studies_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the toy studies lie, known to them and to their workers."""
     folder = tmp_path_factory.mktemp("studies")
-    first = started(folder, tiny)
-    while not ((folder / "waiting").exists() and len(finished(folder)) >= 2):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(HERE))
+        patch.setenv("TOY_FOLDER", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def toy_studies(studies_folder: Path) -> dict[str, Study]:
+    return importlib.import_module("toy").STUDIES
+
+
+@pytest.fixture(scope="module")
+def story(tiny: str, studies_folder: Path, toy_studies: dict[str, Study]) -> Story:
+    folder = studies_folder
+    command = [sys.executable, str(HERE / "toy.py"), "all", tiny, str(folder), "2"]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not ((folder / "waiting").exists() and len(finished(folder, "runs")) >= 1):
         assert first.poll() is None, first.communicate()[1]
         time.sleep(0.05)
     os.killpg(first.pid, signal.SIGKILL)
@@ -68,9 +82,9 @@ def story(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Story:
     kept = {f: f.stat().st_mtime_ns for f in files}
     assert not list((folder / "results").iterdir())
     (folder / "gate").touch()
-    second = started(folder, tiny)
-    said = second.communicate()[1]
-    return Story(folder, kept, second.returncode, said)
+    with redirect_stderr(StringIO()) as said:
+        whole = experiment(Order("all", config=tiny, work=folder / "work", results=folder / "results"), toy_studies)
+    return Story(folder, kept, whole, said.getvalue())
 
 
 def test_what_was_finished_is_kept(story: Story) -> None:
@@ -97,7 +111,7 @@ def test_shared_runs_and_warm_starts_are_made_once(story: Story) -> None:
 
 
 def test_a_failing_unit_is_said_and_the_others_go_on(story: Story) -> None:
-    assert story.code == 1
+    assert not story.whole
     assert "same as plain, seed 0: RuntimeError: this product is broken (log: " in story.said
     assert "broken: not written, 1 of its 1 runs failed" in story.said
     assert not list((story.folder / "results").glob("broken*"))
@@ -127,15 +141,6 @@ def test_nothing_large_is_left_of_a_finished_run(story: Story) -> None:
         (last,) = (folder / "checkpoints").glob("step-*")
         assert (last / "optimizer.safetensors").stat().st_size < 100
         assert (last / "model" / "model.safetensors").stat().st_size > 10_000
-
-
-@pytest.fixture
-def toy_studies(story: Story, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Study]]:
-    monkeypatch.syspath_prepend(str(HERE))
-    monkeypatch.setenv("TOY_FOLDER", str(story.folder))
-    import toy
-
-    yield toy.STUDIES
 
 
 def test_what_is_missing_is_made_from_the_finished_models(
