@@ -143,3 +143,32 @@ def test_rows_that_sample_nothing_are_left_alone(trace: Any) -> None:
         logits = torch.randn(1, 12)
         torch.testing.assert_close(processor.apply(logits.clone(), context), logits)
     assert (trace.current.margin_RT == -math.inf).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("control", [c for c in CONTROLS if c.bias < math.inf])
+def test_vllm_and_the_in_process_engine_steer_alike(trace: Any, control: HelpControl, temperature: float) -> None:
+    """The same logits, decoded greedily for twelve tokens: same choices, margins and log-odds."""
+    from gapg.rollout.transformers_help import HelpSteering
+
+    generator = torch.Generator().manual_seed(1)
+    rows, steps = torch.arange(64), 12
+    theirs, ours = trace(control, temperature, 64, steps, "cpu"), HelpSteering(control, 64, steps, torch.device("cpu"))
+    tokens_RT = torch.zeros(64, steps, dtype=torch.long)
+    past_RT = torch.full((64, theirs.look_back + steps), -1)
+    forced = 0
+    for step in range(steps):
+        logits = torch.randn(64, 12, generator=generator)
+        steered = theirs.steer(
+            logits.clone(), rows, torch.full((64,), step), past_RT[:, step : step + theirs.look_back]
+        )
+        fits = ours.fits(tokens_RT, rows, step)
+        logp = torch.log_softmax(logits / temperature, -1)
+        biased = ours.steer(logp, temperature, fits, rows, step, torch.ones(64, dtype=torch.bool))
+        chosen = ours.force_rest(biased.argmax(-1), fits, rows)
+        forced += int((chosen != biased.argmax(-1)).sum())
+        assert torch.equal(steered.argmax(-1), chosen)
+        tokens_RT[:, step] = past_RT[:, theirs.look_back + step] = chosen
+    torch.testing.assert_close(theirs.margin_RT.amax(1), ours.margin_R)
+    torch.testing.assert_close(theirs.log_odds_RT, ours.log_odds_RT, atol=1e-4, rtol=1e-4)
+    assert forced > 20 or control.bias < 0
