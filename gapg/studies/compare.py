@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-import os
 import sys
 import threading
 from dataclasses import asdict, replace
@@ -22,6 +21,7 @@ from gapg.parts import fitting_prompts, make_oracle, make_task, oracle_account
 from gapg.rollout.records import HelpControl, Sampling
 from gapg.run import Run, build_run, set_threads
 from gapg.seeding import derive
+from gapg.studies.pool import end_with_parent
 from gapg.studies.routers import at_random, by_logprob, logprob_threshold, offload
 from gapg.tasks.base import STOP
 from gapg.tracking import read_jsonl, say, write_whole
@@ -73,7 +73,7 @@ def start_task_tuned(config: RunConfig, warm_model: Path | None) -> multiprocess
 
 
 def _task_tuned(config: RunConfig, warm_model: Path | None) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     lock = open_folder(config, resume=True)
     save_config(config)
     sys.stderr = (config.output_dir / "log.txt").open("a", buffering=1)
@@ -85,14 +85,6 @@ def _task_tuned(config: RunConfig, warm_model: Path | None) -> None:
     finally:
         run.close()
         lock.close()
-
-
-def _end_with_parent() -> None:
-    """A killed parent must not leave a child behind that writes into the folder of the run that resumes it."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def assess_task_tuned(run: Run) -> None:
