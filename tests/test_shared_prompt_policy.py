@@ -280,7 +280,7 @@ class Attentions(TorchDispatchMode):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_update_at_real_sizes_under_autocast(checkpointing: bool) -> None:
-    """Fake tensors under the CPU's autocast, which treats these operators as CUDA's does (tests/test_cuda_route.py)."""
+    """Fake tensors under the CPU's autocast, which treats these operators as CUDA's does (tests/cuda_route)."""
     config = Qwen2Config(
         vocab_size=151_936,
         hidden_size=896,

@@ -14,73 +14,28 @@ GPU, raises DataDependentOutputException.
 """
 
 from collections import defaultdict
-from typing import Any
 
 import pytest
 import torch
+from real_sizes import (
+    FULL,
+    HALF,
+    VOCAB,
+    Operators,
+    check_autocast_is_cudas,
+    check_flash_backward,
+    check_flash_forward,
+    check_products,
+    fake_policy,
+    qwen,
+)
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 from gapg import attention
 from gapg.batching import Example, PackedBatch, packed_batches
-from gapg.kernels import flash
 from gapg.policy import response_logprobs
-
-attention.register()
-
-HALF, FULL = torch.bfloat16, torch.float32
-VOCAB = 151_936
-QWEN_HALF_B = Qwen2Config(
-    vocab_size=VOCAB,
-    hidden_size=896,
-    intermediate_size=4864,
-    num_hidden_layers=24,
-    num_attention_heads=14,
-    num_key_value_heads=2,
-    tie_word_embeddings=True,
-)
-QWEN_1_5B = Qwen2Config(
-    vocab_size=VOCAB,
-    hidden_size=1536,
-    intermediate_size=8960,
-    num_hidden_layers=4,  # of 28, for the time of it
-    num_attention_heads=12,
-    num_key_value_heads=2,
-    tie_word_embeddings=True,
-)
-
-
-class Operators(TorchDispatchMode):
-    """What reaches the kernels, below autocast and autograd: every operator's arguments and result."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[str, list[tuple[tuple[Any, ...], Any]]] = defaultdict(list)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.calls[func.overloadpacket._qualified_op_name.replace("::", ".")].append((args, result))
-        return result
-
-
-def tensors(values: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    for value in values if isinstance(values, tuple | list) else [values]:
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, tuple | list):
-            found += tensors(value)
-    return found
-
-
-@pytest.fixture
-def flash_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every device has PyTorch's FlashAttention, and flash-attn is not installed."""
-    monkeypatch.setattr(flash, "has_flash", lambda device: True)
-    monkeypatch.setattr(flash, "best", lambda device, head_dim: flash.ATEN)
-
 
 # --- 1. CUDA's autocast, at the attention ----------------------------------------------------------------------------
 
@@ -106,8 +61,8 @@ def test_under_cudas_autocast_every_mixture_reaches_flash_attention(query: torch
         assert torch.nn.functional.linear(q, weight).dtype == HALF  # autocast is on, and is CUDA's own
         out = attention.packed_attention(q, k, v, torch.empty(3, dtype=torch.int32, device="cuda"), 8)
         assert (out.dtype, out.shape, out.device.type) == (HALF, (8, 14, 64), "cuda")
-    ((arguments, _),) = operators.calls["aten._flash_attention_forward"]
-    assert [x.dtype for x in arguments[:3]] == [HALF] * 3
+    (call,) = operators.calls["aten._flash_attention_forward"]
+    assert [x.dtype for x in call.args[:3]] == [HALF] * 3
 
 
 @pytest.mark.usefixtures("flash_everywhere")
@@ -121,25 +76,7 @@ def test_without_autocast_only_16_bits_reach_it() -> None:
             attention.packed_attention(*fake_inputs(FULL, FULL), cu, 8)
 
 
-# --- 2. the whole update ---------------------------------------------------------------------------------------------
-
-MOVES = ["_to_copy", "view", "_unsafe_view", "t", "transpose", "select", "slice", "unsqueeze", "detach"]
-PRODUCTS = ["mm", "addmm"]  # in 16 bits under either autocast
-UNLISTED = ["add", "mul", "neg", "silu", "_flash_attention_forward"]  # they compute in what they get
-EQUAL = ["cat"]  # the CPU's autocast would make different types one; here they are the same
-ALIKE = {f"aten.{name}" for name in MOVES + PRODUCTS + UNLISTED + EQUAL} | {"gapg.linear_logprob", "prim.device"}
-"""Operators of the forward that may see a 16-bit tensor: those that CUDA's and the CPU's autocast treat alike.
-
-They differ in what each computes in float32 (aten/src/ATen/autocast_mode.h), which changes no float32 tensor.
-"""
-
-
-def fake_policy(config: Qwen2Config, checkpointing: bool) -> PreTrainedModel:
-    """float32 weights, as load_model gives them. Call within a FakeTensorMode."""
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=FULL)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.train()
+# --- 2. the log-probs and their gradients -----------------------------------------------------------------------------
 
 
 def fake_batch(sequences: int, length: int, responses: int) -> PackedBatch:
@@ -162,8 +99,8 @@ def fake_batch(sequences: int, length: int, responses: int) -> PackedBatch:
 @pytest.mark.parametrize(
     ("config", "checkpointing", "per_sequence"),
     [
-        pytest.param(QWEN_HALF_B, False, 256, id="0.5B"),
-        pytest.param(QWEN_1_5B, True, 448, id="1.5B, checkpointing, more responses than E is kept for"),
+        pytest.param(qwen("0.5B"), False, 256, id="0.5B"),
+        pytest.param(qwen("1.5B", layers=4), True, 448, id="1.5B, checkpointing, more responses than E is kept for"),
     ],
 )
 @pytest.mark.usefixtures("flash_everywhere")
@@ -176,47 +113,35 @@ def test_the_update_at_real_sizes(config: Qwen2Config, checkpointing: bool, per_
         model, batch = fake_policy(config, checkpointing), fake_batch(sequences, length, rows)
         with FlopCounterMode(display=False) as counter, Operators() as operators:
             logprob = response_logprobs(model, batch, compute=HALF)
-            forward = {name: len(calls) for name, calls in operators.calls.items()}
             (batch.weight * logprob).sum().backward()
     assert (logprob.dtype, logprob.shape) == (FULL, (rows,))
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert (parameter.grad.dtype, parameter.grad.shape) == (FULL, parameter.shape), name
 
-    # each layer's attention is one varlen kernel each way, with what the CUDA kernel demands
+    # each layer's attention is one varlen kernel each way
     attentions = operators.calls["aten._flash_attention_forward"]
-    assert forward["aten._flash_attention_forward"] == layers
+    assert sum(not call.backward for call in attentions) == layers
     assert len(attentions) == layers * (2 if checkpointing else 1)
-    for (q, k, v, cu_q, cu_k, longest_q, longest_k, dropout, causal, debug), (out, *_) in attentions:
-        assert q.shape == out.shape == (tokens, heads, head_dim)
-        assert k.shape == v.shape == (tokens, kv_heads, head_dim)
-        assert {x.dtype for x in (q, k, v, out)} == {HALF}
-        assert all(x.stride(-1) == 1 for x in (q, k, v))
-        assert cu_q is cu_k and (cu_q.dtype, cu_q.shape) == (torch.int32, (sequences + 1,))
-        assert (longest_q, longest_k, dropout, causal, debug) == (length, length, 0.0, True, False)
+    for call in attentions:
+        check_flash_forward(call)
+        q, k, _, cu_q, cu_k, longest_q, longest_k, _, causal, _ = call.args
+        assert (q.shape, k.shape) == ((tokens, heads, head_dim), (tokens, kv_heads, head_dim))
+        assert cu_q is cu_k and cu_q.shape == (sequences + 1,)
+        assert (longest_q, longest_k, causal) == (length, length, True)
     backwards = operators.calls["aten._flash_attention_backward"]
     assert len(backwards) == layers
-    for (grad, q, k, v, out, logsumexp, *_), grads in backwards:
-        assert {x.dtype for x in (grad, q, k, v, out, *grads)} == {HALF} and logsumexp.dtype == FULL
-        assert grad.stride(-1) == 1 and [g.shape for g in grads] == [q.shape, k.shape, v.shape]
-    assert not any("scaled_dot_product" in name for name in operators.calls)
+    for call in backwards:
+        check_flash_backward(call)
+    check_products(operators)
 
-    # every product of the body is in 16 bits, each way
-    for name in ("aten.mm", "aten.addmm", "aten.bmm"):
-        for arguments, _ in operators.calls[name]:
-            assert {x.dtype for x in tensors(arguments)} == {HALF}, name
-    # and so is the head; E is made for its R rows only
-    ((head_arguments, _),) = operators.calls["gapg.linear_logprob"]
-    head_hidden, head_weight = head_arguments[:2]
+    # so is the head; E is made for its R rows only
+    (head,) = operators.calls["gapg.linear_logprob"]
+    head_hidden, head_weight = head.args[:2]
     assert (head_hidden.dtype, head_hidden.shape) == (HALF, (rows, hidden))
     assert (head_weight.dtype, head_weight.shape) == (HALF, (VOCAB, hidden))
 
-    # the CPU's autocast did what CUDA's does
-    for name, calls in operators.calls.items():
-        sees_half = any(x.dtype == HALF for arguments, _ in calls[: forward.get(name, 0)] for x in tensors(arguments))
-        assert not sees_half or name in ALIKE, name
-    for (parts, *_), _ in operators.calls["aten.cat"]:
-        assert len({x.dtype for x in parts}) == 1
+    check_autocast_is_cudas(operators)
 
     # the work, exactly
     flops: dict[str, int] = defaultdict(int)
