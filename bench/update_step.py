@@ -1,11 +1,17 @@
 """One update by ours with each saving switched on in turn, by TRL's and Liger's losses, and by a plain padded loop.
 
-    OMP_NUM_THREADS=1 python bench/update_step.py   # CPU: real shapes counted, a small model timed; CUDA: timed
+    OMP_NUM_THREADS=1 python bench/update_step.py     # counted, then timed
+    python bench/update_step.py --only counted        # Qwen2.5's shapes, on any device: counted.json
+    python bench/update_step.py --only timed          # a small model on a CPU, 1.5B on CUDA: <device>.json
+    python bench/update_step.py --table README.md     # the counts as Markdown, between the markers in that file
 
 Counted on fake tensors under autocast: flops of matrix products (PyTorch's FlopCounterMode) and of attention (whole
 squares of the lengths attended to, two products forward and five backward, alike for all), and the most bytes alive in
-the largest micro-batch beside weights and their gradients. Counts predict no time. Results go to
-bench/results/update_step/<device>.json.
+the largest micro-batch beside weights and their gradients. A micro-batch is eight sequences for the peers and as many
+tokens as the cap allows for ours, so its tokens stand beside its bytes. What an operator holds inside itself is not in
+them, but for our fused loss, whose workspace is known from its source; attention is a fused operator for all. Counts
+predict no time, and are a file of their own because they do not depend on what they are made on. Results are in
+bench/results/update_step.
 """
 
 from __future__ import annotations
@@ -33,6 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 from bench import record
+from bench import update_step_report as report
 from bench.peers import updates
 from bench.record import Row
 from gapg import attention
@@ -57,7 +64,9 @@ QWEN = {
         vocab_size=VOCAB, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=2, tie_word_embeddings=True,
     )
-    for name, hidden, inner, layers, heads in (("0.5B", 896, 4864, 24, 14), ("1.5B", 1536, 8960, 28, 12))
+    for name, hidden, inner, layers, heads in (
+        ("0.5B", 896, 4864, 24, 14), ("1.5B", 1536, 8960, 28, 12), ("3B", 2048, 11_008, 36, 16),
+    )
 }  # fmt: skip
 TOY = LlamaConfig(
     vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
@@ -118,7 +127,7 @@ class Case:
         return list(updates.padded(examples, weights, float(table.numel())))
 
 
-REAL = [Case(name, QWEN[name], p, equal) for name in ("1.5B",) for p in (256, 1024) for equal in (0.0, 0.3)]
+REAL = [Case(name, QWEN[name], p, equal) for name in QWEN for p in (256, 1024) for equal in (0.0, 0.3)]
 SMALL = [Case("toy", TOY, p, equal, prompts=4, response=64, token_cap=2048) for p in (64, 128) for equal in (0.0, 0.5)]
 
 
@@ -132,14 +141,14 @@ def counted_rows(case: Case) -> list[Row]:
     for savings, name in enumerate(OURS):
         batches = case.batches(savings)
         computed = sum(b.input_ids.numel() for b in batches)
-        rows += _count(case, name, batches, _loss_of_ours, attention.NAME, _pairs, lambda b: b.input_ids.numel())
+        rows += _count(case, name, batches, _loss_of_ours, attention.NAME, _pairs)
         rows += record.timing_rows(str(case), {name: [float(computed)]}, "tokens computed", "tokens")
         rows += record.timing_rows(str(case), {name: [float(given)]}, "tokens given", "tokens")
     for name, loss in updates.PEERS.items():
         parts = case.padded()
         seen = sum(int(b.mask.sum()) for b in parts)
         try:
-            rows += _count(case, name, parts, loss, "sdpa", lambda b: b.ids.numel() * b.ids.shape[1], _tokens)
+            rows += _count(case, name, parts, loss, "sdpa", lambda b: b.ids.numel() * b.ids.shape[1])
         except Exception as error:
             rows.append(record.error_row(str(case), name, error))
             continue
@@ -155,19 +164,21 @@ def _tokens(batch: PackedBatch | updates.Padded) -> int:
 
 def _count(
     case: Case, name: str, batches: list[Any], loss: Callable[[PreTrainedModel, Any], Tensor], implementation: str,
-    pairs: Callable[[Any], int], size: Callable[[Any], int],
+    pairs: Callable[[Any], int],
 ) -> list[Row]:  # fmt: skip
     shape = case.model
     layers, width = shape.num_hidden_layers, shape.hidden_size
-    largest = max(batches, key=size)
+    largest = max(batches, key=_tokens)
     # All products but attention's are linear in the tokens below the head, in the rows of the head, and in the layers.
     head, one = (_run(case, n, largest, loss, implementation)[0] for n in (0, 1))
     tokens, rows = (sum(map(part, batches)) / part(largest) for part in (_tokens, lambda b: _rows(loss, b)))
     products = head * rows + layers * (one - head) * tokens
     squares = 14 * layers * width * sum(map(pairs, batches))
-    found = {"flops": (products + squares, "flop")}
-    if loss is _loss_of_ours:  # of the peers' kernels the CPU's routes would be counted, which hold more
-        found["bytes"] = (_run(case, layers, largest, loss, implementation)[1], "B")
+    found = {
+        "flops": (products + squares, "flop"),
+        "bytes": (_run(case, layers, largest, loss, implementation)[1], "B"),
+        "tokens of the micro-batch": (_tokens(largest), "tokens"),
+    }
     return [r for m, (x, unit) in found.items() for r in record.timing_rows(str(case), {name: [float(x)]}, m, unit)]
 
 
@@ -301,77 +312,35 @@ def _peer_step(model: PreTrainedModel, optimizer: Any, case: Case, loss: Any, de
     clip_and_step(optimizer, 1e-6, 1.0)
 
 
-# --- shown -----------------------------------------------------------------------------------------------------------
-
-
-def table(rows: list[Row]) -> str:
-    """Markdown: a line a row's implementation, relative to our own with no saving."""
-    lines = ["| case | impl | metric | value | unit | of no saving |", "|---|---|---|---|---|---|"]
-    base = {(r["case"], r["metric"]): r["median"] for r in rows if r["impl"] == OURS[0] and "median" in r}
-    for r in rows:
-        if "error" in r:
-            lines.append(f"| {r['case']} | {r['impl']} | error | {r['error'].replace('|', '/')} | | |")
-            continue
-        share = r["median"] / base[r["case"], r["metric"]]
-        lines.append(f"| {r['case']} | {r['impl']} | {r['metric']} | {r['median']:.4g} | {r['unit']} | {share:.2f} |")
-    return "\n".join(lines)
-
-
-def goal(rows: list[Row]) -> str:
-    """Whether sharing halves the flops of our own run without it, at 1.5B with prompts of 1,024 tokens."""
-    flops = {(r["case"], r["impl"]): r["median"] for r in rows if r.get("metric") == "flops"}
-    lines = []
-    for case in dict.fromkeys(case for case, _ in flops if case.startswith("1.5B") and "P=1024" in case):
-        share = flops[case, OURS[4]] / flops[case, OURS[3]]
-        lines.append(f"{case}: shared / unshared flops {share:.3f}, {'' if share <= 0.5 else 'not '}at most half")
-    return "\n".join(lines)
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    """Bars of flops and times relative to our own with no saving, a panel a case."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    shown = [r for r in rows if r.get("metric") in ("flops", "time")]
-    cases = list(dict.fromkeys((r["case"], r["metric"]) for r in shown))
-    lines = -(-len(cases) // 2)
-    figure, axes = plt.subplots(lines, 2, figsize=(14, 2.6 * lines), squeeze=False, layout="constrained")
-    for axis, (case, metric) in zip(axes.flat, cases, strict=False):
-        found = {r["impl"]: r["median"] for r in shown if (r["case"], r["metric"]) == (case, metric)}
-        names = list(found)[::-1]
-        shares = [found[name] / found[OURS[0]] for name in names]
-        bars = axis.barh(names, shares, color=["tab:orange" if n in OURS else "tab:blue" for n in names])
-        axis.bar_label(bars, [f" {x:.2f}" for x in shares], fontsize=8)
-        axis.set_title(f"{metric} ({'counted' if metric == 'flops' else 'measured'}): {case}", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.margins(x=0.12)
-    for axis in axes.flat[len(cases) :]:
-        axis.remove()
-    figure.suptitle("One update, relative to our own with no saving")
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+# --- run -------------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("counted", "timed"), help="one part; both by default")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--table", type=Path, help="draw the committed counts between this file's markers; run nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        report.draw_into(arguments.table, record.read(RESULTS / "counted.json")["rows"], OURS, list(updates.PEERS))
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     attention.register()
-    rows: list[Row] = []
-    parts = [functools.partial(counted_rows, case) for case in REAL]
-    parts += [
-        functools.partial(timed_rows, case, arguments.rounds, device) for case in (SMALL if device == "cpu" else REAL)
-    ]
-    for part in parts:  # written part by part: a run that is stopped leaves what it had
-        rows += part()
-        record.write("update_step", rows, arguments.output / f"{device}.json")
-        plot(rows, arguments.output / f"{device}.png")
-        print(f"{part.func.__name__} {part.args[0]}", file=sys.stderr, flush=True)
-    print(table(rows), goal(rows), sep="\n\n")
+    timed = SMALL if device == "cpu" else [case for case in REAL if case.model is QWEN["1.5B"]]
+    parts: dict[str, tuple[str, list[Case], Callable[[Case], list[Row]]]] = {
+        "counted": ("counted", REAL, counted_rows),
+        "timed": (device, timed, functools.partial(timed_rows, rounds=arguments.rounds, device=device)),
+    }
+    for part in [arguments.only] if arguments.only else parts:
+        stem, cases, measure = parts[part]
+        rows: list[Row] = []
+        for case in cases:  # written case by case: a run that is stopped leaves what it had
+            rows += measure(case)
+            record.write("update_step", rows, arguments.output / f"{stem}.json")
+            report.plot(rows, OURS, arguments.output / f"{stem}.png")
+            print(part, case, file=sys.stderr, flush=True)
+        print(report.table(rows, OURS), report.goal(rows, OURS), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import record, update_step
+from bench import record, update_step, update_step_report
 from bench.peers import updates
+from bench.record import Row
 from bench.update_step import OURS, Case
 from gapg import attention
 from gapg.policy import response_logprobs
@@ -16,9 +17,13 @@ attention.register()
 TINY = Case("tiny", update_step.TOY, 24, 0.5, prompts=2, samples=4, response=8, token_cap=512)
 
 
-def test_counted_work_falls_with_each_saving_and_the_record_holds_it(tmp_path: Path) -> None:
-    rows = update_step.counted_rows(TINY)
-    record.write("update_step", rows, tmp_path / "cpu.json")
+@pytest.fixture(scope="module")
+def counted() -> list[Row]:
+    return update_step.counted_rows(TINY)
+
+
+def test_counted_work_falls_with_each_saving_and_the_record_holds_it(counted: list[Row], tmp_path: Path) -> None:
+    record.write("update_step", counted, tmp_path / "cpu.json")
     rows = record.read(tmp_path / "cpu.json")["rows"]
     assert not [row for row in rows if "error" in row]
     found = {(row["impl"], row["metric"]): row["median"] for row in rows}
@@ -26,10 +31,31 @@ def test_counted_work_falls_with_each_saving_and_the_record_holds_it(tmp_path: P
     assert {impl for impl, _ in found} == set(impls)
     flops = [found[name, "flops"] for name in OURS]
     assert all(before > after for before, after in pairwise(flops))
+    assert all(found[name, "bytes"] > 0 for name in impls)
     assert {found[name, "tokens given"] for name in impls} == {sum(map(len, TINY.data()[0]))}
-    assert all(found[name, "bytes"] > 0 for name in OURS)
-    update_step.plot(rows, tmp_path / "cpu.png")
+    update_step_report.plot(rows, OURS, tmp_path / "cpu.png")
     assert (tmp_path / "cpu.png").stat().st_size > 0
+
+    readme = tmp_path / "README.md"
+    readme.write_text("above\n{}\nold\n{}\nbelow\n".format(*update_step_report.MARKERS))
+    for _ in range(2):  # the second time over what the first has drawn
+        update_step_report.draw_into(readme, rows, OURS, list(updates.PEERS))
+        above, begin, head, _, *lines, end, below = readme.read_text().splitlines()
+        assert (above, begin, end, below) == ("above", *update_step_report.MARKERS, "below")
+        assert head == "| | tiny, P=24 |" and [line.split(" | ")[0][2:] for line in lines] == impls
+    with pytest.raises(ValueError, match="needs the markers"):
+        update_step_report.draw_into(tmp_path / "cpu.json", rows, OURS, [])
+
+
+def test_bytes_are_those_that_are_alive(counted: list[Row]) -> None:
+    """The plain loop keeps logits of every position in 16 bits, and float32 log-probs of every response's."""
+    found = {(row["impl"], row["metric"]): row["median"] for row in counted}
+    widest = max(TINY.padded(), key=lambda batch: batch.ids.numel())
+    shape = TINY.model
+    logits = shape.vocab_size * (widest.ids.numel() * 2 + widest.targets.numel() * 4)
+    body = widest.ids.numel() * shape.hidden_size * shape.num_hidden_layers * 200  # more than a layer keeps of a token
+    assert logits < found["padded, full logits", "bytes"] < 3 * logits + body
+    assert {found[name, "tokens of the micro-batch"] for name in updates.PEERS} == {widest.ids.numel()}
 
 
 @pytest.mark.parametrize("name", updates.PEERS)
