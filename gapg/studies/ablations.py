@@ -75,6 +75,7 @@ def analyse_groups(finished: list[Finished]) -> Report:
         sizes.plot(at, [a.formula for a in found], color="black", linewidth=1, label="formula")
         sizes.plot(at, [a.measured for a in found], "o", color=COLOURS[0], label="measured")
         sizes.set(xscale="log", yscale="log", xlabel="G", title="variance of a group's gradient, summed")
+        sizes.minorticks_off()
         sizes.set_xticks(at, [str(g) for g in at])
         sizes.legend(fontsize=SMALL)
 
@@ -120,7 +121,7 @@ def analyse_demonstrations(finished: list[Finished]) -> Report:
         f"Started without help demonstrations, {calls:,.0f} of {sampled:,.0f} responses sampled in training called, "
         f"with alpha_c at {np.mean(alphas):.2f} in the end, and as trained the policy calls on "
         f"{in_percent(over_seeds(rows, 'called', WITHOUT_HELP))} of the held-out problems.",
-        f"Its greedy accuracy with {rows[0]['cloud_fraction']:.0%} called is {comparison.verdict} against GAPG's: "
+        f"Its greedy accuracy with {rows[0]['cloud_fraction']:.0%} called is {comparison.verdict} GAPG's: "
         f"{interval(comparison.difference)} points.",
     ]
 
@@ -158,7 +159,7 @@ def analyse_kl(finished: list[Finished]) -> Report:
     calls = listed([f"{in_percent(over_seeds(rows, 'called', label))} at {label}" for label in labels])
     sentences = [
         f"Greedy accuracy at the cloud fraction less that without a penalty, in points: {differences(comparisons)}; "
-        f"{listed([f'{c.a} is {c.verdict}' for c in comparisons])}.",
+        f"{listed([f'{c.a} is {c.verdict} none' for c in comparisons])}.",
         f"As trained, for a target of {rows[0]['cloud_fraction']:.0%}, the policy calls on {calls}.",
     ]
     table = settings_table("A KL penalty to the warm start", rows, comparisons, default)

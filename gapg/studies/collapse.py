@@ -137,14 +137,23 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _map_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
+    seeds = len({row["seed"] for row in rows})
     states: dict[str, list[str]] = {}
-    for row in rows:
-        states.setdefault(row["state"], []).append(_alpha(row) + (f" (from step {row['step']})" if row["step"] else ""))
+    for label in dict.fromkeys(row["label"] for row in rows):
+        of_label = [row for row in rows if row["label"] == label]
+        for state in dict.fromkeys(row["state"] for row in of_label):
+            chosen = [row for row in of_label if row["state"] == state]
+            since = [str(row["step"]) for row in chosen if row["step"] is not None]
+            notes = [f"{len(chosen)} of {seeds} seeds"] if len(chosen) < seeds else []
+            notes += [f"from step {listed(since)}"] if since else []
+            text = _alpha(chosen[0]) + (f" ({', '.join(notes)})" if notes else "")
+            states.setdefault(state, []).append(text)
     found = "; ".join(f"{state} at {listed(names)}" for state, names in states.items())
-    low, high = min(rows, key=lambda row: float(row["called"])), max(rows, key=lambda row: float(row["called"]))
+    calls = {_alpha(row): float(np.mean(over_seeds(rows, "called", row["label"]))) for row in rows}
+    low, high = min(calls, key=lambda alpha: calls[alpha]), max(calls, key=lambda alpha: calls[alpha])
     return (
-        f"With alpha_c fixed the policy is, by alpha_c: {found}; as trained it calls on {percents(low['called'])} of "
-        f"the held-out problems at {_alpha(low)} and on {percents(high['called'])} at {_alpha(high)}."
+        f"With alpha_c fixed the policy is, by alpha_c: {found}; as trained it calls on {percents(calls[low])} of the "
+        f"held-out problems at {low} and on {percents(calls[high])} at {high}."
     )
 
 

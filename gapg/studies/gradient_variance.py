@@ -53,12 +53,22 @@ class Sampled:
 
 
 def formula(sampled: Sampled, group_size: int) -> FloatArray:
-    """[k] the estimator's variance along each direction by the formula, its moments taken over these responses."""
-    r, s = sampled.rewards, sampled.scores
-    centred = r - r.mean()
-    both = (centred[:, None] ** 2 * s**2).mean(0)
-    zeta_1 = (both - (centred[:, None] * s).mean(0) ** 2) / 4
-    zeta_2 = (both + (centred**2).mean() * (s**2).mean(0)) / 2
+    """[k] the estimator's variance along each direction by the formula, its moments estimated from these responses.
+
+    Mean and variance of the rewards are those of the other responses, and g^2 is of pairs: the moments' own noise,
+    squared, would make the estimate too large or too small by some parts in n.
+    """
+    r_N, s_NK = sampled.rewards, sampled.scores
+    n = len(r_N)
+    mean_N = (r_N.sum() - r_N) / (n - 1)
+    variance_N = ((r_N**2).sum() - r_N**2 - (n - 1) * mean_N**2) / (n - 2)
+    apart_N = (r_N - mean_N) ** 2 - variance_N / (n - 1)
+    both_K = (apart_N[:, None] * s_NK**2).mean(0)
+    product_K = (variance_N[:, None] * s_NK**2).mean(0)
+    g_NK = (r_N - r_N.mean())[:, None] * s_NK
+    g_squared_K = (g_NK.sum(0) ** 2 - (g_NK**2).sum(0)) / (n * (n - 1))
+    zeta_1 = (both_K - g_squared_K) / 4
+    zeta_2 = (both_K + product_K) / 2
     return np.asarray((4 * (group_size - 2) * zeta_1 + 2 * zeta_2) / (group_size * (group_size - 1)))
 
 

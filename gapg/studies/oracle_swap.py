@@ -174,8 +174,8 @@ def _other_sentence(rows: Sequence[Mapping[str, Any]], stochastic: Comparison) -
     ]
     return (
         f"The alpha_c that the controller ends with is {listed(alphas)}; with {SAMPLES} independent samples a "
-        f"question, rewarded by their mean, the policy is {stochastic.verdict} against one fixed answer of the same "
-        f"accuracy: {interval(stochastic.difference)} points."
+        f"question, rewarded by their mean, the policy is {stochastic.verdict} one trained with a fixed answer of the "
+        f"same accuracy: {interval(stochastic.difference)} points."
     )
 
 

@@ -109,8 +109,8 @@ class Comparison:
     def verdict(self) -> str:
         """Whether the difference is told from zero by its interval."""
         if self.difference.low > 0:
-            return "better"
-        return "worse" if self.difference.high < 0 else "not told apart"
+            return "better than"
+        return "worse than" if self.difference.high < 0 else "not told apart from"
 
 
 def differences(comparisons: Iterable[Comparison]) -> str:

@@ -20,7 +20,7 @@ from gapg.studies.methods import listed, percents
 from gapg.studies.paired import spread, t_interval
 from gapg.studies.products import greedy_masked
 from gapg.studies.routers import help_margins
-from gapg.studies.settings import LAST, in_percent, over_seeds, steps
+from gapg.studies.settings import LAST, in_percent, steps
 from gapg.studies.shift_picture import draw
 from gapg.studies.study import Finished, Report, Study, Table, Unit
 from gapg.tasks.arithmetic import random_trace, traces
@@ -77,7 +77,7 @@ def make_problems(shape: Shape, n: int, seed: int) -> list[Prompt]:
     """Up to n distinct random problems of the shape, each solvable because it was made by a computation."""
     rng = random.Random(seed)
     found: dict[str, Prompt] = {}
-    for _ in range(200 * n):
+    for _ in range(50 * n):
         numbers = sorted(rng.randint(1, shape.number) for _ in range(shape.count))
         trace = random_trace(numbers, shape.max_value, rng) if numbers[-1] > shape.over_number else None
         if trace and shape.over_target < trace.value <= shape.target:
@@ -128,10 +128,10 @@ def decisions(called: npt.ArrayLike, failed: npt.ArrayLike) -> dict[str, float |
 
 def boundary(margins: FloatArray, local: FloatArray) -> dict[str, Any]:
     """Local success by the margin of help: in bins, and at the call boundary (None where nothing is near it)."""
-    near = np.abs(margins) <= NEAR
+    near, bin_of = np.abs(margins) <= NEAR, np.searchsorted(EDGES, margins)
     bins = []
-    for low, high in zip((-np.inf, *EDGES), (*EDGES, np.inf), strict=True):
-        inside = (margins > low) & (margins <= high)
+    for i in range(len(EDGES) + 1):
+        inside = bin_of == i
         bins.append({"n": int(inside.sum()), "right": float(local[inside].mean()) if inside.any() else None})
     return {"near": int(near.sum()), "right_near": float(local[near].mean()) if near.any() else None, "bins": bins}
 
@@ -246,7 +246,7 @@ def _boundary_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> 
     cells = []
     for name in names:
         of_set, right = [row for row in rows if row["set"] == name], _near(rows, name)
-        near, implied = np.mean([row["boundary"]["near"] for row in of_set]), np.mean(over_seeds(of_set, "implied"))
+        near, implied = np.mean([row["boundary"]["near"] for row in of_set]), np.mean(_of_set(rows, name, "implied"))
         cells.append([name, f"{near:.0f}", "–" if right is None else f"{right:.3f}", f"{implied:.3f}"])
     columns = ("", f"problems with a margin within {NEAR:g} of 0", "right alone there", "alpha_c P(oracle right)")
     return Table("The implied threshold: where help and an answer are equally likely", columns, cells)
