@@ -50,7 +50,7 @@ class Recipe:
     kept: float = 0.2
 
 
-SMALL = Recipe(lr=1e-3, epochs=24, batch_size=128, weight_decay=0.05, dropout=0.1)
+SMALL = Recipe(lr=2e-3, epochs=24, batch_size=256, weight_decay=0.05, dropout=0.1)
 FINE_TUNING = Recipe(lr=2e-5, epochs=4, batch_size=32, weight_decay=0.01, dropout=0.1)
 
 
