@@ -111,14 +111,16 @@ def evaluate(
     prompts = fitting_prompts(config, task, tokenizer, "heldout")
     judge = Judge(task, oracle, ask_unsolved=False)
     rows, lines = [], []
-    for decoding, temperature, help in decodings(config, tokenizer, Path(model)):
-        seed = derive(config.seed, "eval", "sampled" if temperature else "greedy")
+    for name, temperature, help in decodings(config, tokenizer, Path(model)):
+        how = "sampled" if temperature else "greedy"
+        seed = derive(config.seed, "eval", how)
         sampling = Sampling(config.rollout.max_new_tokens, temperature, STOP, seed, help)
-        groups = respond(engine, task, tokenizer, judge, prompts, sampling, title=f"evaluate {decoding}")
+        groups = respond(engine, task, tokenizer, judge, prompts, sampling, title=f"evaluate {name}")
+        decoding = name if help else how
         lines += [{"decoding": decoding, **prediction(g, config.reward)} for g in groups]
         outcomes = [g.outcomes[0].value for g in groups]
         rows.append(
-            as_result(decoding, groups).row()
+            as_result(name, groups).row()
             | {"help_bias": help.bias if help else 0.0}
             | {"outcomes": {o: outcomes.count(o) for o in sorted(set(outcomes))}}
             | {"unknown": sum(g.unknown for g in groups)}
