@@ -42,7 +42,8 @@ class BudgetController:
         alpha_c = alpha_a q (I - damping (f - r) / pace)
 
     The policy follows alpha_c at the pace of its learning rate; damping that grows as that falls (fivefold at most)
-    keeps correcting until the last step, where the policy would else end at whatever f it had when it grew slow. I and alpha_c / alpha_a are clipped to [0.02, 0.98]. The new alpha_c holds from the next step on.
+    keeps correcting until the last step, where the policy would else end at whatever f it had when it grew slow.
+    I and alpha_c / alpha_a are clipped to [0.02, 0.98]. The new alpha_c holds from the next step on.
     """
 
     cloud_fraction: float
