@@ -7,11 +7,11 @@
 
 Counted on fake tensors under autocast: flops of matrix products (PyTorch's FlopCounterMode) and of attention (whole
 squares of the lengths attended to, two products forward and five backward, alike for all), and the most bytes alive in
-the largest micro-batch beside weights and their gradients. A micro-batch is eight sequences for the peers and as many
-tokens as the cap allows for ours, so its tokens stand beside its bytes. What an operator holds inside itself is not in
-them, but for our fused loss, whose workspace is known from its source; attention is a fused operator for all. Counts
-predict no time, and are a file of their own because they do not depend on what they are made on. Results are in
-bench/results/update_step.
+the largest micro-batch beside weights and their gradients; of one layer and of two, from which the rest follows. A
+micro-batch is eight sequences for the peers and as many tokens as the cap allows for ours, so its tokens stand beside
+its bytes. What an operator holds inside itself is not in them, but for our fused loss, whose workspace is known from
+its source; attention is a fused operator for all. Counts predict no time, and are a file of their own because they do
+not depend on what they are made on. Results are in bench/results/update_step.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import functools
 import random
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if not __package__:  # run as a script: bench/kernels.py would shadow Hugging Face's package `kernels`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -169,17 +169,32 @@ def _count(
     shape = case.model
     layers, width = shape.num_hidden_layers, shape.hidden_size
     largest = max(batches, key=_tokens)
-    # All products but attention's are linear in the tokens below the head, in the rows of the head, and in the layers.
-    head, one = (_run(case, n, largest, loss, implementation)[0] for n in (0, 1))
+    one, two = (_run(case, n, largest, loss, implementation) for n in (1, 2))
+    layer, head = two.flops - one.flops, 2 * one.flops - two.flops
     tokens, rows = (sum(map(part, batches)) / part(largest) for part in (_tokens, lambda b: _rows(loss, b)))
-    products = head * rows + layers * (one - head) * tokens
+    products = head * rows + layers * layer * tokens
     squares = 14 * layers * width * sum(map(pairs, batches))
     found = {
         "flops": (products + squares, "flop"),
-        "bytes": (_run(case, layers, largest, loss, implementation)[1], "B"),
+        "bytes": (max(extended(one.peaks, two.peaks, layers)), "B"),
         "tokens of the micro-batch": (_tokens(largest), "tokens"),
     }
     return [r for m, (x, unit) in found.items() for r in record.timing_rows(str(case), {name: [float(x)]}, m, unit)]
+
+
+class Run(NamedTuple):
+    """What was counted of one micro-batch."""
+
+    flops: int
+    """of all products but attention's: linear in the tokens below the head, in the head's rows, and in the layers"""
+    peaks: tuple[int, ...]
+    """the most bytes alive before the embedding's gradient, and from there on, when the layers' are gone: linear in the
+    layers each, which the larger of the two is not"""
+
+
+def extended(one: Sequence[int], two: Sequence[int], layers: int) -> list[int]:
+    """What so many layers have, of what is linear in them."""
+    return [a + (layers - 1) * (b - a) for a, b in zip(one, two, strict=True)]
 
 
 def _rows(loss: Callable[[PreTrainedModel, Any], Tensor], batch: PackedBatch | updates.Padded) -> int:
@@ -197,8 +212,8 @@ def _pairs(batch: PackedBatch) -> int:
     return int((own**2).sum() + (prompts * responses).sum())
 
 
-def _run(case: Case, layers: int, batch: Any, loss: Callable[[PreTrainedModel, Any], Tensor], name: str) -> Any:
-    """(flops but attention's, most live bytes) of one micro-batch through so many layers, on CUDA's route."""
+def _run(case: Case, layers: int, batch: Any, loss: Callable[[PreTrainedModel, Any], Tensor], name: str) -> Run:
+    """Counts one micro-batch through so many layers, on CUDA's route."""
     shape = type(case.model)(**{**case.model.to_dict(), "num_hidden_layers": layers, "layer_types": None})
     with _flash_everywhere(), torch.random.fork_rng(devices=[]), FakeTensorMode() as fakes:
         model = AutoModelForCausalLM.from_config(shape, attn_implementation=name, dtype=torch.float32).train()
@@ -210,7 +225,7 @@ def _run(case: Case, layers: int, batch: Any, loss: Callable[[PreTrainedModel, A
                 out = loss(model, fake)
             out.backward()
     flops = counter.get_flop_counts()["Global"]
-    return sum(n for op, n in flops.items() if not any(x in str(op) for x in ATTENTION)), live.peak
+    return Run(sum(n for op, n in flops.items() if not any(x in str(op) for x in ATTENTION)), tuple(live.peaks))
 
 
 def _faked(batch: Any, fake: Callable[[Tensor], Tensor]) -> Any:
@@ -243,7 +258,7 @@ class _Live(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live, self.peaks, self._phase = 0, [0, 0], 0
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -256,7 +271,8 @@ class _Live(TorchDispatchMode):
                 weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
         fused = func is torch.ops.gapg.fused_policy_loss.default
         inside = head_bytes(*args[:2], device=torch.device("cuda"), entropy=False) if fused else 0
-        self.peak = max(self.peak, self.live + inside)
+        self._phase = 1 if func is torch.ops.aten.embedding_dense_backward.default else self._phase
+        self.peaks[self._phase] = max(self.peaks[self._phase], self.live + inside)
         return out
 
     def _release(self, key: int, size: int) -> None:

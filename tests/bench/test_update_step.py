@@ -1,7 +1,9 @@
 """Whole updates at a size of seconds: all get the same tokens, and every saving lessens the counted work."""
 
+import functools
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +58,19 @@ def test_bytes_are_those_that_are_alive(counted: list[Row]) -> None:
     body = widest.ids.numel() * shape.hidden_size * shape.num_hidden_layers * 200  # more than a layer keeps of a token
     assert logits < found["padded, full logits", "bytes"] < 3 * logits + body
     assert {found[name, "tokens of the micro-batch"] for name in updates.PEERS} == {widest.ids.numel()}
+
+
+@pytest.mark.parametrize("name", [OURS[0], OURS[-1], *updates.PEERS])
+def test_counts_of_one_layer_and_two_extend_to_five(name: str) -> None:
+    """But for a few bytes, in which Python's collector of cycles shows."""
+    ours = name in OURS
+    batch: Any = max(TINY.batches(OURS.index(name)), key=update_step._tokens) if ours else next(iter(TINY.padded()))
+    loss = update_step._loss_of_ours if ours else updates.PEERS[name]
+    count = functools.partial(update_step._run, TINY, batch=batch, loss=loss, name=attention.NAME if ours else "sdpa")
+    one, two, five = (count(layers=n) for n in (1, 2, 5))
+    assert five.flops == one.flops + 4 * (two.flops - one.flops)
+    assert list(five.peaks) == pytest.approx(update_step.extended(one.peaks, two.peaks, 5), rel=1e-4)
+    assert min(five.peaks) > 0
 
 
 @pytest.mark.parametrize("name", updates.PEERS)
