@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gapg.config import RewardConfig
 from gapg.judge import Group, Judge, Outcome, rewards
-from gapg.rollout.records import Engine, Sampling
+from gapg.rollout.records import Completion, Engine, Sampling
 from gapg.tasks.base import Prompt, Task
 from gapg.tracking import Display
 
@@ -94,10 +94,27 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> tuple[int, int, float]:
     return only_a, only_b, min(1.0, 2 * tail / 2**n)
 
 
+def answer_logprobs(completion: Completion) -> tuple[float, float | None] | None:
+    """(mean, min) of the log-probs of a response's tokens given that it does not call; None without `HelpControl`.
+
+    log pi(token) + log(1 + odds of the help phrase): the policy's log-prob of a token that goes on holds its decision
+    not to call, and so tells a router what the help phrase would. Means nothing for a response that calls. The minimum
+    is None where the phrase cannot begin at every token, which leaves open where its odds belong.
+    """
+    odds = completion.help_log_odds
+    if odds is None:
+        return None
+    gains = [max(x, 0.0) + math.log1p(math.exp(-abs(x))) for x in odds]
+    n = len(completion.logprobs)
+    lowest = min(a + b for a, b in zip(completion.logprobs, gains, strict=True)) if len(gains) == n else None
+    return (sum(completion.logprobs) + sum(gains)) / n, lowest
+
+
 def prediction(group: Group, reward: RewardConfig) -> dict[str, Any]:
     """One line of `predictions.jsonl`: all that is needed to judge again. `reward` is None where the oracle failed."""
     completion = group.completions[0]
     margin = completion.help_margin
+    answer = answer_logprobs(completion)
     return {
         "id": group.prompt.id,
         "problem": group.prompt.text,
@@ -108,6 +125,8 @@ def prediction(group: Group, reward: RewardConfig) -> dict[str, Any]:
         "reward": None if group.unknown else rewards(group, reward.alpha_a, reward.alpha_c, reward.alpha_f)[0],
         "logprob_mean": sum(completion.logprobs) / len(completion.logprobs),
         "logprob_min": min(completion.logprobs),
+        "answer_logprob_mean": answer and answer[0],
+        "answer_logprob_min": answer and answer[1],
         "help_margin": margin if margin is not None and math.isfinite(margin) else None,
         "oracle_score": group.oracle_score,
         "oracle_answers": [a.text for a in group.oracle_answers],
