@@ -224,6 +224,8 @@ class OracleConfig(Section):
     """No new request is sent that could take the run's cost over this; needs both prices."""
     price_per_million_prompt: Annotated[float, Field(ge=0)] | None = None
     price_per_million_completion: Annotated[float, Field(ge=0)] | None = None
+    local_share: Fraction01 = 0.01
+    """What a response of the device model costs, as a part of one cloud call; for studies' accounts of money."""
     cache: str | None = None
     """SQLite file of paid answers, shared by runs; empty: `oracle.sqlite` in the output folder."""
     account: str | None = None

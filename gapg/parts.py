@@ -68,7 +68,7 @@ def make_oracle(run: RunConfig, task: Task, folder: Path) -> Oracle:
         return SolverOracle(task.solve, config.accuracy, wrong="0", samples=config.samples)
     from gapg.rollout.oracle_openai import OpenAIOracle
 
-    settings = config.model_dump(exclude={"kind", "accuracy", "cache", "account"})
+    settings = config.model_dump(exclude={"kind", "accuracy", "local_share", "cache", "account"})
     cache = Path(config.cache) if config.cache else folder / "oracle.sqlite"
     try:
         return OpenAIOracle(**settings, cache_path=cache, account=oracle_account(run, folder))
