@@ -15,8 +15,6 @@ from gapg.studies.study import Finished
 from gapg.use.evaluate import Result
 
 Rows = list[dict[str, Any]]
-LOCAL_SHARE = 0.01
-"""What a response of the device model is taken to cost, as a part of one cloud call."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +124,12 @@ def prices(runs: Sequence[Finished]) -> Prices:
     oracle = runs[0].config.oracle
     last = [rows[-1] for run in runs if (rows := [r for r in run.metrics() if "oracle/cost" in r])]
     requests, cost = (sum(row[f"oracle/{key}"] for row in last) for key in ("requests", "cost"))
-    share = f"a response of the device model is taken to cost {LOCAL_SHARE:g} of it"
+    share = f"a response of the device model is taken to cost {oracle.local_share:g} of it"
     if None in (oracle.price_per_million_prompt, oracle.price_per_million_completion) or not requests or not cost:
-        return Prices(LOCAL_SHARE, 1.0, f"money in cloud calls: one call is 1; {share}")
+        return Prices(oracle.local_share, 1.0, f"money in cloud calls: one call is 1; {share}")
     call = cost / requests
     text = f"a call costs {call:.2g}, the mean of {requests:,} paid in training at the config's token prices; {share}"
-    return Prices(LOCAL_SHARE * call, call, text)
+    return Prices(oracle.local_share * call, call, text)
 
 
 def percents(value: float) -> str:

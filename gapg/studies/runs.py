@@ -62,7 +62,7 @@ FURNITURE = (
     "warm_start.checkpoint_every", "rollout.max_rows", "rollout.vllm_args", "oracle.cache", "oracle.account",
     "oracle.api_key_env", "oracle.concurrency", "oracle.timeout_s", "oracle.deadline_s", "oracle.max_retries",
     "oracle.requests_per_minute", "oracle.tokens_per_minute", "oracle.spending_cap", "oracle.price_per_million_prompt",
-    "oracle.price_per_million_completion",
+    "oracle.price_per_million_completion", "oracle.local_share",
 )  # fmt: skip
 """Keys that change how a run runs and not what it is: runs that differ in nothing else are one run."""
 
