@@ -10,7 +10,23 @@ import numpy as np
 
 from gapg.studies import units
 from gapg.studies.baselines_picture import draw
-from gapg.studies.curves import accuracies_at, cost_curve, curve, measures
+from gapg.studies.baselines_tables import (
+    CLOUD,
+    LOCAL,
+    MONEY,
+    OURS,
+    OWN,
+    RANDOM,
+    WITH_HELP,
+    accuracy_for_money,
+    differences_table,
+    equal_calls,
+    gap_table,
+    money_table,
+    operating_points,
+)
+from gapg.studies.curves import accuracies_at, apgr, curve, measures
+from gapg.studies.da_grpo import multiplier_start
 from gapg.studies.methods import (
     Method,
     Prices,
@@ -24,24 +40,21 @@ from gapg.studies.methods import (
     points,
     prices,
     routed,
-    seeds_range,
     sides,
     unanswered,
     without,
 )
-from gapg.studies.paired import Difference, paired_difference, spread
+from gapg.studies.paired import Difference, paired_difference, seed_difference, spread
 from gapg.studies.prompt_router import PRODUCT as PROMPT_ROUTER
-from gapg.studies.routers import mean_logprob, min_logprob, self_consistency
-from gapg.studies.study import Finished, Report, Study, Table, Unit
+from gapg.studies.routers import mean_answer_logprob, mean_logprob, min_answer_logprob, self_consistency
+from gapg.studies.study import Finished, Report, Study, Unit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OURS = "GAPG"
-LOCAL, RANDOM, CLOUD = "task-tuning only", "+ random offloading", "cloud only"
 SAMPLES = 5
-MONEY = (0.1, 0.3, 0.5)
-"""Parts of a cloud call that a problem may cost, for the table of accuracy against money."""
+FRACTIONS = (0.1, 0.2, 0.3, 0.5)
+"""Call fractions at which GAPG is compared, beside the one it is trained to: each method's own may lie elsewhere."""
 
 
 def baseline_units(seed: int) -> list[Unit]:
@@ -77,14 +90,14 @@ def task_tuned_methods(run: Finished, left_out: set[str]) -> list[Method]:
         Method(
             "+ mean log-prob",
             seed,
-            routed("+ mean log-prob", masked, mean_logprob(masked)),
-            calibration=mean_logprob(calibration),
+            routed("+ mean log-prob", masked, mean_answer_logprob(masked)),
+            calibration=mean_answer_logprob(calibration),
         ),
         Method(
             "+ min log-prob",
             seed,
-            routed("+ min log-prob", masked, min_logprob(masked)),
-            calibration=min_logprob(calibration),
+            routed("+ min log-prob", masked, min_answer_logprob(masked)),
+            calibration=min_answer_logprob(calibration),
         ),
         Method(
             votes.name,
@@ -100,18 +113,16 @@ def seed_methods(runs: dict[str, Finished], left_out: set[str]) -> list[Method]:
     """Every method of one seed, GAPG last."""
     ours = runs["GAPG"]
     masked, calibration = without(ours.rows("heldout-masked"), left_out), ours.rows("train-masked")
-    own = "GAPG, its log-prob"
+    scores = {OWN: mean_answer_logprob, WITH_HELP: mean_logprob}
     return [
         by_help_phrase("warm start", runs["warm start"], left_out),
         *task_tuned_methods(runs["task-tuned"], left_out),
         by_help_phrase("no filter, fixed alpha_c", runs["collaboration-aware"], left_out),
         by_help_phrase("DA-GRPO", runs["DA-GRPO"], left_out),
         by_help_phrase("GAPG, std scaling", runs["GAPG, std scaling"], left_out),
-        Method(
-            own,
-            ours.unit.seed,
-            routed(own, masked, mean_logprob(masked)),
-            calibration=mean_logprob(calibration),
+        *(
+            Method(name, ours.unit.seed, routed(name, masked, score(masked)), calibration=score(calibration))
+            for name, score in scores.items()
         ),
         by_help_phrase(OURS, ours, left_out),
     ]
@@ -124,12 +135,20 @@ class Measured:
     methods: dict[str, list[Method]]
     cloud_fraction: float
     prices: Prices
-    differences: dict[str, Difference]
-    """GAPG less the method, at equal call fraction, paired by problem."""
+    differences: dict[float, dict[str, Difference]]
+    """GAPG less the method with exactly this part of the problems called, paired by problem."""
+    apgr: dict[str, Difference]
+    """GAPG's APGR less the method's; empty where the cloud is no better than the task-tuned model."""
+    multiplier_start: float
+    """Where DA-GRPO's lambda starts."""
     left_out: int
 
     def at_budget(self, name: str) -> list[float]:
         return [float(accuracies_at(m.routed, self.cloud_fraction).mean()) for m in self.methods[name]]
+
+    def at_own(self) -> dict[str, Difference]:
+        """The differences at the call fraction that GAPG is trained to."""
+        return self.differences[self.cloud_fraction]
 
     def alone(self) -> list[float]:
         """The task-tuned model's accuracy without a call, a seed."""
@@ -151,13 +170,28 @@ def measure(finished: Sequence[Finished]) -> Measured:
         for m in seed_methods(by_seed[seed], left_out):
             methods.setdefault(m.name, []).append(m)
     c = finished[0].config.budget.cloud_fraction
-    ours = [accuracies_at(m.routed, c) for m in methods[OURS]]
-    differences = {
-        name: paired_difference(ours, [accuracies_at(m.routed, c) for m in those])
+    multiplier = multiplier_start(by_label(finished)["DA-GRPO"][0].config)
+    at = {f: at_fraction(methods, f) for f in sorted({*FRACTIONS, c})}
+    return Measured(methods, c, prices(finished), at, recovered(methods), multiplier, len(left_out))
+
+
+def at_fraction(methods: dict[str, list[Method]], fraction: float) -> dict[str, Difference]:
+    """GAPG less each other method, each with exactly this part of the problems called."""
+    right = {name: [accuracies_at(m.routed, fraction) for m in those] for name, those in methods.items()}
+    return {name: paired_difference(right[OURS], right[name]) for name in methods if name != OURS}
+
+
+def recovered(methods: dict[str, list[Method]]) -> dict[str, Difference]:
+    """GAPG's APGR less each other method's; the gap is from the task-tuned model alone to the cloud."""
+    alone = [float(m.routed.local.mean()) for m in methods[RANDOM]]
+    found = {
+        name: [apgr(curve(m.routed), start) for m, start in zip(those, alone, strict=True)]
         for name, those in methods.items()
-        if name != OURS
     }
-    return Measured(methods, c, prices(finished), differences, len(left_out))
+    known = {name: [v for v in values if v is not None] for name, values in found.items()}
+    if any(len(known[name]) < len(alone) for name in methods):
+        return {}
+    return {name: seed_difference(known[OURS], known[name]) for name in methods if name != OURS}
 
 
 def analyse(finished: list[Finished]) -> Report:
@@ -168,11 +202,19 @@ def analyse(finished: list[Finished]) -> Report:
 
     return Report(
         rows=raw_rows(measured),
-        tables=[equal_calls(measured), operating_points(measured), gap_table(measured), money_table(measured)],
-        comparisons=[
-            {"a": OURS, "b": name, "cloud_fraction": measured.cloud_fraction, **asdict(d)}
-            for name, d in measured.differences.items()
+        tables=[
+            equal_calls(measured),
+            differences_table(measured),
+            operating_points(measured),
+            gap_table(measured),
+            money_table(measured),
         ],
+        comparisons=[
+            {"a": OURS, "b": name, "cloud_fraction": fraction, **asdict(d)}
+            for fraction, found in measured.differences.items()
+            for name, d in found.items()
+        ]
+        + [{"a": OURS, "b": name, "figure": "apgr", **asdict(d)} for name, d in measured.apgr.items()],
         conclusions=conclusions(measured),
         draw=picture,
     )
@@ -200,112 +242,54 @@ def raw_rows(measured: Measured) -> list[dict[str, Any]]:
     return rows
 
 
-def equal_calls(measured: Measured) -> Table:
-    """Table A: every method's own curve at the budget."""
-    cells = []
-    for name in measured.methods:
-        values = measured.at_budget(name)
-        d = measured.differences.get(name)
-        against = ["", ""] if d is None else [interval(d), f"{d.wins} of {len(values)}"]
-        cells.append([name, percents(spread(values).mean), seeds_range(values), *against])
-    cells.sort(key=lambda row: float(row[1][:-1]))
-    alone = measured.alone()
-    cells.insert(0, [f"{LOCAL} (no calls)", percents(spread(alone).mean), seeds_range(alone), "", ""])
-    cells.append([f"{CLOUD} (all calls)", percents(measured.cloud()), percents(measured.cloud()), "", ""])
-    return Table(
-        f"Accuracy with exactly {measured.cloud_fraction:.0%} of the held-out problems called",
-        ["method", "accuracy", "seeds", "GAPG less it, points (95%)", "seeds GAPG wins"],
-        cells,
-    )
-
-
-def operating_points(measured: Measured) -> Table:
-    """Table B: what each method really does with the threshold that a calibration set gave it, and as trained."""
-    cells = []
-    for name, methods in measured.methods.items():
-        calibrated = [r for m in methods if (r := m.at_threshold(measured.cloud_fraction))]
-        trained = [m.trained for m in methods if m.trained]
-        row = [name]
-        for results in (calibrated, trained):
-            if results:
-                calls, right = [called(r) for r in results], [accuracy(r) for r in results]
-                row += [percents(spread(calls).mean), seeds_range(calls), percents(spread(right).mean)]
-            else:
-                row += ["–", "–", "–"]
-        cells.append(row)
-    return Table(
-        f"Operating points: threshold set to {measured.cloud_fraction:.0%} on calibration problems, greedy;"
-        " and as trained, at the training temperature",
-        ["method", "called", "seeds", "accuracy", "called, as trained", "seeds", "accuracy, as trained"],
-        cells,
-    )
-
-
-def gap_table(measured: Measured) -> Table:
-    """Table C: RouteLLM's measures; the gap is from the task-tuned model alone to the cloud, for every method."""
-    cells = []
-    for name, methods in measured.methods.items():
-        figures = [measures(curve(m.routed), a) for m, a in zip(methods, measured.alone(), strict=True)]
-        row = [name]
-        for key in ("area", "apgr", "calls_for_20", "calls_for_50", "calls_for_80"):
-            known = [value for f in figures if (value := f[key]) is not None]
-            text = "–" if len(known) < len(figures) else f"{spread(known).mean:.3f}"
-            row.append(percents(spread(known).mean) if text != "–" and key.startswith("calls") else text)
-        cells.append(row)
-    return Table(
-        f"The whole curve; the gap is from the task-tuned model alone ({percents(spread(measured.alone()).mean)})"
-        f" to the cloud ({percents(measured.cloud())})",
-        ["method", "area", "APGR", "calls for 20% of the gap", "50%", "80%"],
-        cells,
-    )
-
-
-def accuracy_for_money(m: Method, money: float, measured: Measured) -> float | None:
-    """The best accuracy on the method's curve for at most `money` a problem; None where it cannot be had for that."""
-    points_, spent = cost_curve(
-        m.routed, measured.prices.local * m.samples, measured.prices.call, answers_first=m.answers_first
-    )
-    if money < spent[0]:
-        return None
-    # money rises with the calls, and a method need not call where that hurts
-    reached = points_.accuracy[spent <= money]
-    return float(max(reached.max(), np.interp(money, spent, points_.accuracy)))
-
-
-def money_table(measured: Measured) -> Table:
-    cells = []
-    for name, methods in measured.methods.items():
-        row = [name]
-        for share in MONEY:
-            values = [accuracy_for_money(m, share * measured.prices.call, measured) for m in methods]
-            known = [v for v in values if v is not None]
-            row.append(percents(spread(known).mean) if len(known) == len(values) else "–")
-        cells.append(row)
-    budgets = [f"{share * measured.prices.call:.2g} a problem" for share in MONEY]
-    return Table(f"Accuracy for money; {measured.prices.text}", ["method", *budgets], cells)
-
-
 def conclusions(measured: Measured) -> list[str]:
-    """Who loses to GAPG at equal calls and on how many seeds; who does not."""
-    ours, c = measured.at_budget(OURS), measured.cloud_fraction
-    lose, tie, win = sides(list(measured.differences.items()))
-    lose.sort(key=lambda name: -measured.differences[name].mean)
+    """Who loses to GAPG at its budget and who does not; who beats it anywhere on the curve; what the rows are."""
+    ours, c, at_own = measured.at_budget(OURS), measured.cloud_fraction, measured.at_own()
+    lose, tie, _ = sides(list(at_own.items()))
+    lose.sort(key=lambda name: -at_own[name].mean)
     figures = [
-        f"{name.removeprefix('+ ')} {points(d.mean)} points ({d.wins} of {len(d.per_seed)} seeds)"
+        f"{plain(name)} {points(d.mean)} points ({d.wins} of {len(d.per_seed)} seeds)"
         for name in lose
-        for d in [measured.differences[name]]
+        for d in [at_own[name]]
     ]
     first = f"With {c:.0%} of the problems called GAPG is right on {percents(spread(ours).mean)} of them"
-    first += f", more than {listed(figures)}." if figures else ", and nothing here is shown to be worse."
-    parts = []
+    first += f", more than {listed(figures)}" if figures else ", and nothing here is shown to be worse"
     if tie:
-        names = [f"{name.removeprefix('+ ')} ({interval(measured.differences[name])})" for name in tie]
-        parts.append(f"no difference is shown from {listed(names)}")
-    if win:
-        names = [f"{name.removeprefix('+ ')} ({interval(measured.differences[name])})" for name in win]
-        parts.append(f"it is worse than {listed(names)}")
-    second = "; ".join(parts) or "all of these intervals leave 0 out: nothing here comes up to it"
-    return [first, second[:1].upper() + second[1:] + "."]
+        first += f"; no difference is shown there from {listed([f'{plain(n)} ({interval(at_own[n])})' for n in tie])}"
+    return [f"{first}.", beaten(measured), notes(measured)]
+
+
+def beaten(measured: Measured) -> str:
+    """Where on its curve each method is better than GAPG, and how often the runs behind it call as trained."""
+    parts, named = [], []
+    for name, methods in measured.methods.items():
+        at = [f"at {f:.0%} called ({interval(d[name])} points)"
+              for f, d in measured.differences.items() if name != OURS and d[name].high < 0]  # fmt: skip
+        if name in measured.apgr and measured.apgr[name].high < 0:
+            at.append(f"in APGR ({interval(measured.apgr[name])})")
+        if at:
+            parts.append(f"{plain(name)} {listed(at)}")
+            named += [(plain(name), [called(m.trained) for m in methods if m.trained])]
+    fractions = listed([f"{f:.0%}" for f in measured.differences])
+    if not parts:
+        return f"Nothing here is shown to be better than GAPG at {fractions} called, nor in APGR."
+    own = [called(m.trained) for m in measured.methods[OURS] if m.trained]
+    trained = [f"{name} {percents(spread(calls).mean)}" for name, calls in named if calls]
+    why = f"; as trained GAPG calls {percents(spread(own).mean)}, {listed(trained)}" if trained else ""
+    return f"GAPG is worse than {'; '.join(parts)}{why}."
+
+
+def notes(measured: Measured) -> str:
+    return (
+        f'"{OWN}" and the log-prob routers take each token\'s log-prob given that the response does not call;'
+        f' "{WITH_HELP}" takes the recorded one, which holds log(1 - p) of the help phrase and so the model\'s own'
+        f" decision inside it. DA-GRPO's lambda starts at alpha_a - alpha_c = {measured.multiplier_start:g},"
+        " where it is published to start at 0."
+    )
+
+
+def plain(name: str) -> str:
+    return name.removeprefix("+ ")
 
 
 BASELINES = Study(

@@ -63,7 +63,7 @@ def _cloud(axis: Axes, measured: Measured) -> None:
 
 def _money(axis: Axes, measured: Measured, colours: dict[str, str]) -> None:
     price = measured.prices
-    grid = np.geomspace(price.local, 1.2 * price.call, 300)
+    grid = np.geomspace(max(price.local, 0.001 * price.call), 1.2 * price.call, 300)
     for name, methods in measured.methods.items():
         curves = []
         for m in methods:
@@ -79,7 +79,7 @@ def _money(axis: Axes, measured: Measured, colours: dict[str, str]) -> None:
 
 
 def _lead(axis: Axes, measured: Measured, colours: dict[str, str]) -> None:
-    ordered = sorted(measured.differences.items(), key=lambda item: -item[1].mean)
+    ordered = sorted(measured.at_own().items(), key=lambda item: -item[1].mean)
     names = [name for name, _ in ordered]
     bars = [(d.mean * 100, d.low * 100, d.high * 100) for _, d in ordered]
     interval_bars(axis, names, bars, [colours[name] for name in names])

@@ -8,6 +8,8 @@ linear in what it is taken of:
 
 so it is exactly GAPG's advantage of the reward `correct - lambda called`. Where the cloud is right a call is worth
 alpha_a - lambda, which stands where GAPG has alpha_c; where it is wrong a call costs lambda, where GAPG gives 0.
+
+One thing is not as published: lambda does not start at 0 but at alpha_a - alpha_c of the config (`multiplier_start`).
 """
 
 from __future__ import annotations
@@ -49,8 +51,13 @@ class Multiplier:
         self.alpha_c = self.alpha_a - max(0.0, multiplier)
 
 
+def multiplier_start(config: RunConfig) -> float:
+    """lambda at the first step."""
+    return config.reward.alpha_a - config.reward.alpha_c
+
+
 def make_multiplier(config: RunConfig) -> Multiplier:
-    """Starts at alpha_a - alpha_c of the config, so that a call pays what it pays at GAPG's first step.
+    """Starts at `multiplier_start`, so that a call pays what it pays at GAPG's first step.
 
     From 0 a right call would be worth a right answer, and the first hundred steps would teach to call always.
     """

@@ -27,7 +27,7 @@ from gapg.studies.methods import (
     sides,
     unanswered,
 )
-from gapg.studies.paired import Difference, paired_difference, spread
+from gapg.studies.paired import Difference, covered, paired_difference, seed_difference, spread
 from gapg.studies.study import Finished, Report, Study, Table, Unit
 
 if TYPE_CHECKING:
@@ -129,6 +129,11 @@ def compare(a: Setting, b: Setting) -> Difference:
     return paired_difference(a.at_budget, b.at_budget)
 
 
+def compare_calls(a: Setting, b: Setting) -> Difference:
+    """The part of the problems called as trained, a less b, paired by seed."""
+    return seed_difference(a.called, b.called)
+
+
 def misses(s: Setting) -> float:
     """The mean distance from the target, over seeds."""
     return spread([abs(e) for e in s.errors]).mean
@@ -167,17 +172,23 @@ def _training(axis: Axes, found: Mapping[str, Setting], colours: Sequence[str]) 
 def report(found: dict[str, Setting], title: str, pairs: Sequence[tuple[str, str, str]], said: list[str],
            colours: Sequence[str]) -> Report:  # fmt: skip
     """pairs: (what it shows, label, label); said: the two sentences."""
-    compared = [(what, a, b, compare(found[a], found[b])) for what, a, b in pairs]
-    cells = [[what, a, b, interval(d), f"{d.wins} of {len(d.per_seed)}"] for what, a, b, d in compared]
-    columns = ["what it shows", "setting", "less setting", "points (95%)", "seeds the first wins"]
+    cells, comparisons = [], []
+    for what, a, b in pairs:
+        right, calls = compare(found[a], found[b]), compare_calls(found[a], found[b])
+        cells.append([what, a, b, interval(right), f"{right.wins} of {len(right.per_seed)}", interval(calls)])
+        for figure_, d in (("accuracy at equal calls", right), ("called as trained", calls)):
+            comparisons.append({"what": what, "a": a, "b": b, "figure": figure_, **asdict(d)})
+    columns = ["what it shows", "setting", "less setting", "accuracy at equal calls, points (95%)"]
+    columns += ["seeds the first wins", "called as trained, points (95%)"]
+    paired = f"Accuracy at equal calls and calls as trained, paired; {covered(len(next(iter(found.values())).methods))}"
 
     def picture(figure: Figure) -> None:
         draw(figure, found, colours)
 
     return Report(
         rows=raw_rows(found),
-        tables=[held_table(title, found), Table("Accuracy at equal calls, paired", columns, cells)],
-        comparisons=[{"what": what, "a": a, "b": b, **asdict(d)} for what, a, b, d in compared],
+        tables=[held_table(title, found), Table(paired, columns, cells)],
+        comparisons=comparisons,
         conclusions=said,
         draw=picture,
     )
@@ -208,17 +219,11 @@ def analyse_rho(finished: list[Finished]) -> Report:
         for on in (True, False)
         for factor in ("half", "twice")
     ]  # fmt: skip
-    shifts = {
-        on: {f: spread(found[rho_label(f, on)].called).mean - spread(found[rho_label("right", on)].called).mean
-             for f in ("half", "twice")}
-        for on in (True, False)
-    }  # fmt: skip
-    text = {on: " and ".join(f"{points(v)} points at {f} rho" for f, v in shifts[on].items()) for on in shifts}
+    moved = [(what, compare_calls(found[a], found[b])) for what, a, b in pairs]
     worst = {on: max((e for f in RHO_FACTORS for e in found[rho_label(f, on)].errors), key=abs) for on in (True, False)}
     first = (
-        f"A wrong rho moves the call fraction by {text[True]} with the controller, and by {text[False]} with a fixed"
-        f" alpha_c; the run furthest from {FRACTION:.0%} is {points(worst[True])} points away with it and"
-        f" {points(worst[False])} without."
+        f"{effects(moved, 'On the calls as trained', 'more with', 'fewer with')[:-1]}; the run furthest from"
+        f" {FRACTION:.0%} is {points(worst[True])} points away with the controller and {points(worst[False])} without."
     )
     second = effects([(what, compare(found[a], found[b])) for what, a, b in pairs])
     title = f"rho set wrong on purpose: {FRACTION:.0%} needs {RIGHT_RHO}"
@@ -255,24 +260,33 @@ def analyse_cells(finished: list[Finished]) -> Report:
     away = [f"{label} {misses(s) * 100:.1f} (worst {points(max(s.errors, key=abs))})" for label, s in found.items()]
     kept = [label for label, s in found.items() if max(map(abs, s.errors)) <= SEED_WITHIN]
     within = f"within {SEED_WITHIN * 100:.0f} points on every seed"
+    distance = {label: [abs(e) for e in s.errors] for label, s in found.items()}
+    moved = [(what, seed_difference(distance[a], distance[b])) for what, a, b in pairs]
+    on = f"On the distance from {target:.0%} as trained"
     first = f"As trained the runs call this many points beside {target:.0%}, mean over seeds: {listed(away)}; " + (
         f"{within}: {listed(kept)}." if kept else f"none is {within}."
     )
+    first += f" {effects(moved, on, 'further away with', 'nearer with')}"
     second = effects([(what, compare(found[a], found[b])) for what, a, b in pairs])
     title = f"Filter and controller, each on and off; the budget is {target:.0%}"
     return report(found, title, pairs, [first, second], (BLUE, GREEN, ORANGE, COLOURS[3]))
 
 
-def effects(differences: Sequence[tuple[str, Difference]]) -> str:
-    """One sentence: which of the compared things change the accuracy at equal calls."""
-    gains, nothing, losses = sides(differences)
+def effects(
+    differences: Sequence[tuple[str, Difference]],
+    on: str = "On accuracy at equal calls",
+    up: str = "a gain from",
+    down: str = "a loss from",
+) -> str:
+    """One sentence: which of the compared things raise and which lower a figure, by whether intervals leave 0 out."""
+    higher, nothing, lower = sides(differences)
     by_name = dict(differences)
     parts = [
         f"{verb} {listed([f'{name} ({interval(by_name[name])} points)' for name in names])}"
-        for verb, names in (("a gain from", gains), ("a loss from", losses), ("no effect is shown of", nothing))
+        for verb, names in ((up, higher), (down, lower), ("no effect is shown of", nothing))
         if names
     ]
-    return f"On accuracy at equal calls: {'; '.join(parts)}."
+    return f"{on}: {'; '.join(parts)}."
 
 
 WRONG_RHO = Study(

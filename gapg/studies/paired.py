@@ -64,10 +64,30 @@ def paired_difference(a: Sequence[FloatArray] | FloatArray, b: Sequence[FloatArr
     return Difference(math.fsum(per_seed) / len(per_seed), low, high, per_seed, sum(d > 0 for d in per_seed))
 
 
+def seed_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
+    """The mean over seeds of a - b, one figure a seed that is no mean over problems; with Student's 95% interval.
+
+    a, b: figures in [0, 1]. One seed says nothing of another: its interval is -1 to 1, all that they could differ by.
+    Raises ValueError where the seeds of a and b differ in number, or there are none.
+    """
+    per_seed = tuple(float(x) - float(y) for x, y in zip(a, b, strict=True))
+    if not per_seed:
+        raise ValueError("a paired difference needs at least one seed")
+    low, high = t_interval(per_seed) if len(per_seed) > 1 else (-1.0, 1.0)
+    return Difference(math.fsum(per_seed) / len(per_seed), low, high, per_seed, sum(d > 0 for d in per_seed))
+
+
 def _differences(x: FloatArray, y: FloatArray) -> FloatArray:
     if np.shape(x) != np.shape(y) or np.ndim(x) != 1 or not np.size(x):
         raise ValueError(f"a pair needs the same problems, one figure each, not {np.shape(x)} and {np.shape(y)}")
     return np.asarray(x, dtype=np.float64) - np.asarray(y, dtype=np.float64)
+
+
+def covered(seeds: int) -> str:
+    """What the intervals of a table say something about, for its title."""
+    if seeds == 1:
+        return "intervals: other problems for this one seed"
+    return f"intervals: over {seeds} seeds (Student's t), the held-out problems are the same in all"
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:

@@ -35,6 +35,31 @@ def min_logprob(rows: Predictions) -> FloatArray:
     return -np.array([row["logprob_min"] for row in rows], dtype=np.float64)
 
 
+def mean_answer_logprob(rows: Predictions) -> FloatArray:
+    """[n] the mean token log-prob given that the response does not call, negated: what only the answer tells.
+
+    `mean_logprob` of a model that can call also holds log(1 - p), with p the chance of the help phrase. Raises
+    ValueError where rows do not have it.
+    """
+    return _answer(rows, "answer_logprob_mean")
+
+
+def min_answer_logprob(rows: Predictions) -> FloatArray:
+    """[n] the least token log-prob given that the response does not call, negated. Raises ValueError as the mean."""
+    return _answer(rows, "answer_logprob_min")
+
+
+def _answer(rows: Predictions, key: str) -> FloatArray:
+    if any(key not in row for row in rows):
+        raise ValueError(
+            f"predictions have no {key}: an older gapg made them; delete the products/*.jsonl that lack it and run the"
+            " same command again"
+        )
+    if any(row[key] is None for row in rows):
+        raise ValueError(f"{key} is unknown: the help phrase was not steered, or cannot begin at every token")
+    return -np.array([row[key] for row in rows], dtype=np.float64)
+
+
 def self_consistency(rows: Predictions) -> tuple[FloatArray, FloatArray]:
     """(score [n], local [n]) of n problems with k sampled responses each, in the order in which the ids first come.
 

@@ -1,7 +1,9 @@
 """The budget's studies on tables made by hand, whose call fractions and accuracies are known."""
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from math import floor
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg.config import load_config
+from gapg.rollout.records import Completion, Sampling
+from gapg.rollout.transformers_engine import TransformersEngine
 from gapg.studies import budgets, holding, units
+from gapg.studies.curves import Routed, apply_threshold, threshold_for
 from gapg.studies.study import Finished
+from gapg.tasks.base import HELP_PHRASE, STOP
+from gapg.tasks.countdown import Countdown
+from gapg.use.calibrate import fit_bias, help_control
 
 N = 100
 
@@ -126,12 +135,31 @@ def test_wrong_rho_reports_how_far_it_moves_the_calls(run: Callable[..., Finishe
     ]
     report = holding.analyse_rho(finished)
     first = report.conclusions[0]
-    assert "+0.0 points at half rho and +1.0 points at twice rho with the controller" in first
-    assert "-12.0 points at half rho and +13.0 points at twice rho with a fixed alpha_c" in first
-    assert "is +1.0 points away with it and +15.0 without" in first
+    assert first.startswith(
+        "On the calls as trained: more with twice rho, with controller (+1.0 (+1.0 to +1.0) points)"
+    )
+    assert "twice rho, without controller (+13.0 (+13.0 to +13.0) points); fewer with half rho, without" in first
+    assert "no effect is shown of half rho, with controller (+0.0 (+0.0 to +0.0) points); the run" in first
+    assert "is +1.0 points away with the controller and +15.0 without." in first
+    assert {c["figure"] for c in report.comparisons} == {"accuracy at equal calls", "called as trained"}
+    assert report.tables[1].cells[0][-1] == "+0.0 (+0.0 to +0.0)"
     assert "no effect is shown of" in report.conclusions[1]
     assert len(report.rows) == 12
     assert drawn(report.draw, tmp_path / "a.png") > 10_000
+
+
+def test_calls_that_differ_by_no_more_than_seeds_do_are_no_effect(run: Callable[..., Finished]) -> None:
+    """Half rho calls 1, 2 and 9 points fewer with the controller: 4 on average, and one seed says most of it."""
+    fewer = {20: 1, 21: 2, 22: 9}
+    finished = [
+        run(unit, 30 - (fewer[seed] if unit.label == "half rho, controller" else 0))
+        for seed in fewer
+        for unit in holding.rho_units(seed)
+    ]
+    first = holding.analyse_rho(finished).conclusions[0]
+    assert "fewer with" not in first
+    # a mean of -4, a standard deviation of sqrt(19) and t = 4.303 at two degrees of freedom
+    assert "no effect is shown of half rho, with controller (-4.0 (-14.8 to +6.8) points)" in first
 
 
 def test_filter_and_controller_crossed(run: Callable[..., Finished], tmp_path: Path) -> None:
@@ -144,12 +172,20 @@ def test_filter_and_controller_crossed(run: Callable[..., Finished], tmp_path: P
         for unit in holding.cell_units(seed)
     ]
     report = holding.analyse_cells(finished)
-    by_what = {c["what"]: c for c in report.comparisons}
+    by_what = {c["what"]: c for c in report.comparisons if c["figure"] == "accuracy at equal calls"}
     assert by_what["the filter, with controller"]["mean"] == pytest.approx(0.05)
     assert by_what["the filter, with controller"]["wins"] == 3
     assert by_what["the controller, with filter"]["mean"] == pytest.approx(0.0)
     assert "filter only 10.0 (worst +10.0) and neither 8.0 (worst -8.0)" in report.conclusions[0]
-    assert report.conclusions[0].endswith("within 4 points on every seed: filter + controller and controller only.")
+    assert (
+        "within 4 points on every seed: filter + controller and controller only. On the distance"
+        in (report.conclusions[0])
+    )
+    assert (
+        "nearer with the filter, with controller (-1.0 (-1.0 to -1.0) points), the controller, with filter (-10.0"
+        in (report.conclusions[0])
+    )
+    assert "further away with the filter, with a fixed alpha_c (+2.0 (+2.0 to +2.0) points)" in report.conclusions[0]
     assert "a gain from the filter, with controller (+5.0 (+5.0 to +5.0) points)" in report.conclusions[1]
     assert "no effect is shown of the controller, with filter" in report.conclusions[1]
     assert np.mean([r["late_alpha_c"] for r in report.rows if r["seed"] == 21]) == pytest.approx(0.61)
@@ -163,3 +199,29 @@ def test_the_cells_are_the_runs_of_the_other_studies() -> None:
     for label, (keeps_filter, keeps_controller) in holding.CELLS.items():
         budget = load_config("quickstart", cells[label]).budget
         assert (budget.filter, budget.controller) == (keeps_filter, keeps_controller)
+
+
+def test_the_threshold_calls_where_a_biased_decode_does(
+    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase, countdown: Countdown
+) -> None:
+    """ "greedy, calibrated" of the tables decodes nothing with a bias; a real model with the bias calls the same."""
+    engine = TransformersEngine(make_model(seed=21, initializer_range=0.3), tokenizer)
+    prompts = [countdown.render(p, tokenizer) for p in countdown.prompts("heldout")[:150]]
+    control = help_control(tokenizer)
+
+    def decode(bias: float) -> list[Completion]:
+        sampling = Sampling(16, temperature=0.0, stop=STOP, help=replace(control, bias=bias))
+        return [c for _, (c,) in sorted(engine.generate(prompts, 1, sampling), key=lambda pair: pair[0])]
+
+    passed = decode(-math.inf)
+    margins = np.array([c.help_margin for c in passed], dtype=np.float64)
+    method = Routed("masked", margins, np.zeros(margins.size), np.ones(margins.size))
+    for c in (0.1, 0.3, 0.5):
+        threshold = threshold_for(margins, c)
+        biased = decode(-threshold)
+        called = apply_threshold(method, threshold).called
+        assert sum(called) == round(c * margins.size)
+        assert [HELP_PHRASE in b.text for b in biased] == called
+        kept = [(b.token_ids, m.token_ids) for b, m, call in zip(biased, passed, called, strict=True) if not call]
+        assert all(ours == theirs for ours, theirs in kept)
+        assert sum(m > -fit_bias(margins.tolist(), c) for m in margins) == sum(called), "gapg calibrate's bias"

@@ -14,7 +14,7 @@ from gapg.kernels.policy_loss import group_advantages
 from gapg.parts import make_reward
 from gapg.rollout.records import Completion
 from gapg.studies import units
-from gapg.studies.da_grpo import Multiplier, make_multiplier, rewards
+from gapg.studies.da_grpo import Multiplier, make_multiplier, multiplier_start, rewards
 from gapg.tasks.base import Prompt
 
 LC, CC, CW, LW = Outcome.LOCAL_CORRECT, Outcome.CLOUD_CORRECT, Outcome.CLOUD_WRONG, Outcome.LOCAL_WRONG
@@ -62,6 +62,7 @@ def test_the_multiplier_starts_at_the_configs_price_and_follows_the_calls() -> N
     config = load_config("quickstart", units.da_grpo(3).overrides)
     law = make_multiplier(config)
     assert law.alpha_c == config.reward.alpha_c == 0.4
+    assert law.alpha_a - law.alpha_c == multiplier_start(config) == 0.6
     law.observe(0.8, 0.1, 1.0)
     assert law.alpha_c == pytest.approx(0.4 - 0.01 * 0.5)
     law.observe(0.0, 0.1, 1.0)

@@ -18,7 +18,9 @@ from gapg.studies.routers import (
     by_logprob,
     help_margins,
     logprob_threshold,
+    mean_answer_logprob,
     mean_logprob,
+    min_answer_logprob,
     min_logprob,
     self_consistency,
 )
@@ -44,6 +46,16 @@ def test_scores_are_higher_where_the_model_is_less_sure(countdown: Countdown) ->
     assert mean_logprob(rows) == pytest.approx([0.2, 0.5, 0.75])
     assert min_logprob(rows) == pytest.approx([0.3, 1.5, 0.75])
     assert help_margins(rows).tolist() == [-4.0, 2.0, -math.inf]
+
+
+def test_the_answers_log_prob_leaves_the_help_decision_out() -> None:
+    rows = [{"logprob_mean": -3.0, "logprob_min": -9.0, "answer_logprob_mean": -0.5, "answer_logprob_min": -0.75}]
+    assert mean_answer_logprob(rows).tolist() == [0.5]
+    assert min_answer_logprob(rows).tolist() == [0.75]
+    with pytest.raises(ValueError, match="no answer_logprob_mean: an older gapg made them; delete"):
+        mean_answer_logprob([*rows, {"logprob_mean": -1.0}])
+    with pytest.raises(ValueError, match="answer_logprob_min is unknown"):
+        min_answer_logprob([*rows, {"answer_logprob_min": None}])
 
 
 def test_a_score_calls_as_the_comparison_of_a_run_does(countdown: Countdown) -> None:
