@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gapg.config import ConfigError, RunConfig
 from gapg.studies import units
 from gapg.studies.drawing import COLOURS, SMALL, panels
 from gapg.studies.gradient_variance import (
@@ -100,6 +101,12 @@ def demonstration_units(seed: int) -> list[Unit]:
     return [units.gapg(seed), Unit(WITHOUT_HELP, {"task.args.help_shown": "false"}, seed)]
 
 
+def check_demonstrations(config: RunConfig) -> None:
+    """Raises ConfigError: the task's demonstrations cannot be told to leave help out."""
+    if config.task.name != "countdown":
+        raise ConfigError("experiment demonstrations turns off Countdown's help_shown: it needs task.name=countdown")
+
+
 def calls_sampled(finished: Finished) -> dict[str, int | None]:
     """Of all responses sampled in training: how many called, and the first step with a call (None: none had)."""
     rollout, rows = finished.config.rollout, steps(finished)
@@ -181,5 +188,6 @@ DEMONSTRATIONS = Study(
     units.SEEDS,
     demonstration_units,
     analyse_demonstrations,
+    check_demonstrations,
 )
 KL = Study("kl", "Does a KL penalty to the warm start buy anything?", units.SEEDS, kl_units, analyse_kl)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 
 from gapg.config import ConfigError
 from gapg.studies.pool import Job, run_jobs
+from gapg.studies.products import STANDARD
 from gapg.studies.provenance import machine, revision, versions
 from gapg.studies.runs import Place, check, make_run, make_warm_start, place
 from gapg.studies.study import Finished, Report, Study, Unit
@@ -63,7 +64,11 @@ def experiment(order: Order, studies: Studies) -> bool:
     work = order.work.resolve()
     plans = [(s, _plan(s, order, work)) for s in chosen]
     runs = _merge([run for _, plan in plans for run in plan])
-    check(runs[0][1])
+    for study, plan in plans:
+        if study.check is not None:
+            for _, p in plan:
+                study.check(p.config)
+    check(p for _, p in runs)
     _make_folder(work, "--work-dir")
     _make_folder(order.results, "--results-dir")
     jobs = _jobs([(unit, p) for unit, p in runs if not p.finished()])
@@ -75,8 +80,12 @@ def experiment(order: Order, studies: Studies) -> bool:
         if lost:
             whole = False
             warn(f"{study.name}: not written, {len(lost)} of its {len(plan)} runs failed; the same command goes on")
-        else:
+            continue
+        try:
             write_study(study, order, [Finished(unit, p.folder, p.config) for unit, p in plan])
+        except ConfigError as error:
+            whole = False
+            warn(f"{study.name}: not written: {error}")
     return whole
 
 
@@ -110,9 +119,21 @@ def _make_folder(folder: Path, option: str) -> None:
 
 
 def _plan(study: Study, order: Order, work: Path) -> list[tuple[Unit, Place]]:
-    """The study's units, seed by seed, and where the run of each lies."""
+    """The study's units, seed by seed, and where the run of each lies. Raises ConfigError."""
     units = [unit for seed in order.seeds or study.seeds for unit in study.units(seed)]
+    _refuse_overrides(study, units, order.overrides or {})
     return [(unit, place(unit, order.config, order.overrides or {}, work)) for unit in units]
+
+
+def _refuse_overrides(study: Study, units: Sequence[Unit], overrides: Mapping[str, str]) -> None:
+    """Raises ConfigError where a command says what the study says: the study would win, and the record would lie."""
+    # no steps are a unit that is not trained, whatever the command says of those that are
+    own = {key for unit in units for key, value in unit.overrides.items() if (key, value) != ("steps", "0")}
+    for key in overrides:
+        for mine in sorted(own.union(study.sets)):
+            if key == mine or key.startswith(f"{mine}.") or mine.startswith(f"{key}."):
+                what = "" if key == mine else f" ({mine})"
+                raise ConfigError(f"--{key}: experiment {study.name} sets it itself{what}; drop it")
 
 
 def _merge(plan: Sequence[tuple[Unit, Place]]) -> list[tuple[Unit, Place]]:
@@ -171,10 +192,21 @@ def _record(study: Study, order: Order, runs: Sequence[Finished], report: Report
                 "seed": run.unit.seed,
                 "run": run.folder.name,
                 **{key: run.info[key] for key in ("step", "seconds", "revision")},
+                "measured": _measured(run),
             }
             for run in runs
         ],
     }
+
+
+def _measured(run: Finished) -> list[str]:
+    """The revisions that made the products of the run which the study uses."""
+    later = run.info.get("product_revisions", {})
+    return sorted({later.get(product, run.info["revision"]) for product in (*STANDARD, *run.unit.products)})
+
+
+def _revisions(found: Iterable[str]) -> str:
+    return ", ".join(sorted({revision[:12] + revision[40:] for revision in found}))
 
 
 def section(record: dict[str, Any]) -> str:
@@ -182,11 +214,13 @@ def section(record: dict[str, Any]) -> str:
     tables = [_markdown(table) for table in record["tables"]]
     seeds, own = record["seeds"], record["own_seeds"]
     fewer = "" if set(own) <= set(seeds) else f" (of the study's own {', '.join(map(str, own))})"
-    made = sorted({run["revision"][:12] + run["revision"][40:] for run in record["runs"]})
+    trained = _revisions(run["revision"] for run in record["runs"])
+    measured = _revisions(r for run in record["runs"] for r in run.get("measured", [run["revision"]]))
+    made = f"trained at {trained}" + ("" if measured == trained else f", measured at {measured}")
     where = record["machine"]
     foot = (
         f"{len(record['runs'])} runs, seeds {', '.join(map(str, seeds))}{fewer}: `{record['command']}`, "
-        f"analysed at revision {record['revision'][:12]}{record['revision'][40:]}, trained at {', '.join(made)}, "
+        f"analysed at revision {_revisions([record['revision']])}, {made}, "
         f"on {where['device'] if where['device'] != 'cpu' else where['cpu']}. "
         f"Raw figures: [{record['study']}.json]({record['study']}.json)."
     )

@@ -295,6 +295,7 @@ WRONG_RHO = Study(
     units.SEEDS,
     rho_units,
     analyse_rho,
+    sets=("budget.rho", "budget.filter", "budget.controller"),
 )
 FILTER_CONTROLLER = Study(
     "filter-controller",
@@ -302,4 +303,5 @@ FILTER_CONTROLLER = Study(
     units.HEADLINE_SEEDS,
     cell_units,
     analyse_cells,
+    sets=("budget.rho", "budget.filter", "budget.controller"),
 )

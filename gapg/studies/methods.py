@@ -77,12 +77,15 @@ def routed(name: str, masked: Rows, score: FloatArray) -> Routed:
 
 
 def as_trained(name: str, rows: Rows) -> Result:
-    """Who answered, and whether rightly, in unmasked predictions; those whose oracle failed are left out."""
-    outcomes = [row["outcome"] for row in rows if row["outcome"] != "unknown"]
+    """Who answered, and whether rightly, in unmasked predictions.
+
+    A call whose oracle failed is a call all the same; only `correct` leaves it out.
+    """
+    outcomes = [row["outcome"] for row in rows]
     return Result(
         name,
-        called=[o.startswith("cloud") for o in outcomes],
-        correct=[o in ("local_correct", "cloud_correct") for o in outcomes],
+        called=[o.startswith("cloud") or o == "unknown" for o in outcomes],
+        correct=[o in ("local_correct", "cloud_correct") for o in outcomes if o != "unknown"],
         local_correct=[o == "local_correct" for o in outcomes],
     )
 
@@ -117,15 +120,20 @@ class Prices:
 
 
 def prices(runs: Sequence[Finished]) -> Prices:
-    """The mean price of the calls that the runs paid for in training, by the config's token prices.
+    """The mean price of the calls that the runs made in training: their tokens at the config's token prices.
 
-    Where the config names no price, or nothing was paid, one call is the unit of money.
+    Where the config names no price, or no tokens were counted, one call is the unit of money.
     """
-    oracle = runs[0].config.oracle
-    last = [rows[-1] for run in runs if (rows := [r for r in run.metrics() if "oracle/cost" in r])]
-    requests, cost = (sum(row[f"oracle/{key}"] for row in last) for key in ("requests", "cost"))
+    # the prices as they are now: a run may be older than they are, and is the same run at any price
+    oracle, cost, requests = runs[0].config.oracle, 0.0, 0
     share = f"a response of the device model is taken to cost {oracle.local_share:g} of it"
-    if None in (oracle.price_per_million_prompt, oracle.price_per_million_completion) or not requests or not cost:
+    if oracle.price_per_million_prompt is not None and oracle.price_per_million_completion is not None:
+        used = [run.info["oracle"] for run in runs]
+        prompt, completion, requests = (
+            sum(usage[key] for usage in used) for key in ("prompt_tokens", "completion_tokens", "requests")
+        )
+        cost = (prompt * oracle.price_per_million_prompt + completion * oracle.price_per_million_completion) / 1e6
+    if not requests or not cost:
         return Prices(oracle.local_share, 1.0, f"money in cloud calls: one call is 1; {share}")
     call = cost / requests
     text = f"a call costs {call:.2g}, the mean of {requests:,} paid in training at the config's token prices; {share}"

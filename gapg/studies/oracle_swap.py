@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gapg.config import ConfigError
+from gapg.config import ConfigError, RunConfig
 from gapg.rollout.oracle_solver import SolverOracle
 from gapg.studies import units
 from gapg.studies.curves import FloatArray, accuracies_at
@@ -51,6 +51,12 @@ def oracle_units(seed: int) -> list[Unit]:
     ]
 
 
+def check_oracle(config: RunConfig) -> None:
+    """Raises ConfigError: the cloud is a real one, whose accuracy nobody sets."""
+    if config.oracle.kind != "solver":
+        raise ConfigError("experiment oracle sets how often the cloud is right: it needs --oracle.kind solver")
+
+
 def with_oracle(rows: Rows, accuracy: float, samples: int = 1) -> Rows:
     """The same predictions, their problems put to a solver of another accuracy: what it says of a problem is fixed.
 
@@ -91,9 +97,6 @@ def measure(finished: Finished, accuracy: float, samples: int, how: str) -> dict
 
 
 def analyse_oracle(finished: list[Finished]) -> Report:
-    """Raises ConfigError: the cloud is a real one, whose accuracy nobody sets."""
-    if any(f.config.oracle.kind != "solver" for f in finished):
-        raise ConfigError("experiment oracle sets how often the cloud is right: it needs --oracle.kind solver")
     groups = by_label(finished)
     rows, comparisons = [], []
     for f in finished:
@@ -213,4 +216,5 @@ ORACLE = Study(
     units.SEEDS,
     oracle_units,
     analyse_oracle,
+    check_oracle,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from gapg.judge import Judge
@@ -30,7 +31,7 @@ def make_product(run: Run, name: str) -> int:
     """
     path = product_path(run.folder, name)
     rows = read_jsonl(path)
-    if not rows or _unknown(rows):
+    if not is_made(path):
         make: Callable[[Run], Rows] = PRODUCTS[name] if name in PRODUCTS else find_object(name, "product")
         rows = make(run)
         path.parent.mkdir(exist_ok=True)
@@ -38,6 +39,12 @@ def make_product(run: Run, name: str) -> int:
     if unknown := _unknown(rows):
         warn(f"{path}: the oracle failed on {unknown} of {len(rows)} rows; the same command asks again")
     return unknown
+
+
+def is_made(path: Path) -> bool:
+    """Whether a product lies there, the cloud known on all its rows."""
+    rows = read_jsonl(path)
+    return bool(rows) and not _unknown(rows)
 
 
 def _unknown(rows: Rows) -> int:
@@ -50,14 +57,15 @@ def decode(
     prompts: Sequence[Prompt],
     *,
     temperature: float,
-    control: HelpControl,
+    control: HelpControl | None,
     task: Task | None = None,
     oracle: Oracle | None = None,
 ) -> Rows:
     """One prediction a prompt, in their order, the cloud's answer to each included.
 
-    `name` is the display's title and seeds the sampling. `task`, `oracle`: others than the run's config says; the
-    caller closes such an oracle.
+    `name` is the display's title and seeds the sampling. `control`: None leaves help to the model, token by token, as
+    in training; a bias of 0 would still force the rest of a phrase that is begun, and records margins.
+    `task`, `oracle`: others than the run's config says; the caller closes such an oracle.
     """
     task = task or run.task
     sampling = Sampling(
@@ -83,10 +91,9 @@ def heldout(run: Run) -> list[Prompt]:
 
 
 def heldout_sampled(run: Run) -> Rows:
-    """As trained: at the training temperature, help neither biased nor masked."""
+    """As trained: at the training temperature, help neither steered nor masked."""
     temperature = run.config.rollout.temperature
-    control = help_control(run.tokenizer)
-    return decode(run, "heldout-sampled", heldout(run), temperature=temperature, control=control)
+    return decode(run, "heldout-sampled", heldout(run), temperature=temperature, control=None)
 
 
 def greedy_masked(run: Run, name: str, prompts: Sequence[Prompt]) -> Rows:

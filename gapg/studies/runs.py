@@ -16,7 +16,7 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from gapg.folder import save_config
 from gapg.model import load_tokenizer
 from gapg.parts import check_run, make_task
 from gapg.run import build_run, set_threads
-from gapg.studies.products import PRODUCTS, STANDARD, make_product
+from gapg.studies.products import PRODUCTS, STANDARD, is_made, make_product
 from gapg.studies.provenance import revision
 from gapg.studies.study import Unit, product_path
 from gapg.tasks import find_object
@@ -125,11 +125,24 @@ def place(unit: Unit, base: str, overrides: Mapping[str, str], work: Path) -> Pl
     return Place(config, folder, warm, unit.controller, tuple(dict.fromkeys((*STANDARD, *unit.products))))
 
 
-def check(place: Place) -> None:
-    """What can be known before a model is made. Raises ConfigError."""
-    task = make_task(place.config)
-    check_demonstrations(place.config, task)
-    check_run(place.config, task, load_tokenizer(place.config.model, task))
+def check(places: Iterable[Place]) -> None:
+    """What can be known before a model is made, once where runs differ in nothing of it. Raises ConfigError."""
+    different = {_hash(_checked(p.config)): p.config for p in places}
+    for config in different.values():
+        task = make_task(config)
+        check_demonstrations(config, task)
+        check_run(config, task, load_tokenizer(config.model, task))
+
+
+def _checked(config: RunConfig) -> dict[str, Any]:
+    """What `check` looks at."""
+    return {
+        "task": config.task.model_dump(mode="json"),
+        "model": config.model.model_dump(mode="json"),
+        "demonstrations": config.warm_start and [str(config.warm_start.demonstrations)],
+        "rollout": [config.rollout.engine, config.rollout.max_prompt_tokens, config.rollout.max_new_tokens],
+        "token_cap": config.token_cap,
+    }
 
 
 def make_warm_start(place: Place) -> Path | None:
@@ -164,7 +177,8 @@ def make_run(place: Place) -> None:
             last = run.save()
             usage = asdict(run.oracle.usage)
             for name in place.products:
-                _write_done(folder, run.state.step, usage, {name: make_product(run, name)})
+                new = not is_made(product_path(folder, name))
+                _write_done(folder, run.state.step, usage, name, make_product(run, name), new)
         finally:
             run.close()
         _forget_optimizer(last)
@@ -172,15 +186,21 @@ def make_run(place: Place) -> None:
     gc.collect()  # a model refers to itself, and the process goes on with the next run
 
 
-def _write_done(folder: Path, step: int, usage: dict[str, Any], unknown: dict[str, int]) -> None:
-    """`unknown`: on how many problems of a product the cloud is unknown; those of other products stay."""
+def _write_done(folder: Path, step: int, usage: dict[str, Any], product: str, unknown: int, new: bool) -> None:
+    """Says that a product is there, and of what revision where it was made just now; what is said of others stays.
+
+    `unknown`: on how many of its problems the cloud is unknown. A product without a revision has the run's.
+    """
     path = folder / "done.json"
     before: dict[str, Any] = {"revision": revision(), "products": {}}
     if path.exists():
         before = json.loads(path.read_text())
+    products = before["products"] | {product: unknown}
+    revisions = before.get("product_revisions", {}) | ({product: revision()} if new else {})
     rows = read_jsonl(folder / "metrics.jsonl")
     seconds = sum(value for row in rows for key, value in row.items() if key.startswith("seconds/"))
-    now = {"step": step, "seconds": round(seconds, 1), "oracle": usage, "products": before["products"] | unknown}
+    now = {"step": step, "seconds": round(seconds, 1), "oracle": usage}
+    now |= {"products": products, "product_revisions": revisions}
     write_whole(path, json.dumps(before | now, indent=1) + "\n")
 
 

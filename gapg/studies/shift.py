@@ -53,11 +53,15 @@ class Shape:
     max_value: int
 
 
-def shapes(config: RunConfig) -> dict[str, Shape]:
-    """The shifted sets by name, each one step beyond the config's problems; without those that its vocabulary
-    leaves no room for. Raises ConfigError: no Countdown."""
+def check_shift(config: RunConfig) -> None:
+    """Raises ConfigError: no Countdown."""
     if config.task.name != "countdown":
         raise ConfigError("experiment shift makes its own Countdown problems: it needs task.name=countdown")
+
+
+def shapes(config: RunConfig) -> dict[str, Shape]:
+    """The shifted sets by name, each one step beyond the config's problems; without those that its vocabulary
+    leaves no room for."""
     bound = inspect.signature(Countdown).bind(**config.task.args)
     bound.apply_defaults()
     given = bound.arguments
@@ -294,4 +298,5 @@ SHIFT = Study(
     units.SEEDS,
     shift_units,
     analyse_shift,
+    check_shift,
 )

@@ -89,6 +89,10 @@ class Study:
     """The runs of one seed."""
     analyse: Callable[[list[Finished]], Report] = field(repr=False)
     """All seeds' finished units, in the order of `units`, seed by seed -> the report."""
+    check: Callable[[RunConfig], None] | None = field(default=None, repr=False)
+    """Raises ConfigError, before anything slow, for a config that the study cannot work with."""
+    sets: tuple[str, ...] = ()
+    """Keys that no command may override, beside those that units set: the analysis takes them as the study has them."""
 
 
 def product_path(folder: Path, product: str) -> Path:

@@ -49,7 +49,10 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Judged once: per problem whether it went to the cloud, and whether the right answer came out of it."""
+    """Judged once: per problem whether it went to the cloud, and whether the right answer came out of it.
+
+    correct: without the calls whose oracle failed, which nobody can judge; these are called, and not right locally.
+    """
 
     name: str
     called: list[bool]
@@ -57,27 +60,28 @@ class Result:
     local_correct: list[bool]
 
     def row(self) -> dict[str, Any]:
-        """The figures of `summary.json`; `local_accuracy` is answered locally and right, of all problems."""
-        n = len(self.correct)
-        row: dict[str, Any] = {"name": self.name, "n": n}
+        """The figures of `summary.json`. Of all `n` problems: `call_fraction`, and `local_accuracy` (answered locally
+        and right). Of those where no oracle failed: `accuracy`."""
+        row: dict[str, Any] = {"name": self.name, "n": len(self.called)}
         for key, hits in (
             ("accuracy", self.correct),
             ("local_accuracy", self.local_correct),
             ("call_fraction", self.called),
         ):
+            n = len(hits)
             low, high = wilson(sum(hits), n)
             row |= {key: sum(hits) / n if n else 0.0, f"{key}_low": low, f"{key}_high": high}
         return row
 
 
 def as_result(name: str, groups: Sequence[Group]) -> Result:
-    """Single-response groups as a result; groups whose oracle failed are left out (report their count beside it)."""
-    known = [g for g in groups if not g.unknown]
-    outcomes = [g.outcomes[0] for g in known]
+    """Single-response groups as a result. A call whose oracle failed is a call all the same; only `correct` leaves it
+    out (report their count beside it)."""
+    outcomes = [g.outcomes[0] for g in groups]
     return Result(
         name,
-        called=[g.calls > 0 for g in known],
-        correct=[o in (Outcome.LOCAL_CORRECT, Outcome.CLOUD_CORRECT) for o in outcomes],
+        called=[g.calls > 0 for g in groups],
+        correct=[o in (Outcome.LOCAL_CORRECT, Outcome.CLOUD_CORRECT) for o in outcomes if o is not Outcome.UNKNOWN],
         local_correct=[o is Outcome.LOCAL_CORRECT for o in outcomes],
     )
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ from typing import Any
 import pytest
 
 from gapg.cli import main
-from gapg.config import ConfigError
+from gapg.config import ConfigError, RunConfig
+from gapg.studies.catalog import STUDIES
 from gapg.studies.experiment import Order, experiment, list_studies, parse_seeds
 from gapg.studies.runs import place
-from gapg.studies.study import Study, Unit
+from gapg.studies.study import Finished, Report, Study, Unit
 from gapg.tracking import read_jsonl
 
 HERE = Path(__file__).parent
 STANDARD = {"heldout-sampled", "heldout-masked", "train-masked"}
+OLD = "0" * 40
 
 
 @dataclass
@@ -136,6 +138,27 @@ def test_results(story: Story) -> None:
     assert not [path for path in story.folder.rglob("*partial*")], "nothing half"
 
 
+def test_help_is_sampled_as_in_training(story: Story) -> None:
+    """Token by token: a control would record margins, and force the rest of a phrase that is begun."""
+    products = story.run("first", "plain") / "products"
+    assert {row["help_margin"] for row in read_jsonl(products / "heldout-sampled.jsonl")} == {None}
+    assert any(row["help_margin"] is not None for row in read_jsonl(products / "heldout-masked.jsonl"))
+
+
+def test_a_study_that_refuses_its_runs_leaves_the_others_theirs(
+    story: Story, tiny: str, toy_studies: dict[str, Study], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: list[Finished]) -> Report:
+        raise ConfigError("these runs are no good")
+
+    second = toy_studies["second"]
+    studies = {"refused": replace(second, name="refused", analyse=refuse), "second": second}
+    order = Order("all", config=tiny, work=story.folder / "work", results=tmp_path)
+    assert not experiment(order, studies)
+    assert "refused: not written: these runs are no good" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "second.json", "second.md", "second.png"}
+
+
 def test_nothing_large_is_left_of_a_finished_run(story: Story) -> None:
     for folder in finished(story.folder):
         (last,) = (folder / "checkpoints").glob("step-*")
@@ -151,12 +174,23 @@ def test_what_is_missing_is_made_from_the_finished_models(
     model = plain / "checkpoints" / "step-3" / "model" / "model.safetensors"
     before = model.read_bytes(), (plain / "metrics.jsonl").read_bytes()
     assert {row["oracle_score"] for row in read_jsonl(tuned / "products" / "asked.jsonl")} == {None}
+    older = json.loads((plain / "done.json").read_text())
+    assert older.pop("product_revisions").keys() == STANDARD
+    # as written before products had revisions of their own, by other code
+    (plain / "done.json").write_text(json.dumps(older | {"revision": OLD}))
     (story.folder / "mended").touch()
     order = Order("all", (0,), config=tiny, work=story.folder / "work", results=tmp_path / "results")
     assert experiment(order, toy_studies)
     assert (model.read_bytes(), (plain / "metrics.jsonl").read_bytes()) == before
     assert len(read_jsonl(plain / "products" / "fragile.jsonl")) == 12
     assert {row["oracle_score"] for row in read_jsonl(tuned / "products" / "asked.jsonl")} == {1.0}
+    done = json.loads((plain / "done.json").read_text())
+    assert done["revision"] == OLD and done["product_revisions"].keys() == {"toy:fragile"}
+    broken = json.loads((tmp_path / "results" / "broken.json").read_text())
+    now = done["product_revisions"]["toy:fragile"]
+    assert broken["runs"][0]["measured"] == sorted([OLD, now])
+    both = ", ".join(sorted([OLD[:12], now[:12] + now[40:]]))
+    assert f"trained at {OLD[:12]}, measured at {both}" in (tmp_path / "results" / "broken.md").read_text()
     assert "3 runs, 1 of them there" in capsys.readouterr().err
     record = json.loads((tmp_path / "results" / "first.json").read_text())
     assert (record["seeds"], record["own_seeds"]) == ([0], [0, 1])
@@ -188,6 +222,64 @@ def test_what_the_user_can_mend_is_one_line_at_once(
     message = str(refused.value)
     assert all(word in message for word in words) and "\n" not in message, message
     assert not [path for path in tmp_path.rglob("*") if path.is_file()], "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        ("budgets", {"budget.cloud_fraction": "0.2"}, ["budgets", "--budget.cloud_fraction"]),
+        ("budgets", {"budget": "{cloud_fraction: 0.2}"}, ["budgets", "--budget:", "(budget.cloud_fraction)"]),
+        ("collapse", {"reward.alpha_c": "0.3"}, ["collapse", "--reward.alpha_c"]),
+        ("oracle", {"oracle.samples": "4"}, ["oracle", "--oracle.samples"]),
+        ("wrong-rho", {"budget.rho": "1"}, ["wrong-rho", "--budget.rho"]),
+        ("wrong-rho", {"budget.filter": "false"}, ["wrong-rho", "--budget.filter"]),
+        ("filter-controller", {"budget.controller": "false"}, ["filter-controller", "--budget.controller"]),
+        ("filter-controller", {"budget.rho": "1"}, ["filter-controller", "--budget.rho"]),
+        ("demonstrations", {"task.args.help_shown": "false"}, ["demonstrations", "--task.args.help_shown"]),
+        ("all", {"loss.kl_coef": "0.1"}, ["experiment kl ", "--loss.kl_coef"]),
+        ("oracle", {"oracle.kind": "openai", "oracle.model": "x"}, ["oracle", "--oracle.kind solver"]),
+        ("shift", {"task.name": "maths"}, ["shift", "task.name=countdown"]),
+        ("demonstrations", {"task.name": "maths"}, ["demonstrations", "task.name=countdown"]),
+    ],
+)
+def test_what_a_study_cannot_take_is_refused_at_once(
+    name: str, overrides: dict[str, str], words: list[str], tiny: str, tmp_path: Path
+) -> None:
+    order = Order(name, config=tiny, overrides=overrides, work=tmp_path / "work", results=tmp_path / "results")
+    with pytest.raises(ConfigError) as refused:
+        experiment(order, STUDIES)
+    message = str(refused.value)
+    assert all(word in message for word in words) and "\n" not in message, message
+    assert not list(tmp_path.iterdir())
+
+
+def test_steps_are_the_commands_though_a_warm_start_takes_none(tiny: str, tmp_path: Path) -> None:
+    order = Order("first", config=tiny, overrides={"steps": "4"}, work=tmp_path, results=Path("/dev/null/x"))
+    units = [Unit("warm start", {"steps": "0"}, 0), Unit("plain", {}, 0)]
+    with pytest.raises(ConfigError, match="--results-dir"):
+        experiment(order, {"first": Study("first", "?", (0,), lambda _: units, lambda _: pytest.fail())})
+
+
+@pytest.mark.parametrize("last", [{"token_cap": "20"}, {"task.args.numbrs": "1"}, {"rollout.max_prompt_tokens": "1"}])
+def test_every_config_is_checked(last: dict[str, str], tiny: str, tmp_path: Path) -> None:
+    """Also that of the last unit."""
+    units = [Unit("plain", {}, 0), Unit("other", {"reward.alpha_c": "0.3"}, 0), Unit("bad", last, 0)]
+    study = Study("first", "?", (0,), lambda _: units, lambda _: pytest.fail())
+    with pytest.raises(ConfigError, match=next(iter(last)).rpartition(".")[2]):
+        experiment(Order("first", config=tiny, work=tmp_path, results=tmp_path), {"first": study})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_studys_own_check_sees_every_run(tiny: str, tmp_path: Path) -> None:
+    def check(config: RunConfig) -> None:
+        if config.reward.alpha_c == 0.3:
+            raise ConfigError("0.3 is no good")
+
+    units = [Unit("plain", {}, 0), Unit("other", {"reward.alpha_c": "0.3"}, 0)]
+    study = Study("first", "?", (0,), lambda _: units, lambda _: pytest.fail(), check)
+    with pytest.raises(ConfigError, match=r"0\.3 is no good"):
+        experiment(Order("first", config=tiny, work=tmp_path, results=tmp_path), {"first": study})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("text", ["", "0,", "0,x", "-1", "0,0", "1.5"])
@@ -231,8 +323,6 @@ def test_list(toy_studies: dict[str, Study]) -> None:
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    from gapg.studies.catalog import STUDIES
-
     main(["experiment", "list"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(STUDIES)

@@ -49,8 +49,14 @@ def test_as_many_problems_as_there_are() -> None:
 def test_no_set_where_the_vocabulary_leaves_no_room() -> None:
     config = load_config("quickstart", {"task.args": "{max_target: 100, max_number: 12}"})
     assert list(shapes(config)) == ["4 numbers", "numbers of 13 to 24"]
+
+
+def test_another_task_is_refused() -> None:
+    config, check = load_config("quickstart"), shift.SHIFT.check
+    assert check is not None
+    check(config)
     with pytest.raises(ConfigError, match=r"task\.name=countdown"):
-        shapes(config.model_copy(update={"task": config.task.model_copy(update={"name": "maths"})}))
+        check(config.model_copy(update={"task": config.task.model_copy(update={"name": "maths"})}))
 
 
 def test_ways_are_computations() -> None:

@@ -81,7 +81,7 @@ def test_a_result_counts_each_outcome_in_its_place(countdown: Countdown) -> None
     assert (row["accuracy_low"], row["accuracy_high"]) == wilson(2, 4)
 
 
-def test_groups_without_an_oracle_are_left_out_not_wrong(countdown: Countdown) -> None:
+def test_a_call_without_an_oracle_is_a_call_and_not_wrong(countdown: Countdown) -> None:
     def fails(_: str) -> str:
         raise OSError("down")
 
@@ -90,8 +90,10 @@ def test_groups_without_an_oracle_are_left_out_not_wrong(countdown: Countdown) -
     )
     group = pending.result()
     assert group.unknown
-    row = as_result("x", [group, judged(countdown, HELP_PHRASE)]).row()
-    assert (row["n"], row["accuracy"]) == (1, 1.0)
+    row = as_result("x", [group, judged(countdown, HELP_PHRASE), judged(countdown, "<answer> 1 </answer>")]).row()
+    assert (row["n"], row["call_fraction"], row["accuracy"]) == (3, pytest.approx(2 / 3), 0.5)
+    assert (row["accuracy_low"], row["accuracy_high"]) == wilson(1, 2)
+    assert (row["call_fraction_low"], row["call_fraction_high"]) == wilson(2, 3)
     line = prediction(group, RewardConfig())
     assert (line["outcome"], line["reward"]) == ("unknown", None)
 
