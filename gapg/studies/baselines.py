@@ -284,7 +284,7 @@ def notes(measured: Measured) -> str:
         f'"{OWN}" and the log-prob routers take each token\'s log-prob given that the response does not call;'
         f' "{WITH_HELP}" takes the recorded one, which holds log(1 - p) of the help phrase and so the model\'s own'
         f" decision inside it. DA-GRPO's lambda starts at alpha_a - alpha_c = {measured.multiplier_start:g},"
-        " where it is published to start at 0."
+        " the price of a call at GAPG's first step, and not at 0."
     )
 
 

@@ -9,7 +9,7 @@ linear in what it is taken of:
 so it is exactly GAPG's advantage of the reward `correct - lambda called`. Where the cloud is right a call is worth
 alpha_a - lambda, which stands where GAPG has alpha_c; where it is wrong a call costs lambda, where GAPG gives 0.
 
-One thing is not as published: lambda does not start at 0 but at alpha_a - alpha_c of the config (`multiplier_start`).
+One choice is this project's: lambda starts not at 0 but at alpha_a - alpha_c of the config (`multiplier_start`).
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def std_scaled(seed: int) -> Unit:
 def da_grpo(seed: int) -> Unit:
     """DA-GRPO's multiplier in the place of the controller, and no filter.
 
-    As it was published but for where the multiplier starts: see `gapg.studies.da_grpo.make_multiplier`.
+    Where the multiplier starts is this project's choice: see `gapg.studies.da_grpo.make_multiplier`.
     """
     overrides = {"reward.function": "gapg.studies.da_grpo:rewards", **UNFILTERED}
     return Unit("DA-GRPO", overrides, seed, controller="gapg.studies.da_grpo:make_multiplier")
