@@ -281,14 +281,12 @@ def _near(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
 def _boundary_sentence(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     near = {name: _near(rows, name) for name in names}
     shown = {name: "none (nothing lies there)" if value is None else percents(value) for name, value in near.items()}
-    gaps = [abs(a - b) for name in names[1:] if (a := near[name]) is not None and (b := near[TRAINED]) is not None]
     implied = percents(float(np.mean(_of_set(rows, TRAINED, "implied"))))
     elsewhere = listed([f"{shown[name]} on {name}" for name in names[1:]])
-    furthest = f"at most {percents(max(gaps))} away from it" if gaps else "which cannot be compared"
     return (
         f"Where help and an answer are equally likely, answers are right on {shown[TRAINED]} of the problems like "
         f"those trained on (alpha_c P(oracle right), the threshold that the reward implies, is {implied}), and on "
-        f"{elsewhere}, {furthest}."
+        f"{elsewhere}."
     )
 
 
