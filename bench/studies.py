@@ -31,7 +31,7 @@ def _shown(record: dict[str, Any]) -> str:
     rows = [table["columns"], ["---"] * len(table["columns"]), *table["cells"]]
     lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     seeds = ", ".join(map(str, record["seeds"]))
-    return f"{table['title']} (`{record['command']}`, seeds {seeds}):\n\n{lines}\n\n{record['conclusions'][0]}"
+    return f"{table['title']} (`{record['command']}`, seeds {seeds}):\n\n{lines}\n\n{' '.join(record['conclusions'])}"
 
 
 def main() -> None:
