@@ -56,7 +56,7 @@ def _answer(rows: Predictions, key: str) -> FloatArray:
             " same command again"
         )
     if any(row[key] is None for row in rows):
-        raise ValueError(f"{key} is unknown: the help phrase was not steered, or cannot begin at every token")
+        raise ValueError(f"{key} is unknown: the help phrase was not steered")
     return -np.array([row[key] for row in rows], dtype=np.float64)
 
 

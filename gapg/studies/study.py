@@ -75,7 +75,7 @@ class Report:
     comparisons: list[dict[str, Any]]
     """Paired differences with their 95% intervals."""
     conclusions: list[str]
-    """Two sentences, built from the figures by code so that they stay true, also where something buys nothing."""
+    """Sentences, built from the figures by code so that they stay true, also where something buys nothing."""
     draw: Callable[[Figure], None]
     """Draws on an empty figure of a constrained layout; may resize it."""
 

@@ -98,19 +98,20 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> tuple[int, int, float]:
     return only_a, only_b, min(1.0, 2 * tail / 2**n)
 
 
-def answer_logprobs(completion: Completion) -> tuple[float, float | None] | None:
+def answer_logprobs(completion: Completion) -> tuple[float, float] | None:
     """(mean, min) of the log-probs of a response's tokens given that it does not call; None without `HelpControl`.
 
     log pi(token) + log(1 + odds of the help phrase): the policy's log-prob of a token that goes on holds its decision
-    not to call, and so tells a router what the help phrase would. Means nothing for a response that calls. The minimum
-    is None where the phrase cannot begin at every token, which leaves open where its odds belong.
+    not to call, and so tells a router what the help phrase would. Means nothing for a response that calls. Where the
+    phrase cannot begin at every token, it is open which tokens its odds belong to: the minimum is then the recorded
+    one, which is at most that.
     """
     odds = completion.help_log_odds
     if odds is None:
         return None
     gains = [max(x, 0.0) + math.log1p(math.exp(-abs(x))) for x in odds]
     n = len(completion.logprobs)
-    lowest = min(a + b for a, b in zip(completion.logprobs, gains, strict=True)) if len(gains) == n else None
+    lowest = min(a + b for a, b in zip(completion.logprobs, gains if len(gains) == n else [0.0] * n, strict=True))
     return (sum(completion.logprobs) + sum(gains)) / n, lowest
 
 
