@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
-from bench.record import Row
+from bench.record import Row, draw_between
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
@@ -87,11 +86,7 @@ def draw_into(readme: Path, record: dict[str, Any]) -> None:
     Raises:
         ValueError: the file lacks the markers.
     """
-    begin, end = map(re.escape, MARKERS)
-    text, block = readme.read_text(), f"{MARKERS[0]}\n{error_table(record)}\n{MARKERS[1]}"
-    if not re.search(f"{begin}.*?{end}", text, re.DOTALL):
-        raise ValueError(f"{readme} needs the markers {MARKERS[0]} and {MARKERS[1]}")
-    readme.write_text(re.sub(f"{begin}.*?{end}", lambda _: block, text, flags=re.DOTALL))
+    draw_between(readme, MARKERS, error_table(record))
 
 
 def plot(record: dict[str, Any], path: Path) -> None:

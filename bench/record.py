@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -139,6 +140,21 @@ def read(path: Path) -> dict[str, Any]:
     """The record at ``path``."""
     record: dict[str, Any] = json.loads(path.read_text())
     return record
+
+
+def draw_between(path: Path, markers: tuple[str, str], text: str) -> None:
+    """Replaces what stands between two markers of a page.
+
+    Raises:
+        ValueError: the page lacks them.
+    """
+    begin, end = map(re.escape, markers)
+    page, found = re.subn(
+        f"{begin}.*?{end}", lambda _: f"{markers[0]}\n{text}\n{markers[1]}", path.read_text(), flags=re.DOTALL
+    )
+    if not found:
+        raise ValueError(f"{path} needs the markers {markers[0]} and {markers[1]}")
+    path.write_text(page)
 
 
 def revision() -> str:

@@ -6,11 +6,16 @@ python bench/studies.py
 from __future__ import annotations
 
 import json
-import re
+import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from bench.record import ROOT, draw_between
+from gapg.studies.experiment import markdown
+
 RESULTS = ROOT / "bench" / "results" / "studies"
 MARKERS = ("<!-- studies: drawn by bench/studies.py -->", "<!-- end of studies -->")
 SHOWN = ("baselines", "budgets")
@@ -27,21 +32,16 @@ def block(records: dict[str, dict[str, Any]]) -> str:
 
 
 def _shown(record: dict[str, Any]) -> str:
-    table = record["tables"][0]
-    rows = [table["columns"], ["---"] * len(table["columns"]), *table["cells"]]
-    lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    seeds = ", ".join(map(str, record["seeds"]))
-    return f"{table['title']} (`{record['command']}`, seeds {seeds}):\n\n{lines}\n\n{' '.join(record['conclusions'])}"
+    table, seeds = record["tables"][0], ", ".join(map(str, record["seeds"]))
+    title = f"{table['title']} (`{record['command']}`, seeds {seeds}):"
+    return f"{markdown({**table, 'title': title})}\n\n{' '.join(record['conclusions'])}"
 
 
 def main() -> None:
     records = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     text = block(records)
     print(text)
-    begin, end = map(re.escape, MARKERS)
-    readme = ROOT / "README.md"
-    drawn = f"{MARKERS[0]}\n{text}\n{MARKERS[1]}"
-    readme.write_text(re.sub(f"{begin}.*?{end}", lambda _: drawn, readme.read_text(), flags=re.DOTALL))
+    draw_between(ROOT / "README.md", MARKERS, text)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.record import Row
+from bench.record import Row, draw_between
 
 MARKERS = ("<!-- update step: drawn by bench/update_step.py --table -->", "<!-- end of update step -->")
 
@@ -60,11 +60,7 @@ def draw_into(readme: Path, rows: list[Row], ours: Sequence[str], peers: Sequenc
     Raises:
         ValueError: the file lacks the markers.
     """
-    begin, end = map(re.escape, MARKERS)
-    text, block = readme.read_text(), f"{MARKERS[0]}\n{counted_table(rows, ours, peers)}\n{MARKERS[1]}"
-    if not re.search(f"{begin}.*?{end}", text, re.DOTALL):
-        raise ValueError(f"{readme} needs the markers {MARKERS[0]} and {MARKERS[1]}")
-    readme.write_text(re.sub(f"{begin}.*?{end}", lambda _: block, text, flags=re.DOTALL))
+    draw_between(readme, MARKERS, counted_table(rows, ours, peers))
 
 
 def plot(rows: list[Row], ours: Sequence[str], path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 MEMORY = 0.9
-"""Of the answers' accuracy; calls follow alpha_c with a delay of about ten steps, so nothing faster is needed."""
+"""Of the answers' accuracy, in which nothing happens from one step to the next that calls could follow."""
 APPROACH = 20
 """Steps in which the reference goes most of the way from the first call fraction to the budget."""
 SLOWEST = 0.2

@@ -45,6 +45,7 @@ from gapg.studies.methods import (
     without,
 )
 from gapg.studies.paired import Difference, paired_difference, seed_difference, spread
+from gapg.studies.products import SAMPLES
 from gapg.studies.prompt_router import PRODUCT as PROMPT_ROUTER
 from gapg.studies.routers import mean_answer_logprob, mean_logprob, min_answer_logprob, self_consistency
 from gapg.studies.study import Finished, Report, Study, Unit
@@ -52,7 +53,6 @@ from gapg.studies.study import Finished, Report, Study, Unit
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SAMPLES = 5
 FRACTIONS = (0.1, 0.2, 0.3, 0.5)
 """Call fractions at which GAPG is compared, beside the one it is trained to: each method's own may lie elsewhere."""
 
@@ -141,7 +141,6 @@ class Measured:
     """GAPG's APGR less the method's; empty where the cloud is no better than the task-tuned model."""
     multiplier_start: float
     """Where DA-GRPO's lambda starts."""
-    left_out: int
 
     def at_budget(self, name: str) -> list[float]:
         return [float(accuracies_at(m.routed, self.cloud_fraction).mean()) for m in self.methods[name]]
@@ -172,7 +171,7 @@ def measure(finished: Sequence[Finished]) -> Measured:
     c = finished[0].config.budget.cloud_fraction
     multiplier = multiplier_start(by_label(finished)["DA-GRPO"][0].config)
     at = {f: at_fraction(methods, f) for f in sorted({*FRACTIONS, c})}
-    return Measured(methods, c, prices(finished), at, recovered(methods), multiplier, len(left_out))
+    return Measured(methods, c, prices(finished), at, recovered(methods), multiplier)
 
 
 def at_fraction(methods: dict[str, list[Method]], fraction: float) -> dict[str, Difference]:

@@ -76,7 +76,6 @@ class Measured:
     """The runs trained to each target, in the order of the seeds."""
     differences: dict[float, Difference]
     """Accuracy at exactly the target: the run trained to it less the one run calibrated to it."""
-    left_out: int
 
     def of(self, way: str, target: float) -> list[Held]:
         return [h for h in self.held if h.way == way and h.target == target]
@@ -105,7 +104,7 @@ def measure(finished: Sequence[Finished]) -> Measured:
         for c in TARGETS
         if c != ONE_RUN
     }
-    return Measured(held, methods, differences, len(left_out))
+    return Measured(held, methods, differences)
 
 
 def label(target: float) -> str:

@@ -105,21 +105,13 @@ def area(curve: Curve) -> float:
     return float(np.sum(widths * (curve.accuracy[1:] + curve.accuracy[:-1]) / 2))
 
 
-def gap_recovered(curve: Curve, c: float, local: float | None = None) -> float | None:
-    """RouteLLM's PGR at call fraction c: (accuracy - local) / (cloud - local).
-
-    local: the accuracy that counts as nothing recovered; by default the curve's own at no calls. Give the task-tuned
-    model's to compare methods whose local answers differ. None where the cloud is no better than that.
-    """
-    start = curve.local if local is None else local
-    return (curve.at(c) - start) / (curve.cloud - start) if curve.cloud > start else None
-
-
 def apgr(curve: Curve, local: float | None = None) -> float | None:
     """RouteLLM's average performance gap recovered: PGR integrated over the call fraction.
 
-    0.5 for random offloading, 1 at most where calls never hurt. RouteLLM averages ten points; this is the integral.
-    `local` and None as in `gap_recovered`.
+    PGR at a call fraction is (accuracy - local) / (cloud - local): 0.5 on average for random offloading, 1 at most
+    where calls never hurt. RouteLLM averages ten points; this is the integral.
+    local: the accuracy that counts as nothing recovered; by default the curve's own at no calls. Give the task-tuned
+    model's to compare methods whose local answers differ. None where the cloud is no better than that.
     """
     start = curve.local if local is None else local
     return (area(curve) - start) / (curve.cloud - start) if curve.cloud > start else None
@@ -128,7 +120,7 @@ def apgr(curve: Curve, local: float | None = None) -> float | None:
 def calls_for_gap(curve: Curve, share: float, local: float | None = None) -> float | None:
     """RouteLLM's CPT: the smallest call fraction that recovers `share` of the gap, e.g. 0.5.
 
-    `local` as in `gap_recovered`. None where the cloud is no better than local, so that there is no gap. Raises
+    `local` as in `apgr`. None where the cloud is no better than local, so that there is no gap. Raises
     ValueError unless 0 <= share <= 1.
     """
     if not 0 <= share <= 1:
@@ -146,7 +138,7 @@ def calls_for_gap(curve: Curve, share: float, local: float | None = None) -> flo
 
 
 def measures(curve: Curve, local: float | None = None) -> dict[str, float | None]:
-    """`area`, `apgr` and `calls_for_20`, `_50`, `_80` of the gap, ready for JSON. `local` as in `gap_recovered`."""
+    """`area`, `apgr` and `calls_for_20`, `_50`, `_80` of the gap, ready for JSON. `local` as in `apgr`."""
     calls = {f"calls_for_{share * 100:.0f}": calls_for_gap(curve, share, local) for share in GAP_SHARES}
     return {"area": area(curve), "apgr": apgr(curve, local), **calls}
 

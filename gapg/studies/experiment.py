@@ -193,6 +193,7 @@ def _record(study: Study, order: Order, runs: Sequence[Finished], report: Report
                 "run": run.folder.name,
                 **{key: run.info[key] for key in ("step", "seconds", "revision")},
                 "measured": _measured(run),
+                "unknown": max(run.info["products"][product] for product in _products(run)),
             }
             for run in runs
         ],
@@ -202,7 +203,11 @@ def _record(study: Study, order: Order, runs: Sequence[Finished], report: Report
 def _measured(run: Finished) -> list[str]:
     """The revisions that made the products of the run which the study uses."""
     later = run.info.get("product_revisions", {})
-    return sorted({later.get(product, run.info["revision"]) for product in (*STANDARD, *run.unit.products)})
+    return sorted({later.get(product, run.info["revision"]) for product in _products(run)})
+
+
+def _products(run: Finished) -> tuple[str, ...]:
+    return (*STANDARD, *run.unit.products)
 
 
 def _revisions(found: Iterable[str]) -> str:
@@ -211,24 +216,27 @@ def _revisions(found: Iterable[str]) -> str:
 
 def section(record: dict[str, Any]) -> str:
     """A study in Markdown, from its JSON, below whatever heading it is given."""
-    tables = [_markdown(table) for table in record["tables"]]
+    tables = [markdown(table) for table in record["tables"]]
     seeds, own = record["seeds"], record["own_seeds"]
     fewer = "" if set(own) <= set(seeds) else f" (of the study's own {', '.join(map(str, own))})"
     trained = _revisions(run["revision"] for run in record["runs"])
     measured = _revisions(r for run in record["runs"] for r in run.get("measured", [run["revision"]]))
     made = f"trained at {trained}" + ("" if measured == trained else f", measured at {measured}")
-    where = record["machine"]
+    where, unknown = record["machine"], max(run["unknown"] for run in record["runs"])
+    lost = f"The cloud failed on up to {unknown} predictions of a run, which are left out. " if unknown else ""
     foot = (
         f"{len(record['runs'])} runs, seeds {', '.join(map(str, seeds))}{fewer}: `{record['command']}`, "
         f"analysed at revision {_revisions([record['revision']])}, {made}, "
         f"on {where['device'] if where['device'] != 'cpu' else where['cpu']}. "
-        f"Raw figures: [{record['study']}.json]({record['study']}.json)."
+        f"{lost}Raw figures: [{record['study']}.json]({record['study']}.json)."
     )
     parts = [record["question"], *tables, " ".join(record["conclusions"]), f"![]({record['study']}.png)", foot]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _markdown(table: dict[str, Any]) -> str:
+def markdown(table: dict[str, Any]) -> str:
+    """A study's table from its JSON, below its title."""
+
     def row(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from scipy import stats
 from transformers import PreTrainedModel
 
 from gapg.batching import Example, packed_batches
@@ -26,7 +27,6 @@ from gapg.run import Run
 from gapg.seeding import derive
 from gapg.studies.curves import FloatArray
 from gapg.studies.drawing import COLOURS, SMALL
-from gapg.studies.paired import t_quantile
 from gapg.studies.study import Finished, Table
 from gapg.tasks.base import STOP, Prompt
 from gapg.tracking import Display
@@ -197,7 +197,9 @@ def agreements(rows: Sequence[dict[str, Any]]) -> list[Agreement]:
         f_B = np.sum([row["formula_blocks"] for row in chosen], axis=0)
         m, f = float(m_B.mean()), float(f_B.mean())
         # a ratio of means, its error from the residuals (delta method)
-        half = t_quantile(len(m_B) - 1) * float((m_B - m / f * f_B).std(ddof=1)) / math.sqrt(len(m_B)) / f
+        half = (
+            float(stats.t.ppf(0.975, len(m_B) - 1)) * float((m_B - m / f * f_B).std(ddof=1)) / math.sqrt(len(m_B)) / f
+        )
         found.append(Agreement(size, m, f, m / f, m / f - half, m / f + half))
     return found
 

@@ -28,6 +28,7 @@ from gapg.studies.methods import (
     unanswered,
 )
 from gapg.studies.paired import Difference, covered, paired_difference, seed_difference, spread
+from gapg.studies.settings import smoothed, steps
 from gapg.studies.study import Finished, Report, Study, Table, Unit
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def settings(finished: Sequence[Finished]) -> dict[str, Setting]:
             label,
             runs[0].config.budget.cloud_fraction,
             [by_help_phrase(label, run, left_out) for run in runs],
-            [[row for row in run.metrics() if "alpha_c" in row] for run in runs],
+            [steps(run) for run in runs],
         )
         for label, runs in by_label(finished).items()
     }
@@ -160,9 +161,9 @@ def _training(axis: Axes, found: Mapping[str, Setting], colours: Sequence[str]) 
     """Call fractions of training, mean over seeds and over the ten steps before."""
     for s, colour in zip(found.values(), colours, strict=True):
         f = np.mean([[row["call_fraction"] for row in rows] for rows in s.training], axis=0)
-        window = min(10, len(f))
-        smooth = np.convolve(f, np.ones(window) / window, mode="valid")
-        axis.plot(np.arange(window, len(f) + 1), smooth, color=colour, linewidth=1.5, label=s.label)
+        means = smoothed(f.tolist(), 10)
+        at = np.arange(len(f) - len(means) + 1, len(f) + 1)
+        axis.plot(at, means, color=colour, linewidth=1.5, label=s.label)
     axis.axhline(next(iter(found.values())).target, color="black", linewidth=0.8, linestyle="--")
     axis.set(xlabel="step", ylabel="called in training", title="on the way (mean over seeds and ten steps)")
     percent(axis, y=True)

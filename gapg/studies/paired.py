@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from gapg.seeding import derive
 from gapg.studies.curves import FloatArray
@@ -95,7 +96,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
     if len(values) < 2:
         raise ValueError("an interval over seeds needs at least two of them")
     x = np.asarray(values, dtype=np.float64)
-    half = t_quantile(x.size - 1) * float(x.std(ddof=1)) / math.sqrt(x.size)
+    half = float(stats.t.ppf(0.975, x.size - 1) * x.std(ddof=1)) / math.sqrt(x.size)
     return float(x.mean()) - half, float(x.mean()) + half
 
 
@@ -108,28 +109,3 @@ def bootstrap_interval(differences: FloatArray) -> tuple[float, float]:
     means = rng.multinomial(x.size, counts / x.size, size=_RESAMPLES) @ values / x.size
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
-
-
-def t_quantile(df: int) -> float:
-    """The two-sided 95% point of Student's t: P(|T| < t) = 0.95. Raises ValueError on df < 1."""
-    if df < 1:
-        raise ValueError("Student's t needs at least one degree of freedom")
-    low, high = 0.0, 13.0  # df = 1 has 12.706
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_inside(middle, df) < 0.95 else (low, middle)
-    return (low + high) / 2
-
-
-def _t_inside(t: float, df: int) -> float:
-    """P(|T| < t), the finite sums for whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(df))
-    sine, cosine2 = math.sin(angle), math.cos(angle) ** 2
-    term, total = 1.0, 0.0
-    first = 0 if df % 2 == 0 else 1
-    if first:
-        term = math.cos(angle)
-    for k in range(first + 2, df + 1, 2):
-        total += term
-        term *= cosine2 * (k - 1) / k
-    return sine * total if not first else 2 / math.pi * (angle + sine * total)

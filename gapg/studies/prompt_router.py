@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from torch.nn import functional
 from transformers import (
     AutoModelForSequenceClassification,
@@ -200,8 +201,7 @@ def auc(score: FloatArray, failed: Sequence[bool]) -> float:
     ups, downs = int(hits.sum()), int((~hits).sum())
     if not ups or not downs:
         return 0.5
-    _, group, sizes = np.unique(score, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(sizes) - (sizes - 1) / 2)[group]
+    ranks = stats.rankdata(score)
     return float((ranks[hits].sum() - ups * (ups + 1) / 2) / (ups * downs))
 
 

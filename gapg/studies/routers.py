@@ -30,11 +30,6 @@ def mean_logprob(rows: Predictions) -> FloatArray:
     return -np.array([row["logprob_mean"] for row in rows], dtype=np.float64)
 
 
-def min_logprob(rows: Predictions) -> FloatArray:
-    """[n] the log-prob of the response's least likely token, negated: a post-inference router."""
-    return -np.array([row["logprob_min"] for row in rows], dtype=np.float64)
-
-
 def mean_answer_logprob(rows: Predictions) -> FloatArray:
     """[n] the mean token log-prob given that the response does not call, negated: what only the answer tells.
 

@@ -129,7 +129,6 @@ def prediction(group: Group, reward: RewardConfig) -> dict[str, Any]:
         "outcome": group.outcomes[0].value,
         "reward": None if group.unknown else rewards(group, reward.alpha_a, reward.alpha_c, reward.alpha_f)[0],
         "logprob_mean": sum(completion.logprobs) / len(completion.logprobs),
-        "logprob_min": min(completion.logprobs),
         "answer_logprob_mean": answer and answer[0],
         "answer_logprob_min": answer and answer[1],
         "help_margin": margin if margin is not None and math.isfinite(margin) else None,

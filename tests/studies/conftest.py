@@ -25,8 +25,8 @@ def predicted() -> Callable[..., dict[str, Any]]:
 
     def make(i: int, outcome: str, margin: float | None = None, **more: Any) -> dict[str, Any]:
         row = {"id": f"p{i}", "outcome": outcome, "help_margin": margin, "oracle_score": 1.0, "problem": f"problem {i}"}
-        row |= {"logprob_mean": -1.0, "logprob_min": -2.0, "response": "<answer>1</answer>"} | more
-        answer = {"answer_logprob_mean": row["logprob_mean"], "answer_logprob_min": row["logprob_min"]}
+        row |= {"logprob_mean": -1.0, "response": "<answer>1</answer>"} | more
+        answer = {"answer_logprob_mean": row["logprob_mean"], "answer_logprob_min": -2.0}
         return answer | row
 
     return make

@@ -108,7 +108,6 @@ def test_problems_the_cloud_failed_are_left_out_of_all(run: Callable[..., Finish
     rows[7]["oracle_score"] = None
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     measured = budgets.measure(finished)
-    assert measured.left_out == 1
     assert {m.routed.score.size for methods in measured.methods.values() for m in methods} == {N - 1}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
     with pytest.raises(ValueError, match="different held-out problems"):

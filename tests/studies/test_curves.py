@@ -17,7 +17,6 @@ from gapg.studies.curves import (
     calls_for_gap,
     cost_curve,
     curve,
-    gap_recovered,
     measures,
     shares_at,
     threshold_for,
@@ -46,12 +45,10 @@ def test_a_curve_by_hand() -> None:
     assert calls_for_gap(made, 0.5) == pytest.approx(0.125)
     assert calls_for_gap(made, 0.8) == pytest.approx(0.2)
     assert calls_for_gap(made, 0) == 0
-    assert gap_recovered(made, 0.5) == pytest.approx(2.0)
     # against another model's local accuracy of .25: gap .5, half of it is had without a call, 80% is .65
     assert calls_for_gap(made, 0.5, local=0.25) == 0
     assert calls_for_gap(made, 0.8, local=0.25) == pytest.approx(0.15)
     assert apgr(made, local=0.25) == pytest.approx((0.78125 - 0.25) / 0.5)
-    assert gap_recovered(made, 0.25, local=0.25) == pytest.approx(1.0)
     assert set(measures(made)) == {"area", "apgr", "calls_for_20", "calls_for_50", "calls_for_80"}
     assert measures(made)["calls_for_80"] == pytest.approx(0.2)
 
@@ -84,7 +81,6 @@ def test_no_gap_has_no_share() -> None:
     assert (made.local, made.cloud) == (0.5, 0.5)
     assert apgr(made) is None
     assert calls_for_gap(made, 0.5) is None
-    assert gap_recovered(made, 0.5) is None
     assert measures(made)["area"] == pytest.approx(0.75)
 
 

@@ -1,13 +1,14 @@
 """Spreads and intervals: against published values, worked tables, and how often an interval holds the truth."""
 
 import math
+import statistics
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gapg.studies.paired import bootstrap_interval, paired_difference, seed_difference, spread, t_interval, t_quantile
+from gapg.studies.paired import bootstrap_interval, paired_difference, seed_difference, spread, t_interval
 
 
 def test_a_spread_by_hand() -> None:
@@ -29,13 +30,15 @@ def test_a_spread_holds_its_mean(values: list[float]) -> None:
     ("df", "published"),
     [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262), (29, 2.045), (30, 2.042), (120, 1.980)],
 )
-def test_students_t_against_the_published_table(df: int, published: float) -> None:
-    assert t_quantile(df) == pytest.approx(published, abs=5e-4)
+def test_an_interval_is_students_by_the_published_table(df: int, published: float) -> None:
+    """Values -1 and 1 in turn, and 0 where they are odd in number: the half width is t s / sqrt(n)."""
+    values = [float((-1) ** i) for i in range(df + 1 - (df + 1) % 2)] + [0.0] * ((df + 1) % 2)
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    low, high = t_interval(values)
+    assert (low, high) == (pytest.approx(-published * error, rel=3e-4), pytest.approx(published * error, rel=3e-4))
 
 
-def test_students_t_needs_two_values() -> None:
-    with pytest.raises(ValueError):
-        t_quantile(0)
+def test_an_interval_needs_two_values() -> None:
     with pytest.raises(ValueError):
         t_interval([1.0])
 

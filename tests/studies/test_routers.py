@@ -21,7 +21,6 @@ from gapg.studies.routers import (
     mean_answer_logprob,
     mean_logprob,
     min_answer_logprob,
-    min_logprob,
     self_consistency,
 )
 from gapg.tasks.base import HELP_PHRASE
@@ -31,7 +30,8 @@ from gapg.use.evaluate import prediction
 
 def row(countdown: Countdown, text: str, logprobs: tuple[float, ...], margin: float | None = None) -> dict[str, Any]:
     """What a run keeps of one response to the first held-out problem, through JSON."""
-    completion = Completion(tuple(range(len(logprobs))), logprobs, text, "stop", help_margin=margin)
+    never = (-1000.0,) * len(logprobs)  # the help phrase's log-odds: the answer's log-probs are the recorded ones
+    completion = Completion(tuple(range(len(logprobs))), logprobs, text, "stop", margin, never)
     judge = Judge(countdown, SolverOracle(countdown.solve, accuracy=1.0, wrong="0"), ask_always=True)
     group = judge.submit(countdown.prompts("heldout")[0], [completion]).result()
     line: dict[str, Any] = json.loads(json.dumps(prediction(group, RewardConfig())))
@@ -44,12 +44,13 @@ def test_scores_are_higher_where_the_model_is_less_sure(countdown: Countdown) ->
     no_phrase = row(countdown, "1 + 1", (-0.75,), margin=-math.inf)
     rows = [sure, one_doubt, no_phrase]
     assert mean_logprob(rows) == pytest.approx([0.2, 0.5, 0.75])
-    assert min_logprob(rows) == pytest.approx([0.3, 1.5, 0.75])
+    assert mean_answer_logprob(rows) == pytest.approx([0.2, 0.5, 0.75])
+    assert min_answer_logprob(rows) == pytest.approx([0.3, 1.5, 0.75])
     assert help_margins(rows).tolist() == [-4.0, 2.0, -math.inf]
 
 
 def test_the_answers_log_prob_leaves_the_help_decision_out() -> None:
-    rows = [{"logprob_mean": -3.0, "logprob_min": -9.0, "answer_logprob_mean": -0.5, "answer_logprob_min": -0.75}]
+    rows = [{"logprob_mean": -3.0, "answer_logprob_mean": -0.5, "answer_logprob_min": -0.75}]
     assert mean_answer_logprob(rows).tolist() == [0.5]
     assert min_answer_logprob(rows).tolist() == [0.75]
     with pytest.raises(ValueError, match="no answer_logprob_mean: an older gapg made them; delete"):
