@@ -31,7 +31,7 @@ def make_product(run: Run, name: str) -> int:
     """
     path = product_path(run.folder, name)
     rows = read_jsonl(path)
-    if not is_made(path):
+    if not _whole(rows):
         make: Callable[[Run], Rows] = PRODUCTS[name] if name in PRODUCTS else find_object(name, "product")
         rows = make(run)
         path.parent.mkdir(exist_ok=True)
@@ -43,7 +43,10 @@ def make_product(run: Run, name: str) -> int:
 
 def is_made(path: Path) -> bool:
     """Whether a product lies there, the cloud known on all its rows."""
-    rows = read_jsonl(path)
+    return _whole(read_jsonl(path))
+
+
+def _whole(rows: Rows) -> bool:
     return bool(rows) and not _unknown(rows)
 
 
