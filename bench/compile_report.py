@@ -1,11 +1,13 @@
 """Compile every kernel for sm_90 without a GPU and write what the machine code is made of.
 
-    python bench/compile_report.py            # writes bench/results/sass/<kernel>.json
+    python bench/compile_report.py [FILE]     # writes bench/results/sass/triton-<version>.json
 
-The figures are read from ptxas and the disassembly: registers, shared memory, spills, whether ptxas had to serialize
-the tensor cores' work, and counts of the instructions that matter (HGMMA: tensor cores; UTMALDG/UTMASTG: TMA; LDL/STL:
-local memory; ATOM/RED: atomics; MUFU: exponentials).
-Run it in its own process with TRITON_INTERPRET unset: an interpreted kernel has no machine code.
+The figures are read from ptxas and the disassembly: registers, shared memory, spills, how many programs one
+multiprocessor holds, whether ptxas had to serialize the tensor cores' work, counts of the instructions that matter
+(HGMMA: tensor cores; UTMALDG/UTMASTG: TMA; LDL/STL: local memory; ATOM/RED: atomics; MUFU: exponentials), and how many
+instructions a thread spends on the end of a tile. Each triton makes code of its own, so it has a file of its own.
+Run it in its own process with TRITON_INTERPRET unset: an interpreted kernel has no machine code. Another triton than
+the installed one: `pip install --no-deps --target FOLDER triton==3.6.0`, then PYTHONPATH=FOLDER.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -29,8 +31,11 @@ from triton.compiler import ASTSource
 
 from gapg.kernels import odds_gemm, odds_pass, odds_rows, policy_loss_kernel
 
-SHARED_LIMIT = 232_448
-"""Bytes of shared memory one block may use on sm_90."""
+SHARED, RESERVED = 228 << 10, 1 << 10
+"""Bytes of shared memory of a multiprocessor of sm_90, and those of them that each program on it takes unasked."""
+
+REGISTERS, WARPS, PROGRAMS = 65_536, 64, 32
+"""What a multiprocessor has of registers, and the most warps and programs on it."""
 
 RESULTS = Path(__file__).parent / "results" / "sass"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -52,10 +57,9 @@ class Kernel:
 class Figures:
     """What the compiler made of one kernel."""
 
-    kernel: str
-    triton: str
     registers: int
     shared_bytes: int
+    programs_per_multiprocessor: int
     stack_bytes: int
     spill_store_bytes: int
     spill_load_bytes: int
@@ -68,6 +72,7 @@ class Figures:
     local_memory: int
     arithmetic_atomics: int
     instructions: int
+    epilogue_instructions: int | None
 
 
 TYPES = {
@@ -168,12 +173,12 @@ def compile_figures(kernel: Kernel) -> Figures:
         log = _run("ptxas", "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(cubin))
         sass = _run("cuobjdump", "-sass", str(cubin))
     code = [
-        (int(address, 16), operation, operands)
-        for address, operation, operands in re.findall(
-            r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", sass, re.MULTILINE
+        Instruction(int(address, 16), bool(predicate), operation, operands)
+        for address, predicate, operation, operands in re.findall(
+            r"^\s+/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", sass, re.MULTILINE
         )
     ]
-    operations = Counter(operation for _, operation, _ in code)
+    operations = Counter(instruction.operation for instruction in code)
 
     def count(pattern: str) -> int:
         return sum(n for operation, n in operations.items() if re.match(pattern, operation))
@@ -184,11 +189,11 @@ def compile_figures(kernel: Kernel) -> Figures:
             raise RuntimeError(f"ptxas did not report {pattern!r} for {kernel.name}:\n{log}")
         return int(found[1])
 
+    registers, shared = reported(r"Used (\d+) registers"), compiled.metadata.shared
     return Figures(
-        kernel=kernel.name,
-        triton=triton.__version__,
-        registers=reported(r"Used (\d+) registers"),
-        shared_bytes=compiled.metadata.shared,
+        registers=registers,
+        shared_bytes=shared,
+        programs_per_multiprocessor=_programs(registers, shared, kernel.options["num_warps"]),
         stack_bytes=reported(r"(\d+) bytes stack frame"),
         spill_store_bytes=reported(r"(\d+) bytes spill stores"),
         spill_load_bytes=reported(r"(\d+) bytes spill loads"),
@@ -202,21 +207,54 @@ def compile_figures(kernel: Kernel) -> Figures:
         # ATOM.EXCH and ATOM.CAS do no arithmetic; triton uses them to publish descriptors.
         arithmetic_atomics=count(r"(ATOM|ATOMG|ATOMS)\.(?!EXCH|CAS)") + count(r"U?RED\b(?!UX)"),
         instructions=sum(operations.values()),
+        epilogue_instructions=_epilogue(code) if kernel.gemm else None,
     )
 
 
-def _in_loops(code: list[tuple[int, str, str]], prefix: str) -> int:
+class Instruction(NamedTuple):
+    """One line of the disassembly. ``predicated``: a predicate decides whether it takes effect."""
+
+    address: int
+    predicated: bool
+    operation: str
+    operands: str
+
+    @property
+    def target(self) -> int:
+        """Where a branch goes; -1 for what is no branch."""
+        found = re.search(r"0x([0-9a-f]+)", self.operands) if self.operation.startswith("BRA") else None
+        return -1 if found is None else int(found[1], 16)
+
+
+def _programs(registers: int, shared: int, warps: int) -> int:
+    """Programs that run on one multiprocessor at the same time. A warp's registers come in units of 8 a thread, from
+    one of its four quarters."""
+    by_registers = 4 * (REGISTERS // 4 // (32 * 8 * -(-registers // 8))) // warps
+    return min(by_registers, SHARED // (shared + RESERVED), WARPS // warps, PROGRAMS)
+
+
+def _in_loops(code: list[Instruction], prefix: str) -> int:
     """How many instructions that begin with ``prefix`` lie between a backward branch and its target."""
-    branches = [
-        (int(target[1], 16), address)
-        for address, operation, operands in code
-        if operation.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", operands))
-    ]
-    return sum(
-        any(target <= address < branch for target, branch in branches)
-        for address, operation, _ in code
-        if operation.startswith(prefix)
-    )
+    back = [x for x in code if 0 <= x.target < x.address]
+    return sum(any(b.target <= x.address < b.address for b in back) for x in code if x.operation.startswith(prefix))
+
+
+def _epilogue(code: list[Instruction]) -> int | None:
+    """Instructions a thread issues at the end of a tile with no target in it and no end of V, the predicated included.
+
+    They are what the first branch after the last HGMMA skips in every other round of the loop, less what branches
+    among them skip: the selects of the other tiles. All exponentials are among them. None where the code has another
+    shape than that.
+    """
+    last = max(x.address for x in code if x.operation.startswith("HGMMA"))
+    skip = next(x for x in code if x.address > last and x.target >= 0)
+    ending = [x for x in code if skip.address < x.address < skip.target]
+    branches = [x for x in ending if x.target >= 0]
+    if not (ending and skip.predicated and all(x.predicated and x.address < x.target <= skip.target for x in branches)):
+        return None
+    run = [x for x in ending if not any(b.address < x.address < b.target for b in branches)]
+    exponentials = [sum(x.operation == "MUFU.EX2" for x in part) for part in (code, run)]
+    return len(run) if exponentials[0] == exponentials[1] else None
 
 
 def _run(tool: str, *args: str) -> str:
@@ -225,13 +263,14 @@ def _run(tool: str, *args: str) -> str:
 
 
 def main() -> None:
-    """Write one JSON file a kernel into bench/results/sass (or the folder given as the only argument)."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the figures of every kernel into the file given as the only argument, else among the results."""
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / f"triton-{triton.__version__}.json"
+    figures = {}
     for kernel in kernels():
-        figures = asdict(compile_figures(kernel))
-        (folder / f"{kernel.name}.json").write_text(json.dumps(figures, indent=2) + "\n")
-        print(" ".join(f"{key}={value}" for key, value in figures.items()))
+        figures[kernel.name] = asdict(compile_figures(kernel))
+        print(kernel.name, *(f"{key}={value}" for key, value in figures[kernel.name].items()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -80,13 +80,13 @@ def make(
         hidden = weight[lean] + 0.3 * torch.randn(tokens, width, generator=g, device=device)
         hidden *= _scale(hidden[:256], weight, max(nats, 1e-9))
     hidden, weight = hidden.to(dtype), weight.to(dtype)
-    prompts = max(2, tokens // (SAMPLES * 256))
+    prompts = next((n for n in range(max(2, tokens // (SAMPLES * 256)), 1, -1) if tokens % (SAMPLES * n) == 0), None)
+    if prompts is None:
+        raise ValueError(f"{tokens} tokens do not make two prompts of {SAMPLES} responses: give a multiple of 16")
     rewards = torch.randn(prompts, SAMPLES, generator=torch.Generator().manual_seed(seed))
     if zero_groups:
         rewards[::2] = 1.0
     response = torch.arange(prompts * SAMPLES).repeat_interleave(tokens // (prompts * SAMPLES))
-    if len(response) != tokens:
-        raise ValueError(f"{tokens} tokens do not make {prompts * SAMPLES} responses of one length")
     return Problem(
         hidden, weight, _sampled(hidden, weight, g), rewards, response // SAMPLES, response % SAMPLES,
     )  # fmt: skip

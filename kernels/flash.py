@@ -16,6 +16,7 @@ All four take int32 cu_seqlens and 16-bit q, k, v whose last dimension is contig
 sources (flash-attention 2.8.4 and its hopper/ and flash_attn/cute/ folders of August 2026) and ran nowhere yet.
 """
 
+# mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
 
 import importlib
@@ -183,15 +184,17 @@ def _flash_attn_4() -> Varlen:
         return capability[0] == 9 or (capability[0] in (10, 11) and head_dim <= 128)
 
     def forward(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = fwd(q, k, v, softmax_scale=scale, return_lse=True, **_keywords(lengths))
+        with torch.cuda.device_of(q):  # it asks what the current device is; the others go by q's
+            out, lse, *_ = fwd(q, k, v, softmax_scale=scale, return_lse=True, **_keywords(lengths))
         return out, lse
 
     def backward(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lengths: Lengths, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv, *_ = bwd(
-            q, k, v, out, grad, lse, softmax_scale=scale, deterministic=_deterministic(), **_keywords(lengths)
-        )
+        with torch.cuda.device_of(q):
+            dq, dk, dv, *_ = bwd(
+                q, k, v, out, grad, lse, softmax_scale=scale, deterministic=_deterministic(), **_keywords(lengths)
+            )
         return dq, dk, dv
 
     version = importlib.import_module("flash_attn.cute").__version__

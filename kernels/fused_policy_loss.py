@@ -323,8 +323,12 @@ def _row_outputs(hidden: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Te
     return loss, stats, logprob, entropy
 
 
+_ARGUMENTS = [argument.name for argument in torch.ops.gapg.fused_policy_loss.default._schema.arguments]
+
+
 @register_flop_formula(torch.ops.gapg.fused_policy_loss)
-def _flops(hidden: torch.Size, weight: torch.Size, *args: Any, **_: Any) -> int:
+def _flops(*args: Any, **named: Any) -> int:
     """Of all rows given; those that the host drops are known inside the operator only."""
-    needs = args[-4]
+    call = dict(zip(_ARGUMENTS, args, strict=False)) | named
+    hidden, weight, needs = call["hidden"], call["weight"], call["needs"]
     return 2 * (1 + int(needs[0]) + int(needs[1])) * hidden[0] * hidden[1] * weight[0]

@@ -22,6 +22,9 @@ def check_inputs(
     caller: str, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: float
 ) -> None:
     """Raises TypeError or ValueError, one line that begins with ``caller`` and names the fix."""
+    for name, x in (("hidden", hidden), ("weight", weight), ("target", target), ("bias", bias)):
+        if hasattr(x, "full_tensor"):  # a DTensor, without importing torch.distributed
+            raise TypeError(f"{caller}: {name} is a DTensor, of which a rank holds a part; pass {name}.full_tensor()")
     if torch.float16 in (hidden.dtype, weight.dtype):
         raise TypeError(f"{caller}: float16 is too narrow for the odds form; pass bfloat16 or float32 tensors")
     if hidden.dtype not in (torch.bfloat16, torch.float32, torch.float64) or weight.dtype != hidden.dtype:

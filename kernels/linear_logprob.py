@@ -79,7 +79,7 @@ def linear_logprob(
         the row is masked, through which no gradient flows.
 
     Raises:
-        TypeError: float16 or mixed dtypes; non-integer targets.
+        TypeError: float16 or mixed dtypes; non-integer targets; a DTensor.
         ValueError: shapes that do not agree; a temperature that is not positive; a workspace under one row.
     """
     head.check_inputs("linear_logprob", hidden, weight, target, bias, temperature)

@@ -9,7 +9,7 @@ It runs on CUDA devices of compute capability 9.0 in bfloat16. Other CUDA device
 `odds_pass.cublas_odds`.
 """
 
-# mypy: disable-error-code="untyped-decorator"
+# mypy: disable-error-code="untyped-decorator, no-untyped-call"
 from __future__ import annotations
 
 import functools
@@ -26,7 +26,8 @@ from gapg.kernels.odds_rows import LOG2E, finish_rows, moment_of, new_partials, 
 
 
 class Tile(NamedTuple):
-    """One GEMM configuration: BM rows, BN vocabulary columns and BK of H a tile, GROUP row tiles to a column tile."""
+    """One GEMM configuration: BM rows, BN vocabulary columns and BK of H a tile, GROUP row tiles to a column tile, and
+    how many programs run on a multiprocessor at the same time."""
 
     bm: int
     bn: int
@@ -34,14 +35,16 @@ class Tile(NamedTuple):
     group: int
     warps: int
     stages: int
+    programs: int
 
 
 NARROW_VOCAB = 2048
 TILES = {
-    "wide": Tile(bm=128, bn=256, bk=64, group=16, warps=8, stages=4),
-    "narrow": Tile(bm=128, bn=128, bk=64, group=16, warps=8, stages=4),
+    "wide": Tile(bm=128, bn=256, bk=64, group=16, warps=8, stages=4, programs=1),
+    "narrow": Tile(bm=128, bn=128, bk=64, group=16, warps=8, stages=4, programs=1),
+    "pair": Tile(bm=128, bn=128, bk=64, group=16, warps=4, stages=3, programs=2),
 }
-"""The fixed table for sm_90; `tile_for` chooses by V. None of it has been timed on a card yet.
+"""The fixed table for sm_90; `tile_for` chooses by V. None of it has been timed on a card yet: `bench/tiles.py` does.
 
 wide: the largest tile whose float32 accumulator fits the registers of two warpgroups; four stages of 48 KiB leave
     room for half of E's tile, which the epilogue therefore makes in two halves, and not for a fifth stage.
@@ -49,6 +52,11 @@ wide: the largest tile whose float32 accumulator fits the registers of two warpg
     with groups of 8 the weight is read twice as often. The group's hidden states, 16 MiB at H = 4,096, fit L2.
 narrow: a vocabulary of up to 2,048 has at most 8 wide tiles, so that most of the 132 processors would stand idle
     below 2,048 rows, and one of 128 or less would waste half of each.
+pair: two programs share a multiprocessor, which leaves each 256 registers a thread and 113 KiB of shared memory, and
+    the epilogue of one hides behind the products of the other. On the wide tile the tensor cores wait for it:
+    888 instructions a thread, 128 of them exponentials (bench/results/sass); those alone keep their unit busy for 2,048
+    cycles, beside 32,768 of products at H = 2,048. It may lose all the same: a tile reads (BM + BN) / (BM BN) bytes a
+    flop from L2, at 790 TFLOP/s 12.3 TB/s where the wide tile asks for 9.3. Nothing chooses it until a card says so.
 H changes the length of the inner loop only, so it does not choose.
 """
 
@@ -148,6 +156,7 @@ def fused_odds(
     temperature: float,
     store: Tensor | None,
     entropy: bool = False,
+    tile: Tile | None = None,
 ) -> RowOdds:
     """One chunk's forward by the Triton kernels; arguments and result as those of `definition.plain_odds`.
 
@@ -160,22 +169,24 @@ def fused_odds(
         store: [C, V] bfloat16 with a row pitch of a multiple of 8 elements, receives E. None: forward only.
         entropy: also return each row's entropy. Its absolute error is at most 1e-6 * (1 + nats between the target
             and the best token), as it is a difference of two numbers of that size; repaired rows are exact.
+        tile: the GEMM's configuration. None: `tile_for`'s.
     """
     (rows, width), vocab = hidden.shape, weight.shape[0]
-    tile = tile_for(vocab)
+    tile = tile_for(vocab) if tile is None else tile
     tiles = triton.cdiv(vocab, tile.bn)
     hidden, weight = _aligned(hidden), _aligned(weight)
-    logit = target_logits(hidden, weight, bias, target)
-    partial, moment = new_partials(hidden, tiles, entropy)
-    grid = min(_programs(hidden.device), triton.cdiv(rows, tile.bm) * tiles)
-    odds_gemm_kernel[(grid,)](
-        TensorDescriptor.from_tensor(hidden, [tile.bm, tile.bk]),
-        TensorDescriptor.from_tensor(weight, [tile.bn, tile.bk]),
-        None if store is None else TensorDescriptor.from_tensor(store, [tile.bm, tile.bn // 2]),
-        bias, target, logit, partial, moment, rows, vocab, width, LOG2E / temperature,
-        tile.bm, tile.bn, tile.bk, tile.group, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    return finish_rows(hidden, weight, bias, target, temperature, store, logit, partial, moment)
+    grid = min(tile.programs * _multiprocessors(hidden.device), triton.cdiv(rows, tile.bm) * tiles)
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device, wherever the tensors are
+        logit = target_logits(hidden, weight, bias, target)
+        partial, moment = new_partials(hidden, tiles, entropy)
+        odds_gemm_kernel[(grid,)](
+            TensorDescriptor.from_tensor(hidden, [tile.bm, tile.bk]),
+            TensorDescriptor.from_tensor(weight, [tile.bn, tile.bk]),
+            None if store is None else TensorDescriptor.from_tensor(store, [tile.bm, tile.bn // 2]),
+            bias, target, logit, partial, moment, rows, vocab, width, LOG2E / temperature,
+            tile.bm, tile.bn, tile.bk, tile.group, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        return finish_rows(hidden, weight, bias, target, temperature, store, logit, partial, moment)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -184,7 +195,7 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _programs(device: torch.device) -> int:
+def _multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":  # the interpreter: few, but enough to divide the tiles unevenly
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count

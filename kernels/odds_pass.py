@@ -6,7 +6,7 @@ them once and leaves E and one partial sum per (row, column block), the sums in 
 host sync. A row's bits may depend on its batch, because cuBLAS chooses its algorithm by the shape.
 """
 
-# mypy: disable-error-code="untyped-decorator"
+# mypy: disable-error-code="untyped-decorator, no-untyped-call"
 from __future__ import annotations
 
 import torch
@@ -81,11 +81,12 @@ def cublas_odds(
         logits = torch.mm(hidden, weight.t(), out=store)
     else:
         logits = matmul_wide(hidden, weight.t())
-    logit = target_logits(hidden, weight, bias, target)
     blocks = triton.cdiv(vocab, BLOCK)
-    partial, moment = new_partials(hidden, blocks, entropy)
-    odds_pass_kernel[(rows, blocks)](
-        logits, store, bias, target, logit, partial, moment, rows, vocab,
-        logits.stride(0), 0 if store is None else store.stride(0), LOG2E / temperature, BLOCK, num_warps=WARPS,
-    )  # fmt: skip
-    return finish_rows(hidden, weight, bias, target, temperature, store, logit, partial, moment)
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device, wherever the tensors are
+        logit = target_logits(hidden, weight, bias, target)
+        partial, moment = new_partials(hidden, blocks, entropy)
+        odds_pass_kernel[(rows, blocks)](
+            logits, store, bias, target, logit, partial, moment, rows, vocab,
+            logits.stride(0), 0 if store is None else store.stride(0), LOG2E / temperature, BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+        return finish_rows(hidden, weight, bias, target, temperature, store, logit, partial, moment)

@@ -5,9 +5,10 @@ No atomics: the partial statistics are added in program order, and the same inpu
 The formulas are those of `gapg.kernels.policy_loss_definition`, which defines the result.
 """
 
-# mypy: disable-error-code="untyped-decorator"
+# mypy: disable-error-code="untyped-decorator, no-untyped-call"
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -228,12 +229,13 @@ def fused_row_losses(rows: Rows, denominator: float, options: PolicyLossOptions)
     loss, grad = rows.logprob.new_empty(2, count)
     partial, stats = rows.logprob.new_empty(programs, PITCH), rows.logprob.new_empty(len(STATS))
     least, most = (None, None) if options.clip is None else (1 - options.clip[0], 1 + options.clip[1])
-    policy_loss_kernel[(programs,)](
-        *tensors, loss, grad, partial, count, prompts, samples,
-        float(denominator), least, most, options.tis_cap, options.kl_coef or None,
-        options.advantage == "grpo", options.kl == "k2", PITCH, ROWS, tile_samples(samples),
-    )  # fmt: skip
-    add_statistics_kernel[(1,)](partial, stats, programs, len(STATS), PITCH, PROGRAMS)
+    with torch.cuda.device_of(rows.logprob):  # Triton launches on the current device, wherever the tensors are
+        policy_loss_kernel[(programs,)](
+            *tensors, loss, grad, partial, count, prompts, samples,
+            float(denominator), least, most, options.tis_cap, options.kl_coef or None,
+            options.advantage == "grpo", options.kl == "k2", PITCH, ROWS, tile_samples(samples),
+        )  # fmt: skip
+        add_statistics_kernel[(1,)](partial, stats, programs, len(STATS), PITCH, PROGRAMS)
     return RowLosses(loss, grad, stats)
 
 

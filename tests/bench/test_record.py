@@ -22,6 +22,15 @@ def test_calls_go_round_robin_after_one_untimed_round() -> None:
     assert {name: len(values) for name, values in samples.items()} == {"a": 4, "b": 4, "c": 4}
 
 
+def test_rounds_end_with_the_seconds_given_and_the_first_is_always_made() -> None:
+    calls: list[int] = []
+    impls = {"slow": lambda: calls.append(1) or time.sleep(0.02)}
+    assert len(record.interleaved(impls, rounds=1000, seconds=0.05, warm=False)["slow"]) in (1, 2, 3)
+    assert len(calls) <= 3  # no untimed call
+    assert len(record.interleaved(impls, rounds=5, seconds=0.0, warm=False)["slow"]) == 1
+    assert len(record.interleaved(impls, rounds=2, seconds=60.0)["slow"]) == 2
+
+
 def test_the_clocks_measure_what_they_say() -> None:
     def work() -> None:
         end = time.process_time() + 0.02

@@ -1,4 +1,4 @@
-"""linear_logprob and fused_policy_loss on a card: accuracy, range, long batches, repeatability, no waiting."""
+"""The fused heads on a card, and every tile of their GEMM: accuracy, range, long batches, repeatability, no waiting."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from float64_entropy import entropies, gaps
 from float64_oracle import ENTROPIES, Inputs, Result, error, inputs_at, truth
 from torch import Tensor
 
-from gapg.kernels import head
+from gapg.kernels import definition, head
+from gapg.kernels.chunks import pitch
+from gapg.kernels.definition import RowOdds
 from gapg.kernels.fused_policy_loss import fused_policy_loss
 from gapg.kernels.linear_logprob import linear_logprob
+from gapg.kernels.odds_gemm import TILES, fused_odds
 
 DEVICE = "cuda"
 pytestmark = [
@@ -187,6 +191,51 @@ def test_every_run_gives_the_same_bits(name: str, dtype: torch.dtype) -> None:
     for _ in range(5):
         again = run(name, inputs)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True) if a is not None and b is not None)
+
+
+def by_tile(x: Inputs, name: str, store: bool, entropy: bool = False) -> tuple[RowOdds, Tensor]:
+    """The fused GEMM with this tile, and E with its padding, which holds 7 before the call."""
+    if not head.uses_kernel(x.hidden):
+        pytest.skip("the Triton forward is for compute capability 9.0")
+    vocab = x.weight.shape[0]
+    e = x.hidden.new_full((x.hidden.shape[0], pitch(vocab, x.hidden.dtype)), 7.0)
+    view = e[:, :vocab] if store else None
+    return fused_odds(x.hidden, x.weight, x.bias, x.target, x.temperature, view, entropy, TILES[name]), e
+
+
+@pytest.mark.parametrize("nats", ENTROPIES)
+def test_every_tile_against_float64(nats: float) -> None:
+    inputs = inputs_at(nats, rows=300, width=128, vocab=5003, bias=True, temperature=0.7)
+    x, want, tolerance = on_device(inputs), truth(inputs), logprob_tolerance(inputs)
+    index = x.target
+    for tile in TILES:
+        alone, untouched = by_tile(x, tile, store=False, entropy=True)
+        rows, e = by_tile(x, tile, store=True, entropy=True)
+        assert (untouched == 7.0).all() and (e[:, 5003:] == 7.0).all(), tile
+        for found in (alone, rows):
+            assert found.entropy is not None
+            assert (found.logprob.cpu() - want.logprob).abs().max() <= tolerance, tile
+            wrong = (found.entropy.cpu() - entropies(inputs)).abs()
+            assert (wrong <= tolerance + 1e-6 * (1 + gaps(inputs))).all(), tile
+        scales = definition.row_scales(x.grad, rows.odds, rows.unit, x.target, x.temperature)
+        hidden = definition.hidden_gradient(e[:, :5003], x.weight, index, scales, torch.bfloat16)
+        weight = definition.add_weight_gradient(None, e[:, :5003], x.hidden, index, scales)
+        assert error(hidden.cpu(), want.hidden) < 3 * 2**-9 and error(weight.cpu(), want.weight) < 3 * 2**-9, tile
+
+
+@pytest.mark.parametrize("store", [True, False])
+@pytest.mark.parametrize("tile", TILES)
+def test_a_tile_gives_the_same_bits_in_every_run_and_every_batch(tile: str, store: bool) -> None:
+    """Several tiles for each of 264 programs, the last of them short in rows and in columns."""
+    g = torch.Generator(DEVICE).manual_seed(0)
+    hidden, weight = (torch.randn(n, 128, generator=g, device=DEVICE).bfloat16() for n in (537, 20_003))
+    x = Inputs(hidden, weight, torch.randint(0, 20_003, (537,), generator=g, device=DEVICE), hidden[:, 0])
+    first, e = by_tile(x, tile, store)
+    for count in (537, 537, 537, 257, 129, 100, 1):
+        part = x._replace(hidden=hidden[-count:].clone(), target=x.target[-count:])
+        again, part_e = by_tile(part, tile, store)
+        assert torch.equal(again.logprob, first.logprob[-count:]) and torch.equal(again.odds, first.odds[-count:])
+        assert torch.equal(part_e, e[-count:])
 
 
 def policy(drop: bool = True, table: str = "cpu", grad: Tensor | None = None) -> list[Tensor]:

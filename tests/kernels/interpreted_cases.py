@@ -19,7 +19,7 @@ import torch
 from float64_oracle import ENTROPIES, Inputs, inputs_at
 from torch import Tensor
 
-from gapg.kernels.odds_gemm import fused_odds, tile_for
+from gapg.kernels.odds_gemm import TILES, fused_odds, tile_for
 from gapg.kernels.odds_pass import BLOCK, cublas_odds
 
 ROUTES = {"gemm": fused_odds, "pass": cublas_odds}
@@ -28,13 +28,12 @@ ROUTES = {"gemm": fused_odds, "pass": cublas_odds}
 def cases() -> dict[str, Inputs]:
     """The entropy ladder with bias and temperature, then the shapes, targets and logits that break kernels."""
     f32 = torch.float32
-    ladder = {
-        f"{nats} nats": inputs_at(nats, rows=40, width=80, vocab=2401, dtype=f32, bias=True, temperature=0.7)
-        for nats in ENTROPIES
-    }
+    options: dict[str, Any] = {"rows": 24, "width": 64, "dtype": f32, "bias": True, "temperature": 0.7}
+    ladder = {f"{nats} nats": inputs_at(nats, vocab=2401 if nats > 4 else 700, **options) for nats in ENTROPIES}
     one = inputs_at(0.35, rows=1, width=16, vocab=114, dtype=f32)
     narrow = inputs_at(2.0, rows=150, width=72, vocab=600, dtype=f32, temperature=1.3)
     wide = inputs_at(2.0, rows=135, width=72, vocab=2305, dtype=f32)
+    low = below_zero(inputs_at(2.0, rows=20, width=72, vocab=600, dtype=f32, temperature=1.3))
     tail = inputs_at(4.0, rows=20, width=64, vocab=1000, dtype=f32)
     long_tail = inputs_at(4.0, rows=6, width=32, vocab=4200, dtype=f32)
     odd = torch.cat([tail.target[:14], torch.tensor([-100, -1, 1000, -101, 2**40, 999])])
@@ -50,7 +49,7 @@ def cases() -> dict[str, Inputs]:
         "targets at the ends of wide tiles": rows_at(wide, [255, 256, 767]),
         # Every logit -30: a tail of V that read as logit 0 would carry nearly all of the probability.
         "phantom tail": tail._replace(bias=torch.full((1000,), -30.0)),
-        "phantom tail without a bias": below_zero(narrow),
+        "phantom tail without a bias": low,
         "phantom tail of wide tiles": long_tail._replace(bias=torch.full((4200,), -30.0)),
         "odd targets": tail._replace(target=odd),
         "all masked": tail._replace(target=torch.full((20,), -100)),
@@ -112,24 +111,27 @@ def far() -> Inputs:
     return Inputs(hidden, weight, torch.zeros(11, dtype=torch.long), torch.linspace(0.5, 2, 11))
 
 
-def run(route: str, inputs: Inputs, *, store: bool, entropy: bool) -> dict[str, Tensor]:
+def run(route: str, inputs: Inputs, *, store: bool, entropy: bool, **tile: Any) -> dict[str, Tensor]:
     vocab = inputs.weight.shape[0]
     e = torch.full((inputs.hidden.shape[0], -(-vocab // 64) * 64), 7.0)
     view = e[:, :vocab] if store else None
-    rows = ROUTES[route](*inputs[:2], inputs.bias, inputs.target, inputs.temperature, view, entropy)
+    rows = ROUTES[route](*inputs[:2], inputs.bias, inputs.target, inputs.temperature, view, entropy, **tile)
     return {key: value for key, value in rows._asdict().items() if value is not None} | {"e": e}
 
 
 def results(route: str, inputs: Inputs) -> dict[str, Any]:
-    """With and without E, and with and without the entropy, on all rows or on the first three."""
+    """With and without E, and with and without the entropy, on all rows or on the first three; with the other tiles."""
     part = inputs._replace(hidden=inputs.hidden[:3], target=inputs.target[:3])
+    chosen = tile_for(len(inputs.weight))
+    others = {name: tile for name, tile in TILES.items() if route == "gemm" and tile != chosen}
     return {
         "inputs": inputs._asdict(),
         "stored": run(route, inputs, store=True, entropy=True),
         "forward only": run(route, inputs, store=False, entropy=False),
         "first rows": run(route, part, store=True, entropy=False),
         "first rows, forward only": run(route, part, store=False, entropy=True),
-        "tile": tile_for(len(inputs.weight))._asdict(),
+        "others": {name: run(route, inputs, store=True, entropy=True, tile=tile) for name, tile in others.items()},
+        "tile": chosen._asdict(),
         "block": BLOCK,
     }
 

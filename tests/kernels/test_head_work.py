@@ -39,7 +39,7 @@ def triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     kernel = request.param == "Triton"
     monkeypatch.setattr(head, "uses_kernel", lambda hidden: kernel)
     monkeypatch.setattr(head, "route", lambda hidden: odds_gemm.fused_odds if kernel else odds_pass.cublas_odds)
-    monkeypatch.setattr(odds_gemm, "_programs", lambda device: 132)
+    monkeypatch.setattr(odds_gemm, "_multiprocessors", lambda device: 132)
     return kernel
 
 
