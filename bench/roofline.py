@@ -1,143 +1,61 @@
 """What the fused head should cost on a card nobody has run it on yet: every term of every design, from stated rates.
 
-    python bench/roofline.py                                   # prints the table, writes bench/results/roofline/
+    python bench/roofline.py                                   # prints the tables, writes bench/results/roofline/
     python bench/roofline.py --compare bench/results/X/kernels.json   # the prediction beside what was measured
 
 Nothing here is measured. A path is the sum of its terms; each is work over a rate. Two sums are given: ``best``, where
-everything a GEMM can do besides its products (writing and reading E, the exponentials of its epilogue) hides behind
-them, and ``worst``, where nothing does. A measurement above ``worst`` means the model lacks a term.
+what a GEMM can do besides its products hides behind them and the faster of two stated rates holds, and ``worst``, where
+nothing hides and the slower rate holds. What a GEMM without multicast reads from L2 is fetched while it multiplies, so
+in both sums only what the products do not cover counts. The epilogue of a tile that has a multiprocessor to itself
+covers no products in either. A measurement above ``worst`` means the model lacks a term; below ``best``, that an
+assumption is too low.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 if not __package__:  # run as a script: bench/kernels.py would shadow Hugging Face's package `kernels`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import matplotlib
 import torch
 
-from bench import record
+from bench import record, roofline_report
+from bench.roofline_designs import (
+    BARE,
+    BARE_FORWARD,
+    CARDS,
+    COPY_SHARE,
+    EXPONENTIALS,
+    HEADS,
+    SCHEDULERS,
+    SHAPES,
+    Card,
+    Head,
+    Range,
+    Shape,
+)
 from gapg.kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
+from gapg.kernels.odds_gemm import TILES
 
 RESULTS = record.ROOT / "bench" / "results" / "roofline"
+SASS = record.ROOT / "bench" / "results" / "sass" / "triton-3.7.1.json"
 
-
-class Shape(NamedTuple):
-    """T tokens, hidden width H, vocabulary V."""
-
-    tokens: int
-    hidden: int
-    vocab: int
-
-    def __str__(self) -> str:
-        return f"({self.tokens}, {self.hidden}, {self.vocab})"
-
-
-# --- assumptions -----------------------------------------------------------------------------------------------------
-
-SHAPES = [
-    Shape(4_096, 2_048, 151_936),
-    Shape(16_384, 2_048, 151_936),  # Qwen2.5-3B's head
-    Shape(32_768, 1_536, 151_936),  # Qwen2.5-1.5B's
-    Shape(16_384, 3_072, 128_256),  # Llama-3.2-3B's
-]
-
-
-@dataclass(frozen=True)
-class Card:
-    """Rates in units a second."""
-
-    name: str
-    gemm_flops: float
-    """bf16 products as cuBLAS does them, their operands and results included; the datasheet says 989e12"""
-    hbm_bytes: float
-    """bytes read plus written; the datasheet times the share that a large device-to-device copy reaches"""
-    exponentials: float
-    """ex2 instructions: 16 a clock and multiprocessor (CUDA programming guide, arithmetic throughput table)"""
-    launch: float
-    """seconds from one kernel's end to the next one's start"""
-
-
-COPY_SHARE = 0.9
-CARDS = [
-    Card("H100", 790e12, 3.35e12 * COPY_SHARE, 16 * 132 * 1.755e9, 4e-6),
-    Card("H200", 790e12, 4.8e12 * COPY_SHARE, 16 * 132 * 1.755e9, 4e-6),
-]
-
-
-@dataclass(frozen=True)
-class Head:
-    """One design. ``gemms``: products of 2THV flops. The rest is bytes for every logit, unless said otherwise."""
-
-    name: str
-    gemms: int
-    exponentials: int = 0
-    """in a GEMM's epilogue, for every logit"""
-    written: float = 0
-    """by a GEMM, while it computes"""
-    read: float = 0
-    """by a GEMM, while it computes"""
-    passes: float = 0
-    """by kernels of their own between the GEMMs"""
-    stored: float = 0
-    """held at once, with ``scratch``: the workspace over their sum is the rows of a chunk; 0: one chunk"""
-    scratch: float = 0
-    weight_sum: bool = True
-    """dW is a float32 sum, read and written once a chunk"""
-    row_bytes: float = 0
-    """of passes over [C, H], for every element of hidden"""
-    launches: int = 0
-    """a chunk"""
-    rows: float = 1.0
-    """share of the tokens that enter"""
-    fixed_rows: int | None = None
-    """rows of a chunk, where a design has its own number"""
-    vocab_chunk: int | None = None
-    """columns of a chunk, where a design has them: dH is then a float32 sum, read and written once a column chunk"""
-
-
-# A row pass, in bytes an element of [C, H]: the target's logit reads h and W_y. dH: float32 result scaled in place (8),
-# W_y gathered and added (2 + 8), rounded (6). dW: h scaled to float32 (6) and rounded (6), the target rows scaled (6)
-# and added in order (4 + 8).
-LOGIT, HIDDEN, WEIGHT = 4.0, 24.0, 30.0
-BOTH = LOGIT + HIDDEN + WEIGHT
-
-HEADS = [
-    Head("bare GEMMs, 3", 3, written=2, read=4, weight_sum=False, launches=3),
-    Head("bare GEMM, forward", 1, written=2, weight_sum=False, launches=1),
-    Head("ours, forward only", 1, exponentials=1, stored=2, weight_sum=False, row_bytes=LOGIT, launches=4),
-    Head("ours", 3, exponentials=1, written=2, read=4, stored=2, row_bytes=BOTH, launches=24),
-    Head("ours, half the rows zero", 3, exponentials=1, written=2, read=4, stored=2, row_bytes=BOTH, launches=24,
-         rows=0.5),
-    Head("ours, frozen weight", 2, exponentials=1, written=2, read=2, stored=2, weight_sum=False,
-         row_bytes=LOGIT + HIDDEN, launches=14),
-    Head("ours, E recomputed", 4, exponentials=2, written=2, read=4, stored=2, row_bytes=LOGIT + BOTH, launches=28),
-    Head("control: cuBLAS + one pass", 3, written=4, read=4, passes=6, stored=2, scratch=4, row_bytes=BOTH,
-         launches=24),
-    Head("logits, then d(logits)", 3, written=2, read=4, passes=4, stored=2, launches=6),
-    Head("chunked over V", 4, written=4, read=4, passes=6, fixed_rows=4096, vocab_chunk=32768, launches=5),
-]  # fmt: skip
-"""The last two are what peers do: quack's chunked loss (base pipeline), and TRL's and Liger's log-probs."""
 
 # --- the model -------------------------------------------------------------------------------------------------------
 
-
 TERMS = {
     "GEMMs": "GEMMs",
-    "exponentials": "exp",
-    "logits or E written": "written",
-    "logits or E read": "read",
+    "L2 beyond the products": "L2",
+    "epilogue": "epilogue",
+    "logits or E moved": "moved",
     "passes over [T, V]": "passes",
     "sum of dW": "dW sum",
     "sum of dH": "dH sum",
@@ -146,27 +64,62 @@ TERMS = {
 }
 """Every term, and its heading in the table."""
 
-HIDDEN_TERMS = ("exponentials", "logits or E written", "logits or E read")
 
-
-def terms(head: Head, shape: Shape, card: Card, workspace: int = DEFAULT_WORKSPACE) -> dict[str, float]:
+def terms(head: Head, shape: Shape, card: Card, workspace: int = DEFAULT_WORKSPACE) -> dict[str, Range]:
     """Seconds of a forward (and backward, where the head has one), term by term."""
     rows = round(shape.tokens * head.rows)
     logits, elements, weights = rows * shape.vocab, rows * shape.hidden, shape.vocab * shape.hidden
     chunks = chunk_count(head, shape, workspace)
     column_chunks = -(-shape.vocab // head.vocab_chunk) if head.vocab_chunk else 0
-    weight_bytes = 8 * weights * chunks if head.weight_sum else 2 * weights * (head.gemms == 3)
-    return {
-        "GEMMs": head.gemms * 2 * rows * weights / card.gemm_flops,
-        "exponentials": head.exponentials * logits / card.exponentials,
-        "logits or E written": head.written * logits / card.hbm_bytes,
-        "logits or E read": head.read * logits / card.hbm_bytes,
+    rates = head.flops or (card.gemm_flops, card.gemm_flops)
+    products = Range(*(head.gemms * 2 * rows * weights / min(rate, card.gemm_flops) for rate in rates))
+    moved = (head.written + head.read) * logits / card.hbm_bytes
+    weight_sum = head.weight_sum * chunks * weights / card.hbm_bytes
+    weight_once = head.weight_once * weights / card.hbm_bytes
+    least_sum = max(0.0, weight_sum - products.best) if head.sum_hides else weight_sum
+    l2, epilogue = own_gemm(head, shape, rows, card)
+    parts = {
+        "GEMMs": products,
+        "L2 beyond the products": l2,
+        "epilogue": epilogue,
+        "logits or E moved": Range(max(0.0, moved - products.best), moved),
         "passes over [T, V]": head.passes * logits / card.hbm_bytes,
-        "sum of dW": weight_bytes / card.hbm_bytes,
+        "sum of dW": Range(least_sum + weight_once, weight_sum + weight_once),
         "sum of dH": 8 * elements * column_chunks / card.hbm_bytes,
         "row passes": head.row_bytes * elements / card.hbm_bytes,
         "launches": head.launches * chunks * max(1, column_chunks) * card.launch,
     }
+    return {name: part if isinstance(part, Range) else Range(part, part) for name, part in parts.items()}
+
+
+def own_gemm(head: Head, shape: Shape, rows: int, card: Card) -> tuple[Range, Range]:
+    """What our own GEMM waits for its operands, every tile's rows of both read from L2, and its epilogues' time.
+
+    The epilogue is counted in machine code, an instruction a thread. Best: the exponentials take their unit's whole
+    time and all else issues meanwhile, or the other way round, and a second program on the multiprocessor hides it
+    behind its products. Worst: all else issues before and after the exponentials.
+    """
+    if head.tile is None:
+        return Range(0.0, 0.0), Range(0.0, 0.0)
+    tile = TILES[head.tile]
+    tiles = head.forwards * -(-rows // tile.bm) * -(-shape.vocab // tile.bn)
+    products = head.forwards * 2 * rows * shape.hidden * shape.vocab / card.gemm_flops
+    read = tiles * (tile.bm + tile.bn) * shape.hidden * 2
+    counted = machine_code()[f"odds_gemm_{head.tile}{'_store' if head.gemms > 1 else ''}"]
+    exponentials = counted["exponentials"] * tile.warps * 32 / EXPONENTIALS
+    issued = counted["epilogue_instructions"] * tile.warps / SCHEDULERS
+    besides = issued - counted["exponentials"] * tile.warps / SCHEDULERS
+    best = tiles * max(issued, exponentials) / card.clocks.best
+    worst = tiles * (besides + exponentials) / card.clocks.worst
+    l2 = Range(*(max(0.0, read / rate - products) for rate in card.l2_bytes))
+    return l2, Range(max(0.0, best - products) if tile.programs > 1 else best, worst)
+
+
+@functools.cache
+def machine_code() -> dict[str, dict[str, int]]:
+    """What `bench/compile_report.py` counted, by kernel."""
+    counted: dict[str, dict[str, int]] = json.loads(SASS.read_text())
+    return counted
 
 
 def chunk_count(head: Head, shape: Shape, workspace: int = DEFAULT_WORKSPACE) -> int:
@@ -188,128 +141,123 @@ def floor(head: Head, shape: Shape, card: Card) -> float:
     return needed * 2 * shape.tokens * head.rows * shape.hidden * shape.vocab / card.gemm_flops
 
 
-def bounds(parts: Mapping[str, float]) -> tuple[float, float]:
-    """(best, worst) seconds: what can hide behind the GEMMs hides as far as they last, or not at all."""
-    total = sum(parts.values())
-    return total - min(sum(parts[name] for name in HIDDEN_TERMS), parts["GEMMs"]), total
+def bounds(parts: Mapping[str, Range]) -> Range:
+    """Seconds of the whole path."""
+    return Range(sum(part.best for part in parts.values()), sum(part.worst for part in parts.values()))
 
 
-def predictions() -> list[dict[str, Any]]:
-    """One row for each card, shape and head."""
-    rows = []
-    for card in CARDS:
-        for shape in SHAPES:
-            for head in HEADS:
-                parts = terms(head, shape, card)
-                best, worst = bounds(parts)
-                rows.append({
-                    "card": card.name, "case": str(shape), "impl": head.name, "chunks": chunk_count(head, shape),
-                    "terms": parts, "floor": floor(head, shape, card), "best": best,
-                    "worst": worst,
-                })  # fmt: skip
-    return rows
+def prediction(head: Head, shape: Shape, card: Card) -> dict[str, Any]:
+    """One row: seconds by term, [best, worst] each, their sums, and the ``floor``."""
+    parts = terms(head, shape, card)
+    best, worst = bounds(parts)
+    return {
+        "card": card.name, "case": str(shape), "impl": head.name, "chunks": chunk_count(head, shape),
+        "terms": {name: list(part) for name, part in parts.items()}, "floor": floor(head, shape, card), "best": best,
+        "worst": worst,
+    }  # fmt: skip
 
 
-# --- what one sees ---------------------------------------------------------------------------------------------------
+def sentence(card: Card, shape: Shape) -> str:
+    """What is predicted for our two tiles, as multiples of the bare products' best case."""
+
+    def ratios(name: str, bare: Head) -> str:
+        found = bounds(terms(next(head for head in HEADS if head.name == name), shape, card))
+        products = bounds(terms(bare, shape, card)).best
+        return f"{found.best / products:.2f} to {found.worst / products:.2f}"
+
+    return (
+        f"{card.name}, T H V = {shape}: a forward is predicted to take {ratios('ours, forward only', BARE_FORWARD)} "
+        f"times one bare GEMM with the wide tile and {ratios('ours, forward only, pair tile', BARE_FORWARD)} with the "
+        f"pair; forward and backward {ratios('ours', BARE)} times three bare GEMMs with the wide tile and "
+        f"{ratios('ours, pair tile', BARE)} with the pair."
+    )
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """One block for each card and shape, in milliseconds."""
-    lines = []
-    ends = ("best", "worst", "floor")
-    heading = f"{'':28}{'chunks':>7}" + "".join(f"{name:>8}" for name in (*TERMS.values(), *ends))
-    for card, case in dict.fromkeys((row["card"], row["case"]) for row in rows):
-        lines += ["", f"{card}, T H V = {case}: predicted milliseconds, nothing measured", heading]
-        for row in rows:
-            if (row["card"], row["case"]) == (card, case):
-                seconds = [row["terms"][name] for name in TERMS] + [row[key] for key in ends]
-                lines.append(f"{row['impl']:28}{row['chunks']:7}" + "".join(f"{s * 1e3:8.2f}" for s in seconds))
-    return "\n".join(lines)
+# --- files and measurements ------------------------------------------------------------------------------------------
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Stacked terms of every head: solid what adds up in the best case, pale what may hide behind the GEMMs."""
-    figure, axes = plt.subplots(len(SHAPES), len(CARDS), figsize=(13, 13), sharex="row", sharey=True, squeeze=False)
-    colours = dict(zip(TERMS, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
-    for i, shape in enumerate(SHAPES):
-        for j, card in enumerate(CARDS):
-            axis = axes[i][j]
-            here = [row for row in rows if (row["card"], row["case"]) == (card.name, str(shape))]
-            for y, row in enumerate(here):
-                left = 0.0
-                for name in sorted(TERMS, key=lambda name: name in HIDDEN_TERMS):
-                    width = row["terms"][name] * 1e3
-                    alpha = 0.35 if name in HIDDEN_TERMS else 1.0
-                    axis.barh(y, width, left=left, color=colours[name], alpha=alpha, label=name if y == 0 else None)
-                    left += width
-                axis.plot([row["floor"] * 1e3] * 2, [y - 0.45, y + 0.45], color="black", linewidth=1)
-            axis.set_title(f"{card.name}, T H V = {shape}", fontsize=9)
-            axis.set_yticks(range(len(here)), [row["impl"] for row in here], fontsize=8)
-            axis.set_xlabel("predicted ms", fontsize=8)
-            axis.tick_params(axis="x", labelsize=8)
-    axes[0][0].invert_yaxis()
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.suptitle("Predicted, not measured. Pale: may hide behind the GEMMs. Black mark: the products alone.")
-    figure.legend(handles, labels, loc="lower center", ncols=len(TERMS), fontsize=8)
-    figure.tight_layout(rect=(0, 0.03, 1, 0.98))
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
-
-
-def write(folder: Path) -> list[dict[str, Any]]:
-    """roofline.json and roofline.png."""
-    rows = predictions()
-    assumptions = {
-        "cards": [asdict(card) for card in CARDS],
-        "heads": [asdict(head) for head in HEADS],
-        "workspace_bytes": DEFAULT_WORKSPACE,
-        "copy_share_of_datasheet": COPY_SHARE,
+def write(folder: Path) -> dict[str, Any]:
+    """roofline.json, whose contents it returns, and roofline.png."""
+    found = {
+        "bench": "roofline",
+        "predicted": True,
+        "summary": [sentence(card, SHAPES[1]) for card in CARDS],
+        "assumptions": {
+            "cards": [asdict(card) for card in CARDS],
+            "heads": [asdict(head) for head in HEADS],
+            "workspace_bytes": DEFAULT_WORKSPACE,
+            "copy_share_of_datasheet": COPY_SHARE,
+        },
+        "rows": [prediction(head, shape, card) for card in CARDS for shape in SHAPES for head in HEADS],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"bench": "roofline", "predicted": True, "assumptions": assumptions, "rows": rows}, indent=1)
-    (folder / "roofline.json").write_text(text + "\n")
-    plot(rows, folder / "roofline.png")
-    return rows
+    (folder / "roofline.json").write_text(json.dumps(found, indent=1) + "\n")
+    roofline_report.plot(found["rows"], folder / "roofline.png")
+    return found
 
 
 def compare(measured: dict[str, Any]) -> str:
-    """The prediction beside a record of bench/kernels.py, for the card it ran on: rows that both have.
+    """The prediction beside a record of bench/kernels.py, for the card it ran on: rows that say what they are
+    predicted as, at whatever shape; first from the stated rates, then from those that the record itself has measured.
 
     Raises:
         ValueError: the record's card is not one of `CARDS`.
     """
+    card = card_of(measured["machine"])
     device = measured["machine"]["device"]
-    card = next((card for card in CARDS if card.name in device), None)
-    if card is None:
-        raise ValueError(f"no prediction for {device!r}: the cards are {', '.join(card.name for card in CARDS)}")
-    found = {
-        (row["shape"], row["predicted_as"]): row["median"]
-        for row in measured["rows"]
-        if row.get("metric") == "time" and row.get("predicted_as")
-    }
-    lines = [f"{device}: predicted from the rates of {card.name}, milliseconds"]
-    lines.append(f"{'':30}{'':30}{'best':>9}{'worst':>9}{'measured':>10}{'of worst':>10}")
-    for row in predictions():
-        seconds = found.get((row["case"], row["impl"]))
-        if row["card"] == card.name and seconds is not None:
-            figures = f"{row['best'] * 1e3:9.2f}{row['worst'] * 1e3:9.2f}{seconds * 1e3:10.2f}"
-            lines.append(f"{row['case']:30}{row['impl']:30}{figures}{seconds / row['worst']:10.2f}")
+    lines = [f"{device}, milliseconds predicted from the stated rates of {card.name} and measured"]
+    lines += roofline_report.beside(matched(measured["rows"], card))
+    rates = {"product": card.gemm_flops, "copy": card.hbm_bytes}
     for row in measured["rows"]:
         if row["case"] == "ceiling" and "median" in row:
-            stated = card.gemm_flops if "product" in row["impl"] else card.hbm_bytes
-            rates = f"stated {stated / 1e12:.2f}, measured {row['median'] / 1e12:.2f}"
-            lines.append(f"{row['impl']}: {rates}, in 1e12 {row['unit']}")
+            kind = row["impl"].split()[0]
+            stated, reached = rates[kind] / 1e12, row["median"] / 1e12
+            lines.append(f"{row['impl']}: {stated:.2f} stated, {reached:.2f} measured, in 1e12 {row['unit']}")
+            rates[kind] = row["median"]
+    own = replace(card, gemm_flops=rates["product"], hbm_bytes=rates["copy"])
+    if own != card:
+        lines += [
+            "",
+            "The same from the two rates as measured in this run:",
+            *roofline_report.beside(matched(measured["rows"], own)),
+        ]
     return "\n".join(lines)
+
+
+def card_of(machine: dict[str, Any]) -> Card:
+    """The card of a record. Raises ValueError where it is not one of `CARDS`."""
+    for card in CARDS:
+        if (
+            card.name in machine["device"]
+            and machine.get("multiprocessors", card.multiprocessors) == card.multiprocessors
+        ):
+            return card
+    known = ", ".join(f"{card.name} with {card.multiprocessors} multiprocessors" for card in CARDS)
+    raise ValueError(f"no prediction for {machine['device']!r}: the cards are {known}")
+
+
+def matched(rows: list[dict[str, Any]], card: Card) -> list[tuple[dict[str, Any], float]]:
+    """(prediction, measured seconds) of the rows that say what they are predicted as."""
+    heads = {head.name: head for head in HEADS}
+    return [
+        (prediction(heads[row["predicted_as"]], Shape.of(row["shape"]), card), row["median"])
+        for row in rows
+        if row.get("metric") == "time" and row.get("predicted_as") in heads and "shape" in row
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compare", type=Path, help="a record of bench/kernels.py")
     record_path = parser.parse_args().compare
-    if record_path is not None:
+    if record_path is None:
+        found = write(RESULTS)
+        print("\n".join(found["summary"]), roofline_report.table(found["rows"], TERMS), sep="\n")
+        return
+    try:
         print(compare(record.read(record_path)))
-    else:
-        print(table(write(RESULTS)))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
