@@ -5,7 +5,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/
 IMPORTS := import torch; from transformers import LlamaForCausalLM; from vllm import LLM
 ARGS ?=
 
-.PHONY: quickstart test test-native lint clean
+.PHONY: quickstart test test-native lint gpu-wheels clean
 
 # Trains the tiny model, then prints and plots the comparison. ARGS="--seed 3 --output-dir runs/x" overrides settings.
 quickstart: .venv/.small
@@ -29,6 +29,10 @@ lint: .venv/.full
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy gapg
 	$(BIN)/lint-imports
+
+# Wheels that a GPU machine without a network lacks, for Python 3.12 on Linux x86-64, into .wheels/ (bench/GPU.md).
+gpu-wheels: .venv/.small
+	$(BIN)/python bench/gpu_wheels.py fetch
 
 clean:
 	rm -rf .venv build *.egg-info gapg/*.so

@@ -1,6 +1,7 @@
 """The fused head against every peer: time, share of the floor, peak memory and error against float64, in one run.
 
     python bench/kernels.py                       # on this machine's GPU, or small shapes on the CPU
+    python bench/kernels.py --shape 8192,4096,128256 --case train,forward --impl gapg,quack   # yours, beside one peer
     python bench/kernels.py --only-errors         # errors over a ladder of entropies, without timing
     python bench/kernels.py --table README.md     # the CPU's errors as Markdown, between the markers in that file
 
@@ -19,10 +20,10 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 if not __package__:  # run as a script: this very file would shadow Hugging Face's package `kernels`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -37,7 +38,7 @@ from bench.peers import heads
 from bench.peers.heads import Outcome, Peer
 from bench.problems import Problem, Truth
 from bench.record import Row
-from bench.roofline import SHAPES, Shape
+from bench.roofline_designs import SHAPES, Shape
 
 RESULTS = record.ROOT / "bench" / "results" / "kernels"
 DEVICE: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,37 +75,60 @@ class Case:
         """GEMMs of 2THV flops that nothing can leave out."""
         return 1 if self.forward else 2 + self.trained
 
-    def predicted_as(self, peer: Peer) -> str | None:
-        """The name in `bench.roofline` of what the peer does in this case, where it has one."""
+    def predicted_as(self, impl: str, peer: Peer | None) -> str | None:
+        """The name in `bench.roofline` of what a peer, or without one the bare products, does in this case."""
         if self.nats is not None or self.cold:
             return None
         if self.forward:
-            return "ours, forward only" if peer.name == "gapg linear_logprob" else None
+            names = {kernels_report.FLOOR: "bare GEMM, forward", "gapg linear_logprob": "ours, forward only"}
+            return names.get(impl, "Liger, sm_90, forward only" if impl.startswith("Liger scaled") else None)
+        if peer is None:
+            return None if self.zero or not self.trained else "bare GEMMs, 3"
         if peer.predicted_as != "ours":
             return None if self.zero or not self.trained else peer.predicted_as
         return "ours, half the rows zero" if self.zero else "ours" if self.trained else "ours, frozen weight"
 
 
-def cases() -> list[Case]:
-    """What is timed on this device."""
-    first, *others = [CPU_SHAPE] if DEVICE == "cpu" else [*SHAPES[1:], SHAPES[0]]
-    found = [Case(shape, forward=forward) for shape in (first, *others) for forward in (False, True)]
-    found += [Case(first, zero=True), Case(first, trained=False), Case(first, PEAKED)]
-    return found + [Case(first, cold=True)] * (DEVICE == "cuda")
+CASES: dict[str, dict[str, Any]] = {
+    "train": {},
+    "forward": {"forward": True},
+    "peaked": {"nats": PEAKED},
+    "zero": {"zero": True},
+    "frozen": {"trained": False},
+    "cold": {"cold": True},
+}
+"""What `--case` names."""
+
+
+def cases(shapes: Sequence[Shape], names: Sequence[str]) -> list[Case]:
+    """What is timed: the named cases at every shape; by default all of them at the first, train and forward at others.
+
+    (An empty L2 means nothing on a CPU, so there the default leaves it out.)
+    """
+    first, *others = shapes or ([CPU_SHAPE] if DEVICE == "cpu" else [*SHAPES[1:], SHAPES[0]])
+    if names:
+        return [Case(shape, **CASES[name]) for shape in (first, *others) for name in names]
+    everything = [name for name in CASES if name != "cold" or DEVICE == "cuda"]
+    found = [Case(first, **CASES[name]) for name in everything]
+    return found + [Case(shape, **CASES[name]) for shape in others for name in ("train", "forward")]
 
 
 # --- one case --------------------------------------------------------------------------------------------------------
 
 
-def measure(case: Case) -> list[Row]:
-    """Errors, peak memory and times of every peer."""
+def measure(case: Case, chosen: Sequence[Peer]) -> list[Row]:
+    """Errors, peak memory and times of every peer, and of the bare products."""
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # nobody trains a head in 16 bits on a CPU
     problem = problems.make(*case.shape, dtype=dtype, device=DEVICE, nats=case.nats, zero_groups=case.zero)
     truths: dict[str, Truth] = {}
     rows: list[Row] = []
-    timed: dict[str, Callable[[], object]] = {"bare GEMMs": bare(problem, case)}
-    peers = {peer.name: peer for peer in heads.PEERS if case.trained or not peer.trained_only}
-    for peer in record.progress(peers.values(), f"trying each peer: {case}"):
+    timed: dict[str, Callable[[], object]] = {kernels_report.FLOOR: bare(problem, case)}
+    peers = {
+        peer.name: peer
+        for peer in chosen
+        if (case.trained or not peer.trained_only) and (peer.load is not None or not case.forward)
+    }
+    for peer in record.progress(list(peers.values()), f"trying each peer: {case}"):
         try:
             run = peer.forward(problem) if case.forward else peer.prepare(problem, case.trained)
             if peer.computes not in truths:
@@ -122,19 +146,19 @@ def measure(case: Case) -> list[Row]:
     for row in times:
         row |= {"shape": str(case.shape), "tflops": flops / row["median"] / 1e12}
         row["floor_share"] = times[0]["median"] / row["median"]
-        if row["impl"] in peers:
-            row |= {"computes": peers[row["impl"]].computes, "predicted_as": case.predicted_as(peers[row["impl"]])}
+        peer = peers.get(row["impl"])
+        row |= {"predicted_as": case.predicted_as(row["impl"], peer)} | ({"computes": peer.computes} if peer else {})
     return times + rows
 
 
 def timings(timed: dict[str, Callable[[], object]], before: Callable[[], object] | None) -> dict[str, list[float]]:
     """Seconds by implementation, the bare products first. One call of each decides which are slow."""
     once = record.interleaved(timed, rounds=1, clock=DEVICE, before=before)
-    slow = {name for name, (seconds,) in once.items() if seconds > SLOW * once["bare GEMMs"][0]}
+    slow = {name for name, (seconds,) in once.items() if seconds > SLOW * once[kernels_report.FLOOR][0]}
     found: dict[str, list[float]] = {}
     for group, rounds in ((timed.keys() - slow, ROUNDS[DEVICE]), (slow, SLOW_ROUNDS)):
         impls = {name: run for name, run in timed.items() if name in group}
-        found |= record.interleaved(impls, rounds=rounds, clock=DEVICE, before=before)
+        found |= record.interleaved(impls, rounds=rounds, clock=DEVICE, before=before, warm=False)
     return found
 
 
@@ -229,11 +253,11 @@ def ceilings() -> list[Row]:
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def ladder(peers: Iterable[Peer]) -> Iterator[Row]:
+def ladder(peers: Iterable[Peer], shape: Shape) -> Iterator[Row]:
     """Errors of bf16 heads at every entropy of the ladder."""
     peers = list(peers)
     for nats in record.progress(problems.LADDER, "errors by entropy"):
-        problem = problems.make(*ERROR_SHAPES[DEVICE], dtype=torch.bfloat16, device=DEVICE, nats=nats)
+        problem = problems.make(*shape, dtype=torch.bfloat16, device=DEVICE, nats=nats)
         truths: dict[str, Truth] = {}
         for peer in peers:
             try:
@@ -246,27 +270,39 @@ def ladder(peers: Iterable[Peer]) -> Iterator[Row]:
                 release()
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    everyone = {peer.name: peer for peer in [*heads.PEERS, heads.DESIGN]}
+    parser.add_argument("--shape", type=Shape.of, action="append", metavar="T,H,V", help="repeatable")
+    parser.add_argument("--case", type=record.pick(CASES), metavar="NAMES", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--impl", type=record.pick(everyone), metavar="NAMES", help="parts of names, as in gapg,eager")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON and PNG")
     parser.add_argument("--only-errors", action="store_true", help="errors over the ladder of entropies, no timing")
     parser.add_argument("--table", type=Path, help="draw the CPU's table of errors into this Markdown file, and stop")
-    args = parser.parse_args()
+    given = parser.parse_args()
+    design = [heads.DESIGN.name] if given.only_errors else []
+    given.peers = [everyone[name] for name in given.impl or [*(peer.name for peer in heads.PEERS), *design]]
+    return given
+
+
+def main() -> None:
+    given = arguments()
     warnings.filterwarnings("ignore", module="trl|torch._inductor|torch.profiler")
-    if args.table is not None:
-        kernels_report.draw_into(args.table, record.read(RESULTS / "errors-cpu.json"))
+    if given.table is not None:
+        kernels_report.draw_into(given.table, record.read(RESULTS / "errors-cpu.json"))
         return
-    if args.only_errors:
-        path = args.output / f"errors-{DEVICE}.json"
-        record.write("kernels: errors by entropy", ladder([*heads.PEERS, heads.DESIGN]), path)
+    if given.only_errors:
+        path = given.output / f"errors-{DEVICE}.json"
+        shape = given.shape[0] if given.shape else ERROR_SHAPES[DEVICE]
+        record.write("kernels: errors by entropy", ladder(given.peers, shape), path)
         print(kernels_report.error_table(record.read(path)))
         return
-    path = args.output / f"kernels-{DEVICE}.json"
+    path = given.output / f"kernels-{DEVICE}.json"
     rows = ceilings() if DEVICE == "cuda" else []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # how a time limit ends it: what is measured is still drawn
     try:
-        for case in cases():
-            found = measure(case)
+        for case in cases(given.shape or [], given.case or []):
+            found = measure(case, given.peers)
             rows += found
             record.write("kernels", rows, path)  # what is measured stays, whatever happens to the next case
             print(kernels_report.table(str(case), found), flush=True)

@@ -8,6 +8,8 @@ of their own loss, the sum of the cross entropy, and say so in ``computes``. A p
 from __future__ import annotations
 
 import functools
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,7 +101,7 @@ def by_logprob(name: str, load: Callable[[], LogProb], **fields: Any) -> Peer:
     return Peer(name, prepare, load, **fields)
 
 
-def by_sum(name: str, load: Callable[[], LogProb]) -> Peer:
+def by_sum(name: str, load: Callable[[], LogProb], **fields: Any) -> Peer:
     """A peer that gives the summed cross entropy only."""
 
     def prepare(problem: Problem, trained: bool) -> Run:
@@ -107,13 +109,23 @@ def by_sum(name: str, load: Callable[[], LogProb]) -> Peer:
         hidden, weight = leaves(problem, trained)
         return lambda: outcome(None, summed(hidden, weight, problem.target), hidden, weight)
 
-    return Peer(name, prepare, computes=ENTROPY)
+    return Peer(name, prepare, computes=ENTROPY, **fields)
 
 
 def require_cuda(what: str) -> None:
     """Raises where there is no CUDA device."""
     if not torch.cuda.is_available():
         raise Unavailable(f"{what} needs CUDA")
+
+
+def bare_packages(*names: str) -> None:
+    """Makes packages known, parents first, without running their ``__init__``: their modules can then be imported."""
+    for name in names:
+        if name not in sys.modules:
+            spec = importlib.util.find_spec(name)
+            if spec is None:
+                raise Unavailable(f"{name} is not installed")
+            sys.modules[name] = importlib.util.module_from_spec(spec)
 
 
 # --- ours ------------------------------------------------------------------------------------------------------------
@@ -222,6 +234,8 @@ class StoredLogits(torch.autograd.Function):
 
 
 def _cut(impl: str, **options: Any) -> Callable[[], LogProb]:
+    """25.1.1, the newest release, has no other options: both its sums over tiles are in the inputs' 16 bits."""
+
     def load() -> LogProb:
         from cut_cross_entropy import linear_cross_entropy
 
@@ -245,22 +259,38 @@ def _trl() -> LogProb:
 
 def _verl() -> LogProb:
     require_cuda("verl's kernel")
+    # The kernel's two files need torch and triton only; what these packages run first imports ray and tensordict.
+    bare_packages("verl", "verl.utils")
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
     return lambda hidden, weight, target: linear_cross_entropy(hidden, weight, target, 1.0, "none")[0]
 
 
-def _quack() -> LogProb:
-    require_cuda("quack")
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+def _quack(**options: Any) -> Callable[[], LogProb]:
+    """By itself it takes its scaled-exp products on sm_90 in bfloat16 where 128 divides V, else tunes plain ones."""
 
-    return functools.partial(chunked_linear_cross_entropy, reduction="sum")
+    def load() -> LogProb:
+        require_cuda("quack")
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+        return functools.partial(chunked_linear_cross_entropy, reduction="sum", **options)
+
+    return load
 
 
 def _liger_scaled() -> LogProb:
+    """On sm_90 its CuTe kernels, or an ImportError where CUTLASS's DSL is missing; PyTorch in chunks elsewhere."""
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as Scaled
 
     return lambda hidden, weight, target: -Scaled.apply(hidden, weight, target)
+
+
+def _liger_cute() -> LogProb:
+    """All logits at once; sm_90, bfloat16, where 128 divides T and 256 divides V."""
+    require_cuda("Liger's CuTe loss")
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import liger_fused_linear_cross_entropy_sm90
+
+    return functools.partial(liger_fused_linear_cross_entropy_sm90, reduction="sum")
 
 
 def _liger_triton() -> LogProb:
@@ -298,13 +328,15 @@ PEERS = [
     by_logprob("PyTorch linear_cross_entropy", _torch_chunked),
     by_logprob("TRL chunked log-probs", _trl, predicted_as="chunked over V"),
     Peer("Liger GRPO loss", _liger_grpo),
-    by_logprob("Liger scaled cross entropy", _liger_scaled),
+    by_logprob("Liger scaled cross entropy", _liger_scaled, predicted_as="Liger, sm_90"),
     by_sum("Liger cross entropy (Triton)", _liger_triton),
+    by_sum("Liger cross entropy (CuTe)", _liger_cute),
     by_logprob("cut-cross-entropy cce", _cut("cce")),
     by_logprob("cut-cross-entropy cce, unfiltered", _cut("cce", filter_eps=None)),
     by_logprob("cut-cross-entropy torch_compile", _cut("torch_compile")),
     by_logprob("verl linear_cross_entropy", _verl),
-    by_sum("quack chunked cross entropy", _quack),
+    by_sum("quack chunked cross entropy", _quack(), predicted_as="quack, scaled exp"),
+    by_sum("quack chunked cross entropy, 8192 rows", _quack(chunk_size=8192)),
 ]
 """In the order they are reported."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -23,10 +24,12 @@ COMPILED = {"PyTorch torch.compile", "cut-cross-entropy torch_compile", "Liger G
 NEEDS_A_GPU = {
     "gapg control: cuBLAS + one pass",
     "Liger cross entropy (Triton)",
+    "Liger cross entropy (CuTe)",
     "cut-cross-entropy cce",
     "cut-cross-entropy cce, unfiltered",
     "verl linear_cross_entropy",
     "quack chunked cross entropy",
+    "quack chunked cross entropy, 8192 rows",
 }
 
 
@@ -98,6 +101,27 @@ def test_what_cannot_run_says_why_in_one_line(name: str) -> None:
     assert "\n" not in record.error_row("c", name, raised.value)["error"]
 
 
+def test_a_package_is_found_without_what_it_runs_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As verl's kernels are: the packages above them would start ray."""
+    inner = tmp_path / "heavy_peer" / "utils" / "kernel"
+    inner.mkdir(parents=True)
+    (inner / "__init__.py").touch()
+    (inner / "loss.py").write_text(
+        "from heavy_peer.utils import device\n\n\ndef found():\n    from . import loss\n\n    return loss\n"
+    )
+    (inner.parent / "device.py").touch()
+    for package in (inner.parent, inner.parent.parent):
+        (package / "__init__.py").write_text("raise ImportError('no ray')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="no ray"):
+        importlib.import_module("heavy_peer.utils.kernel.loss")
+    heads.bare_packages("heavy_peer", "heavy_peer.utils")
+    loss = importlib.import_module("heavy_peer.utils.kernel.loss")
+    assert loss.found() is loss
+    with pytest.raises(heads.Unavailable, match="no_such_peer is not installed"):
+        heads.bare_packages("no_such_peer")
+
+
 def test_a_wrong_coefficient_would_show() -> None:
     """What the errors are for: a sign, a scale and a forgotten coefficient are each of the order of 1 or more."""
     p = problem()
@@ -124,7 +148,7 @@ def test_the_peak_sees_inside_custom_operators() -> None:
     assert kernels.peak_bytes(PEERS["gapg linear_logprob"].prepare(p, True)) >= 64 * 8000 * 4
 
 
-def test_one_case_is_measured_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_case_is_measured_whole() -> None:
     chosen = [
         PEERS[n]
         for n in ("gapg fused_policy_loss", "gapg linear_logprob", "PyTorch eager", "quack chunked cross entropy")
@@ -132,9 +156,8 @@ def test_one_case_is_measured_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = dataclasses.replace(
         PEERS["PyTorch eager"], name="broken", prepare=lambda p, _: lambda: Outcome(None, p.hidden * torch.nan, None)
     )
-    monkeypatch.setattr(heads, "PEERS", [*chosen, broken])
     case = kernels.Case(kernels.Shape(64, 32, 2000), zero=True)
-    rows = kernels.measure(case)
+    rows = kernels.measure(case, [*chosen, broken])
     found = kernels_report.by_metric(rows)
     assert {"time", "peak_memory", "dH_error", "dW_error", "logprob_error"} == found["gapg linear_logprob"].keys()
     assert found["broken"]["error"]["error"] == "ArithmeticError: dH_error is not finite"
@@ -145,6 +168,55 @@ def test_one_case_is_measured_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time["floor_share"] == pytest.approx(found["bare GEMMs"]["time"]["median"] / time["median"])
     for text in (kernels_report.table(str(case), rows), kernels_report.summary({"rows": rows})):
         assert str(case) in text
+
+
+def test_a_forward_is_asked_of_those_that_have_one() -> None:
+    chosen = [PEERS["gapg fused_policy_loss"], PEERS["PyTorch eager"]]
+    rows = kernels.measure(kernels.Case(kernels.Shape(64, 32, 500), forward=True), chosen)
+    assert {row["impl"] for row in rows} == {kernels_report.FLOOR, "PyTorch eager"}
+
+
+def test_anybody_times_their_own_shape_beside_one_peer(tmp_path: Path) -> None:
+    options = [
+        "--shape",
+        "64,32,500",
+        "--shape",
+        "16,48,300",
+        "--case",
+        "train,frozen",
+        "--impl",
+        "linear_logprob,PyTorch eager",
+    ]
+    assert script(*options, "--output", str(tmp_path)).returncode == 0
+    rows = record.read(tmp_path / "kernels-cpu.json")["rows"]
+    assert {row["impl"] for row in rows} == {kernels_report.FLOOR, "gapg linear_logprob", "PyTorch eager"}
+    assert list(dict.fromkeys(row["case"] for row in rows)) == [
+        f"{shape} random{frozen}" for shape in ("(64, 32, 500)", "(16, 48, 300)") for frozen in ("", ", frozen weight")
+    ]
+    for wrong, why in (
+        (["--impl", "nobody"], "no 'nobody': choose of gapg fused_policy_loss"),
+        (["--case", "warm"], "no 'warm': choose of train, forward"),
+        (["--shape", "64,32"], "give T,H,V"),
+        (["--shape", "65,32,500"], "T must be a multiple of 16"),
+    ):
+        done = script(*wrong, "--output", str(tmp_path))
+        assert done.returncode == 2 and why in done.stderr.splitlines()[-1]
+
+
+def script(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "bench/kernels.py", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, env=environment)
+
+
+def test_losses_that_sum_stay_in_the_summary_and_are_labelled() -> None:
+    seconds = {"bare GEMMs": 1.0, "gapg a": 1.25, "gapg control: b": 1.1, "eager": 3.0, "quick": 1.2}
+    rows = record.timing_rows("a case", {impl: [value] for impl, value in seconds.items()})
+    rows[-1]["computes"] = heads.ENTROPY
+    _, _, ours, other, summed = kernels_report.summary({"rows": rows}).splitlines()
+    assert ours.split() == ["a", "case", "1000.00", "1250.00", "0.80"]
+    assert other.split() == ["3000.00", "2.40", "eager"]
+    assert summed.split()[:3] == ["1200.00", "0.96", "quick"] and "not a policy loss" in summed
 
 
 def error_record() -> dict[str, object]:
