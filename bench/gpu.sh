@@ -1,69 +1,185 @@
 #!/usr/bin/env bash
-# Everything a GPU decides, in one go: build, the tests marked gpu, a memory check, errors, times, the roofline's verdict.
+# What a GPU decides, in three stages of at most 7, 7 and 6 minutes, each a command of its own; see bench/GPU.md.
 #
-#   bench/gpu.sh [FOLDER]        # default: bench/results/<card>, ready to commit
-#   PYTHON=.venv/bin/python bench/gpu.sh
+#   bench/gpu.sh A              # is it right, which tile wins, the head beside bare cuBLAS
+#   bench/gpu.sh B              # a whole update at 1.5B, saving by saving, beside TRL and Liger; the shared prompt
+#   bench/gpu.sh C              # the head beside its peers at three shapes; ncu on the GEMM
+#   bench/gpu.sh A --dry-run    # without a GPU: the same files from small shapes, and no measurement
 #
-# Needs torch with CUDA, triton, transformers and pytest; no network. Peers that are not installed are rows that say so.
-# Every stage has a time limit, their sum is under eight minutes, and what a stage measured before its limit stays.
-# The exit code is 1 if any stage failed.
+# OUT: the folder of the results, by default bench/results/<card>. PYTHON: a Python with torch, triton, transformers and
+# pytest. WHEELS: what `make gpu-wheels` fetched, by default .wheels. SITE: where it is installed, a folder called
+# site-packages. DRY_SHAPE, DRY_UPDATE: T,H,V of the head and P,R,G of the update in a dry run.
+#
+# A stage leaves at most 8 files, its logs in one tar. A step that fails or meets its time limit stops no other; the exit
+# code is 1 if any did.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 python=${PYTHON:-python3}
-
+stage=${1:-} dry=${2:-}
+if [[ ! $stage =~ ^[ABC]$ || ($# -gt 1 && $dry != --dry-run) || $# -gt 2 ]]; then
+  echo "usage: bench/gpu.sh A|B|C [--dry-run]" >&2
+  exit 2
+fi
 card=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
-if [ -z "$card" ]; then
-  echo "bench/gpu.sh: nvidia-smi finds no GPU on this machine" >&2
+if [ -n "$dry" ]; then
+  card=dry-run
+elif [ -z "$card" ]; then
+  echo "bench/gpu.sh: nvidia-smi finds no GPU on this machine (--dry-run needs none)" >&2
   exit 1
 fi
-out=${1:-bench/results/$(printf '%s' "$card" | tr '[:upper:]' '[:lower:]' | tr -cs 'a-z0-9' '-')}
-out=${out%-}
-mkdir -p "$out/logs"
+slug=$(printf '%s' "$card" | tr '[:upper:]' '[:lower:]' | tr -cs 'a-z0-9' '-')
+out=${OUT:-bench/results/${slug%-}}
+site=${SITE:-${TMPDIR:-/tmp}/gapg-gpu/site-packages}
+wheels=${WHEELS:-.wheels}
+logs=$(mktemp -d)
+mkdir -p "$out"
+touch "$logs/begin"
 
 # A copy of a checkout may have lost its symbolic links.
 for part in kernels rollout; do
   [ -e "gapg/$part" ] || ln -sfn "../$part" "gapg/$part"
 done
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-verdicts=()
-failed=0
-# stage NAME SECONDS COMMAND...: its output in logs/NAME.log; the last lines too, if it fails.
-stage() {
+shape=16384,2048,151936 errors=2048,2048,151936 tiles=$shape workers=8
+peers=(--shape "$shape" --shape 32768,1536,151936 --shape 16384,3072,128256)
+update=(--case 1.5B-P1024-30 --seconds 120)
+shared=(--seconds 30)
+if [ -n "$dry" ]; then
+  shape=${DRY_SHAPE:-256,256,8192} errors=$shape tiles=144,80,2401 workers=2
+  peers=(--shape "$shape")
+  update=(--shape "${DRY_UPDATE:-64,64,8}" --rounds 1)
+  shared=(--rounds 1)
+fi
+
+verdicts="$out/steps-$stage.tsv"
+printf 'step\tseconds\tlimit\tverdict\n' >"$verdicts"
+failed=0 child='' current=''
+# step NAME SECONDS COMMAND...: its output in the logs; the last lines too, if it fails.
+step() {
   local name=$1 limit=$2 start=$SECONDS code=0 verdict=ok
+  current="$name\t0\t$limit"
   shift 2
   echo "== $name (at most $limit s)"
-  timeout --kill-after=10 "$limit" "$@" >"$out/logs/$name.log" 2>&1 || code=$?
+  timeout --kill-after=10 "$limit" "$@" >"$logs/$name.log" 2>&1 &
+  child=$!
+  wait "$child" || code=$?
+  child=''
   if [ "$code" -ne 0 ]; then
     failed=1
     verdict="exit code $code"
     if [ "$code" -eq 124 ]; then verdict="stopped at its limit"; fi
-    tail -n 25 "$out/logs/$name.log"
+    tail -n 25 "$logs/$name.log"
   fi
-  verdicts+=("$(printf '%-10s %4d s  %s' "$name" $((SECONDS - start)) "$verdict")")
+  printf '%s\t%d\t%d\t%s\n' "$name" $((SECONDS - start)) "$limit" "$verdict" >>"$verdicts"
+}
+# Stopped from outside: the step's command hears of it and saves what it has, and so does this.
+stopped() {
+  failed=1
+  if [ -n "$child" ]; then
+    kill "$child" && wait "$child"
+    printf '%b\tstopped from outside\n' "$current" >>"$verdicts"
+  fi
+  exit
+}
+# skip NAME REASON
+skip() { printf '%s\t0\t0\tnot run: %s\n' "$1" "$2" >>"$verdicts"; }
+# show NAME [PATTERN]: the end of a step's output, from the last line that matches.
+show() {
+  if [ -e "$logs/$1.log" ]; then tail -n 40 "$logs/$1.log" | sed -n "/${2:-^}/,\$p"; fi
 }
 
-stage build 40 "$python" setup.py build_ext --inplace
-stage tests 110 "$python" -m pytest tests/gpu -m gpu --confcutdir tests/gpu -p no:cacheprovider --maxfail 20 -rs \
-  -o timeout=40
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
-if [ -n "$sanitizer" ]; then
-  stage memcheck 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 7 \
-    "$python" -m pytest tests/gpu --confcutdir tests/gpu -p no:cacheprovider -k "far_below and bfloat16"
-else
-  verdicts+=("memcheck          not run: compute-sanitizer is not installed")
-fi
-stage errors 70 "$python" bench/kernels.py --only-errors --output "$out"
-stage times 180 "$python" bench/kernels.py --output "$out"
-if [ -e "$out/kernels-cuda.json" ]; then
-  stage compare 20 "$python" bench/roofline.py --compare "$out/kernels-cuda.json"
-fi
+build() { step build 40 "$python" setup.py build_ext --inplace; }
+# install SET SECONDS: the wheels of a set, where any came along.
+install() {
+  if [ -e "$wheels/manifest.json" ]; then
+    step wheels "$2" "$python" bench/gpu_wheels.py install "$1" "$site" --wheels "$wheels"
+  else
+    skip wheels "there is no $wheels/manifest.json (make gpu-wheels)"
+  fi
+}
 
-echo
-for log in errors compare; do
-  if [ -e "$out/logs/$log.log" ]; then tail -n 30 "$out/logs/$log.log"; fi
-done
-tail -n 2 "$out/logs/tests.log"
-sed -n '/other\/ours/,$p' "$out/logs/times.log"
-printf '%s\n' "" "$card, results in $out:" "${verdicts[@]}"
-exit "$failed"
+stage_A() {
+  build
+  step tests 105 "$python" -m pytest tests/gpu -m gpu --confcutdir tests/gpu -p no:cacheprovider -n "$workers" \
+    --maxfail 20 -rs -o timeout=60
+  step errors 60 "$python" bench/kernels.py --only-errors --shape "$errors" --impl "gapg,PyTorch eager" \
+    --output "$out/kernels"
+  step tiles 45 "$python" bench/tiles.py --shape "$tiles" --output "$out/tiles"
+  step head 110 "$python" bench/kernels.py --shape "$shape" --case train,peaked,zero,frozen,forward \
+    --impl "gapg,PyTorch eager" --output "$out/kernels"
+  if [ -n "$dry" ]; then
+    skip roofline "a dry run is no card"
+    skip memcheck "a dry run is no card"
+    return
+  fi
+  if [ -e "$out/kernels/kernels-cuda.json" ]; then
+    step roofline 10 "$python" bench/roofline.py --compare "$out/kernels/kernels-cuda.json"
+  fi
+  local sanitizer
+  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+  if [ -n "$sanitizer" ]; then
+    step memcheck 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 7 \
+      "$python" -m pytest tests/gpu --confcutdir tests/gpu -p no:cacheprovider -k "far_below and bfloat16 or every_run_and_every_batch"
+  else
+    skip memcheck "compute-sanitizer is not installed"
+  fi
+}
+
+stage_B() {
+  install update 25
+  build
+  step update 295 "$python" bench/update_step.py --only timed "${update[@]}" --output "$out/update_step"
+  step shared 60 "$python" bench/shared_prompt.py "${shared[@]}" --output "$out/shared_prompt"
+}
+
+stage_C() {
+  install peers 50
+  step peers 220 "$python" bench/kernels.py "${peers[@]}" --case train \
+    --impl "fused_policy_loss,linear_logprob,quack,Liger scaled,cce,verl,TRL" --output "$out/peers"
+  local profiler
+  profiler=$(command -v ncu || ls /usr/local/cuda/bin/ncu 2>/dev/null)
+  if [ -n "$dry" ]; then
+    skip ncu "a dry run is no card"
+  elif [ -n "$profiler" ]; then
+    # The sweep marks what it times: of the forward alone the untimed launches are skipped, the timed ones taken.
+    step ncu 80 "$profiler" --clock-control none --profile-from-start off --launch-skip 4 --launch-count 8 \
+      --kernel-name 'regex:odds_gemm|gemm|nvjet' \
+      --section SpeedOfLight --section ComputeWorkloadAnalysis --section MemoryWorkloadAnalysis --section Occupancy \
+      --section WarpStateStats --log-file "$out/ncu.txt" \
+      "$python" bench/tiles.py --shape "$shape" --rounds 1 --output "$logs/tiles"
+  else
+    skip ncu "Nsight Compute is not installed"
+  fi
+}
+
+# What a transfer brings back: at most 8 files a stage, 16 MiB each, no more than 2 folders down, plain names.
+check_files() {
+  local path size count=0
+  while read -r size path; do
+    count=$((count + 1))
+    if [ "$size" -gt $((16 << 20)) ]; then failed=1 && echo "$path is over 16 MiB"; fi
+    if [[ ! $path =~ ^([A-Za-z0-9._-]+/){0,2}[A-Za-z0-9._-]+$ ]]; then failed=1 && echo "$path has an odd name or depth"; fi
+  done < <(find "$out" -type f -newer "$logs/begin" -printf '%s %P\n')
+  if [ "$count" -gt 8 ]; then failed=1 && echo "$count files: at most 8 come back"; fi
+}
+
+finish() {
+  trap - EXIT
+  rm -rf "$logs/tiles"
+  tar -C "$logs" -czf "$out/logs-$stage.tar.gz" --exclude=begin .
+  check_files
+  echo
+  for log in errors tiles roofline shared; do show "$log"; done
+  show tests "passed\|failed\|skipped\|error"
+  show head "floor ms"
+  show peers "floor ms"
+  show update
+  printf '\n%s, stage %s, results in %s:\n' "$card" "$stage" "$out"
+  column -t -s $'\t' "$verdicts" 2>/dev/null || cat "$verdicts"
+  rm -rf "$logs"
+  exit "$failed"
+}
+trap stopped INT TERM
+trap finish EXIT
+"stage_$stage"

@@ -1,10 +1,11 @@
 """One prompt for all its responses against the prompt repeated for each: forward and backward of a decoder, in one run.
 
-    OMP_NUM_THREADS=1 python bench/shared_prompt.py     # small models on a CPU, a 1.5B one's layers on a GPU
+    OMP_NUM_THREADS=1 python bench/shared_prompt.py     # small models on a CPU, eight of 1.5B's layers on a GPU
+    python bench/shared_prompt.py --case P1024-R256 --seconds 20     # or by number, from 0
 
 Beside the times (by device events, on a CPU in processor time) each case has the round-by-round ratio, what
-`gapg.sharing` predicts for it, and how far the two runs' gradients lie apart. Results go to
-bench/results/shared_prompt/<device>.json.
+`gapg.sharing` predicts for it, and how far the two runs' gradients lie apart: both are float32 on a CPU and bfloat16 on
+a GPU. Results go to bench/results/shared_prompt/<device>.json, those of chosen cases only where --output says.
 """
 
 from __future__ import annotations
@@ -48,8 +49,14 @@ class Case:
     samples: int = 8
     varied: bool = False
     hidden: int = 256
+    inner: int = 768
     layers: int = 4
     heads: int = 4
+
+    @property
+    def key(self) -> str:
+        """What `--case` calls it."""
+        return f"P{self.prompt}-R{self.response}" + "-equal" * (not self.varied)
 
     def __str__(self) -> str:
         spread = "varied" if self.varied else "equal"
@@ -66,28 +73,29 @@ class Case:
         config = LlamaConfig(
             vocab_size=512,
             hidden_size=self.hidden,
-            intermediate_size=3 * self.hidden,
+            intermediate_size=self.inner,
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
-            num_key_value_heads=self.heads // 2,
-            initializer_range=0.1,
+            num_key_value_heads=2,
+            initializer_range=min(0.1, 1.6 / self.hidden**0.5),  # attention that is neither flat nor on one key
             pad_token_id=0,
         )
         model = LlamaForCausalLM._from_config(config, attn_implementation=attention.NAME)
         return model.to(device, torch.bfloat16 if device == "cuda" else torch.float32).train()
 
 
+QWEN_1_5B = {"hidden": 1536, "inner": 8960, "layers": 8, "heads": 12}
 CASES = {
     "cpu": [
         Case(1, 512, 64),
         Case(1, 512, 64, varied=True),
         Case(1, 128, 128, varied=True),
         Case(1, 64, 256, varied=True),
-        Case(8, 20, 10, varied=True, hidden=64, layers=2),
+        Case(8, 20, 10, varied=True, hidden=64, inner=192, layers=2),
     ],
     "cuda": [
-        Case(4, 1024, 256, varied=True, hidden=1536, layers=8, heads=12),
-        Case(4, 256, 720, varied=True, hidden=1536, layers=8, heads=12),
+        Case(4, 1024, 256, varied=True, **QWEN_1_5B),
+        Case(4, 256, 720, varied=True, **QWEN_1_5B),
     ],
 }
 
@@ -138,8 +146,11 @@ def updates(model: PreTrainedModel, groups: Groups) -> dict[str, Callable[[], No
     return {name: bind(row) for name, row in rows.items()}
 
 
-def measure(name: str, model: PreTrainedModel, groups: Groups, rounds: int) -> list[Row]:
-    """The rows of one case: times of both, their ratio round by round, the prediction, and the gradients' distance."""
+def measure(name: str, model: PreTrainedModel, groups: Groups, rounds: int, seconds: float | None = None) -> list[Row]:
+    """The rows of one case: times of both, their ratio round by round, the prediction, and the gradients' distance.
+
+    No round begins after so many seconds.
+    """
     impls = updates(model, groups)
     gradients = []
     for impl in impls.values():
@@ -147,7 +158,8 @@ def measure(name: str, model: PreTrainedModel, groups: Groups, rounds: int) -> l
         gradients.append(torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None]))
     apart = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
     device = model.device.type
-    samples = record.interleaved(impls, rounds=rounds, clock="cuda" if device == "cuda" else "cpu")
+    clock: record.Clock = "cuda" if device == "cuda" else "cpu"
+    samples = record.interleaved(impls, rounds=rounds, clock=clock, seconds=seconds, warm=False)
     ratios = [b / a for a, b in zip(samples["shared"], samples["repeated"], strict=True)]
     what = saving(groups, shape_of(model), RATES[device])
     tokens = {"repeated": what.tokens_unshared, "shared": what.tokens_unshared - what.tokens_saved}
@@ -164,19 +176,42 @@ def _cumulative(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)])
 
 
+def pick(cases: list[Case]) -> Callable[[str], list[str]]:
+    """An argparse type: keys of cases, from their names, parts of them, or numbers from 0."""
+    keys = [case.key for case in cases]
+    by_name = record.pick(keys)
+
+    def chosen(text: str) -> list[str]:
+        numbers = {str(i): key for i, key in enumerate(keys)}
+        return by_name(",".join(numbers.get(part, part) for part in text.split(",")))
+
+    return chosen
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    cases = CASES[device]
+    names = ", ".join(case.key for case in cases)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", type=pick(cases), action="extend", metavar="NAMES", help=f"of {names}; or numbers")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, help="no round begins after so many, a case")
+    parser.add_argument("--output", type=Path, help="folder for the JSON")
+    given = parser.parse_args()
+    if given.rounds < 1:
+        parser.error("--rounds must be 1 or more")
+    folder = given.output or (None if given.case else RESULTS)
     attention.register()
     rows: list[Row] = []
-    for case in CASES[device]:
-        rows += measure(str(case), case.model(device), case.groups(), arguments.rounds)
-        for row in rows[-7:]:
+    for case in cases:
+        if given.case and case.key not in given.case:
+            continue
+        found = measure(str(case), case.model(device), case.groups(), given.rounds, given.seconds)
+        rows += found
+        if folder:  # what is measured stays, whatever happens to the next case
+            record.write("shared_prompt", rows, folder / f"{device}.json")
+        for row in found:
             print(f"{row['case']:60} {row['impl']:9} {row['metric']:18} {row['median']:.4g} {row['unit']}", flush=True)
-    record.write("shared_prompt", rows, arguments.output / f"{device}.json")
 
 
 if __name__ == "__main__":

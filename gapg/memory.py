@@ -204,6 +204,37 @@ def suggestions(
     return next(filter(None, found), [])
 
 
+def fitting_token_cap(
+    model: PreTrainedModel, config: RunConfig, device: torch.device, available: int | None = None
+) -> int:
+    """The largest `token_cap` whose plan leaves a little room, in multiples of 1024 where it can be.
+
+    It holds the longest sequence that `config.rollout` allows, and is no larger than a whole step needs; the config's
+    own `token_cap` does not matter.
+
+    Args:
+        model: as for `plan_memory`; only its shapes are read.
+        available: bytes to plan for; those of the device by default.
+
+    Raises:
+        ConfigError: not even a micro-batch of the longest sequence alone fits.
+    """
+    available = capacity(device) if available is None else available
+    search, rollout = _Search(model, config, device, available), config.rollout
+    below = longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    step = rollout.prompts_per_step * rollout.samples_per_prompt * longest
+    while below < step and search.fits({"token_cap": below}):
+        below *= 2
+    cap = search.largest_cap({}, min(below, step) + 1024)
+    plan = search.plan({"token_cap": cap})
+    if plan.total > ROOM * available:
+        raise ConfigError(
+            f"one sequence of {cap} tokens needs {_size(plan.total)} of memory, of {_size(available)} there are "
+            f"{_size(ROOM * available)} to plan with: shorten sequences, or train adapters (model.lora.rank)"
+        )
+    return cap
+
+
 @dataclass(slots=True)
 class _Search:
     """Plans of the same run with other settings."""
@@ -224,11 +255,15 @@ class _Search:
         return self.plan(settings).total <= ROOM * self.capacity
 
     def with_cap(self, settings: Settings) -> Settings:
-        """And the largest token_cap that fits, in multiples of 1024 where it can be; else the smallest possible."""
+        """And the largest token_cap that fits."""
+        return settings | {"token_cap": self.largest_cap(settings, self.plan({}).tokens)}
+
+    def largest_cap(self, settings: Settings, below: int) -> int:
+        """The largest below that bound that fits, in multiples of 1024 where it can be; else the smallest possible."""
         least = self.config.rollout.max_prompt_tokens + self.config.rollout.max_new_tokens
-        caps = sorted({least, *range(-(-least // 1024) * 1024, self.plan({}).tokens, 1024)})
+        caps = sorted({least, *range(-(-least // 1024) * 1024, below, 1024)})
         fitting = bisect_left(caps, True, key=lambda cap: not self.fits(settings | {"token_cap": cap}))
-        return settings | {"token_cap": caps[max(0, fitting - 1)]}
+        return caps[max(0, fitting - 1)]
 
     def with_engine(self, settings: Settings) -> list[Settings]:
         """And the part of the GPU for vLLM that the rest leaves: room for its weights and a cache of their size."""

@@ -18,7 +18,7 @@ from gapg.cli import main
 from gapg.config import ConfigError, RunConfig, load_config
 from gapg.kernels import flash
 from gapg.kernels.policy_loss import PolicyLossOptions
-from gapg.memory import ROOM, announce, check, plan_memory, suggestions
+from gapg.memory import ROOM, announce, check, fitting_token_cap, plan_memory, suggestions
 from gapg.memory_trace import largest_batch, trace_layers, trace_update
 from gapg.model import load_tokenizer
 from gapg.optim import clip_and_step, make_optimizer
@@ -230,6 +230,27 @@ def test_what_is_suggested_fits(given: dict[str, str], gib: float, keys: list[se
         again = settings(**LONG | given | {key: str(value).lower() for key, value in changes.items()})
         assert plan_memory(model, again, CUDA, plan.capacity) == promised
         assert promised.total <= ROOM * plan.capacity
+
+
+def test_the_largest_cap_that_fits() -> None:
+    """It fits and 1024 more does not, whatever the config's own; it holds what a sequence or a whole step needs."""
+    config = settings(**LONG | BF16)
+    model = on_meta(half_b(6), config)
+
+    def total(cap: int) -> int:
+        return plan_memory(model, settings(**LONG | BF16 | {"token_cap": str(cap)}), CUDA, 12 * GIB).total
+
+    cap = fitting_token_cap(model, config, CUDA, 12 * GIB)
+    assert cap % 1024 == 0 and cap > config.token_cap
+    assert total(cap) <= ROOM * 12 * GIB < total(cap + 1024)
+
+    few = settings(**LONG | BF16, **{"rollout.prompts_per_step": "1", "rollout.samples_per_prompt": "3"})
+    assert fitting_token_cap(model, few, CUDA, 80 * GIB) == 3072  # three sequences of 1,024 are all there are
+
+    alone = total(1024)
+    assert fitting_token_cap(model, config, CUDA, int(alone / ROOM) + 1) == 1024
+    with pytest.raises(ConfigError, match=r"^one sequence of 1024 tokens needs .* GiB .*: shorten sequences, or train"):
+        fitting_token_cap(model, config, CUDA, int(alone / ROOM) - 1)
 
 
 def test_a_refusal_is_one_line_that_names_what_fits() -> None:

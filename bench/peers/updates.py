@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from gapg.batching import Example
 
 MICRO_BATCH = 8
-"""Sequences; what a trainer without packing is commonly given."""
+"""Sequences; what a trainer without packing is commonly given, where they fit."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,12 @@ class Padded:
         return Padded(*(put(x) for x in (self.ids, self.mask, self.targets, self.rows, self.weight)))
 
 
-def padded(examples: Sequence[Example], advantages: Sequence[float], denominator: float) -> Iterator[Padded]:
-    """Micro-batches of eight in the order given, prompts padded on the left and completions on the right."""
-    for start in range(0, len(examples), MICRO_BATCH):
-        part = examples[start : start + MICRO_BATCH]
+def padded(
+    examples: Sequence[Example], advantages: Sequence[float], denominator: float, sequences: int = MICRO_BATCH
+) -> Iterator[Padded]:
+    """Micro-batches of so many in the order given, prompts padded on the left and completions on the right."""
+    for start in range(0, len(examples), sequences):
+        part = examples[start : start + sequences]
         prompt, response = max(len(e.prompt_ids) for e in part), max(len(e.response_ids) for e in part)
         ids = torch.zeros(len(part), prompt + response, dtype=torch.int64)
         mask, targets = torch.zeros_like(ids), torch.full((len(part), response), -100)
@@ -50,7 +52,7 @@ def padded(examples: Sequence[Example], advantages: Sequence[float], denominator
             ids[row, begin:end] = torch.tensor([*e.prompt_ids, *e.response_ids])
             mask[row, begin:end] = 1
             targets[row, : len(e.response_ids)] = torch.tensor(e.response_ids)
-        weight = torch.tensor(advantages[start : start + MICRO_BATCH], dtype=torch.float32) / denominator
+        weight = torch.tensor(advantages[start : start + sequences], dtype=torch.float32) / denominator
         yield Padded(ids, mask, targets, (targets.flatten() >= 0).nonzero()[:, 0], weight)
 
 

@@ -1,15 +1,30 @@
 """The bench of shared prompts on a model small enough to run here: its two updates must be the same update."""
 
+import argparse
+from pathlib import Path
+
+import pytest
+
 from bench import record, shared_prompt
 from gapg import attention
 
 
-def test_both_updates_are_one_and_the_rows_fit_the_record(tmp_path) -> None:
+def test_both_updates_are_one_and_the_rows_fit_the_record(tmp_path: Path) -> None:
     attention.register()
     case = shared_prompt.Case(2, 9, 6, samples=3, varied=True, hidden=32, layers=2)
-    rows = shared_prompt.measure("tiny", case.model("cpu"), case.groups(), rounds=2)
+    rows = shared_prompt.measure("tiny", case.model("cpu"), case.groups(), rounds=2, seconds=0.0)
     record.write("shared_prompt", rows, tmp_path / "cpu.json")
     found = {(r["impl"], r["metric"]): r["median"] for r in record.read(tmp_path / "cpu.json")["rows"]}
     assert 0 < found["shared", "gradient distance"] < 1e-5
     assert found["repeated", "tokens"] - found["shared", "tokens"] == 2 * 2 * 9
     assert found["shared", "time"] > 0 and found["repeated", "time"] > 0
+    assert {len(r["samples"]) for r in rows if r["metric"] == "time"} == {1}  # no second round after no seconds
+
+
+def test_cases_go_by_name_and_number() -> None:
+    for cases in shared_prompt.CASES.values():
+        keys = [case.key for case in cases]
+        chosen = shared_prompt.pick(cases)
+        assert [chosen(str(i)) for i in range(len(keys))] == [chosen(key) for key in keys] == [[key] for key in keys]
+        with pytest.raises(argparse.ArgumentTypeError, match=f"choose of {keys[0]}"):
+            chosen("0,nothing")

@@ -1,0 +1,168 @@
+"""The page of a card's results: from records made by hand, with stages that came back, failed or are missing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import gpu_report, record
+from bench.gpu_goals import SHAPE, goals
+from bench.record import Row
+
+TRAIN = f"{SHAPE} random"
+H200 = {"device": "NVIDIA H200", "cpu": "x", "cores": 16, "driver": "580.1", "cuda": "13.0", "multiprocessors": 132}
+
+
+def times(case: str, milliseconds: dict[str, float], **more: Any) -> list[Row]:
+    rows = record.timing_rows(
+        case, {impl: [ms / 1e3 * part for part in (0.9, 1, 1.1)] for impl, ms in milliseconds.items()}
+    )
+    return [row | more for row in rows]
+
+
+def put(path: Path, rows: list[Row], machine: dict[str, Any] = H200) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {
+        "bench": path.stem,
+        "revision": "0123456789abcdef+dirty",
+        "machine": machine,
+        "versions": {"torch": "2.11.0"},
+    }
+    path.write_text(json.dumps(found | {"rows": rows}))
+
+
+def stage_a(folder: Path, ours: float = 44.0) -> None:
+    rows = times(f"{TRAIN}, forward only", {"bare GEMMs": 13.0, "gapg linear_logprob": 14.0, "gapg control: x": 13.5})
+    rows += times(TRAIN, {"bare GEMMs": 40.0, "gapg control: x": 41.0, "PyTorch eager": 120.0})
+    rows += times(TRAIN, {"gapg fused_policy_loss": ours}, predicted_as="ours", shape=SHAPE)
+    put(folder / "kernels" / "kernels-cuda.json", rows)
+    errors: list[Row] = []
+    for case, mine, theirs in (("4.0 nats", 2e-3, 6e-3), ("0.0 nats", 2e-3, 9e-1)):
+        for impl, value in (("gapg fused_policy_loss", mine), ("PyTorch eager", theirs)):
+            errors += record.timing_rows(case, {impl: [value]}, "dH_error", "1")
+            errors += record.timing_rows(case, {impl: [value / 10]}, "logprob_error", "nats")
+    put(folder / "kernels" / "errors-cuda.json", errors)
+    put(
+        folder / "tiles" / "tiles-cuda.json", times(f"{SHAPE}, forward", {"wide": 15.0, "pair": 14.0, "torch.mm": 13.0})
+    )
+    steps = [
+        "step seconds limit verdict",
+        "build 20 40 ok",
+        "errors 60 60 stopped_at_its_limit",
+        "memcheck 9 50 exit_code_7",
+    ]
+    lines = ("\t".join(line.split()).replace("_", " ") for line in steps)
+    (folder / "steps-A.tsv").write_text("\n".join(lines) + "\n")
+
+
+def stage_b(folder: Path) -> None:
+    rows = times("1.5B", {"gapg, no saving": 12e3, "+ shared prompt": 2.5e3, "TRL 1.16": 10e3})
+    put(
+        folder / "update_step" / "cuda.json",
+        [*rows, record.error_row("1.5B", "Liger fused GRPO loss", "out of memory")],
+    )
+    put(
+        folder / "shared_prompt" / "cuda.json",
+        record.timing_rows("4 x P=1024", {"shared": [3.1]}, "speedup", "x repeated"),
+    )
+
+
+def stage_c(folder: Path) -> None:
+    rows = times(TRAIN, {"bare GEMMs": 40.0, "gapg fused_policy_loss": 45.0, "verl": 80.0, "cce": 63.0})
+    rows += times(TRAIN, {"quack": 43.0}, computes="cross entropy")
+    put(folder / "peers" / "kernels-cuda.json", rows)
+
+
+def shown(folder: Path) -> dict[str, tuple[str, bool | None]]:
+    return {goal.what: (goal.shown, goal.met) for goal in goals(gpu_report.load(folder))}
+
+
+def test_every_goal_is_judged_by_its_rows(tmp_path: Path) -> None:
+    for stage in (stage_a, stage_b, stage_c):
+        stage(tmp_path)
+    assert shown(tmp_path) == {
+        "forward beside one bare GEMM": ("1.08x", True),  # not the control's 1.04
+        "forward and backward beside three bare GEMMs": ("1.10x", True),
+        "the fastest other policy loss beside ours": ("1.40x (cce)", True),  # of stage C's own run, 63 to 45
+        "the fastest loss that only sums a cross entropy beside ours": ("0.96x (quack)", False),
+        "worst error of a log-prob, in nats": ("2e-04", True),
+        "error of dH beside eager's, where it compares worst": ("0.33x", True),
+        "TRL's update beside ours": ("4.00x", True),
+    }
+
+
+def test_a_stage_that_did_not_come_back_is_missing_and_nothing_is_made_up(tmp_path: Path) -> None:
+    stage_a(tmp_path, ours=50.0)
+    found = shown(tmp_path)
+    assert found["forward and backward beside three bare GEMMs"] == ("1.25x", False)
+    assert found["the fastest other policy loss beside ours"] == ("2.40x (PyTorch eager)", True)
+    assert found["TRL's update beside ours"] == ("–", None)
+    text = gpu_report.page(gpu_report.load(tmp_path))
+    assert "## One update" not in text and "## The head's peers" not in text
+    assert "| TRL's update beside ours | at least 3.00x | – | not measured |" in text
+    assert "| 1.25x | **not met** |" in text
+
+
+def test_the_page_holds_ratios_the_roofline_the_winner_and_what_failed(tmp_path: Path) -> None:
+    for stage in (stage_a, stage_b, stage_c):
+        stage(tmp_path)
+    (tmp_path / "tiles" / "tiles-cpu.json").write_text('{"rows": [')
+    gpu_report.main([str(tmp_path)])
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("# NVIDIA H200\n")
+    assert "- kernels: revision 0123456789ab+dirty, driver 580.1, CUDA 13.0, torch 2.11.0" in text
+    assert "| gapg fused_policy_loss | 44.00 (41.36 to 46.64) | 1.10 | 1.00 |" in text
+    assert "| quack | 43.00 (40.42 to 45.58) | 1.07 | 0.96 |" in text and "sums a cross entropy" in text
+    assert "**pair** wins" in text
+    for failed in (
+        "- stage A, errors: stopped at its limit of 60 s",
+        "- stage A, memcheck: exit code 7",
+        "- tiles/tiles-cpu.json cannot be read",
+        "- update, Liger fused GRPO loss (1 case): out of memory",
+    ):
+        assert failed in text
+    assert "44.00" in text.split("## The roofline beside it")[1].split("##")[0]
+    assert (tmp_path / "report.png").stat().st_size > 20_000
+
+
+def test_the_readmes_line_is_drawn_between_its_markers(tmp_path: Path) -> None:
+    folder = tmp_path / "bench" / "results" / "nvidia-h200"
+    stage_a(folder)
+    readme = tmp_path / "README.md"
+    readme.write_text("above\n{}\nnever measured\n{}\nbelow\n".format(*gpu_report.MARKERS))
+    for _ in range(2):
+        gpu_report.main([str(folder), "--readme", str(readme)])
+        above, begin, line, end, below = readme.read_text().splitlines()
+        assert (above, begin, end, below) == ("above", *gpu_report.MARKERS, "below")
+        assert line.startswith(
+            "**Measured on an NVIDIA H200** ([report](bench/results/nvidia-h200/README.md), revision "
+        )
+        assert "forward beside one bare GEMM: 1.08x (wanted: at most 1.10x)" in line
+        assert line.endswith("beside ours, TRL's update beside ours.") and "Not measured: " in line
+    assert (record.ROOT / "README.md").read_text().count(gpu_report.MARKERS[0]) == 1
+
+
+def test_a_dry_run_is_no_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(
+        tmp_path / "kernels" / "kernels-cpu.json",
+        times("(64, 32, 500) random", {"bare GEMMs": 1.0, "gapg a": 2.0}),
+        {"device": "cpu"},
+    )
+    readme = tmp_path / "README.md"
+    readme.write_text("{}\nnever measured\n{}\n".format(*gpu_report.MARKERS))
+    with pytest.raises(SystemExit):
+        gpu_report.main([str(tmp_path), "--readme", str(readme)])
+    assert "is a dry run on a CPU" in capsys.readouterr().err
+    assert "never measured" in readme.read_text()
+    text = gpu_report.page(gpu_report.load(tmp_path))
+    assert text.startswith("# A dry run on a CPU: no measurement of any GPU\n") and "goal" not in text
+
+
+def test_two_cards_are_two_folders(tmp_path: Path) -> None:
+    stage_a(tmp_path)
+    put(tmp_path / "peers" / "kernels-cuda.json", [], H200 | {"device": "NVIDIA H100 80GB HBM3"})
+    with pytest.raises(ValueError, match="NVIDIA H100 80GB HBM3, NVIDIA H200: one folder a card"):
+        gpu_report.load(tmp_path)
+    with pytest.raises(ValueError, match="holds no record"):
+        gpu_report.load(tmp_path / "tiles" / "nothing")
