@@ -5,7 +5,8 @@
 The figures are read from ptxas and the disassembly: registers, shared memory, spills, how many programs one
 multiprocessor holds, whether ptxas had to serialize the tensor cores' work, counts of the instructions that matter
 (HGMMA: tensor cores; UTMALDG/UTMASTG: TMA; LDL/STL: local memory; ATOM/RED: atomics; MUFU: exponentials), and how many
-instructions a thread spends on the end of a tile. Each triton makes code of its own, so it has a file of its own.
+instructions a thread spends on the end of a tile. Each triton makes code of its own, so it has a file of its own;
+"sources" there are hashes of the kernels they are of.
 Run it in its own process with TRITON_INTERPRET unset: an interpreted kernel has no machine code. Another triton than
 the installed one: `pip install --no-deps --target FOLDER triton==3.6.0`, then PYTHONPATH=FOLDER.
 """
@@ -13,6 +14,7 @@ the installed one: `pip install --no-deps --target FOLDER triton==3.6.0`, then P
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import re
@@ -28,6 +30,7 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from gapg.kernels import odds_gemm, odds_pass, odds_rows, policy_loss_kernel
 
@@ -43,12 +46,14 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel as it is launched: argument types by name, constants, launch options. ``gemm``: on tensor cores."""
+    """One kernel as it is launched: argument types by name, constants, arguments that are multiples of 16, launch
+    options. ``gemm``: on tensor cores."""
 
     name: str
     function: Any
     signature: dict[str, str]
     constants: dict[str, Any]
+    multiples: list[str]
     options: dict[str, int]
     gemm: bool
 
@@ -90,26 +95,27 @@ def kernels() -> Iterator[Kernel]:
     bf16 = {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "e_ptr": "*bf16"}
     fp32 = dict.fromkeys(bf16, "*fp32")
     sizes = {"BR": odds_rows.TARGET_ROWS, "BK": odds_rows.TARGET_K}
-    yield _kernel("target_logit", odds_rows.target_logit_kernel, bf16, sizes)
-    yield _kernel("target_logit_float32", odds_rows.target_logit_kernel, fp32, sizes, absent=["bias_ptr"])
+    yield as_launched("target_logit", odds_rows.target_logit_kernel, bf16, sizes)
+    yield as_launched("target_logit_float32", odds_rows.target_logit_kernel, fp32, sizes, absent=["bias_ptr"])
     sizes = {"BR": odds_rows.SUM_ROWS, "BB": odds_rows.SUM_BLOCKS}
-    yield _kernel("row_sum", odds_rows.row_sum_kernel, {}, sizes, absent=["moment_ptr", "entropy_ptr"])
-    yield _kernel("row_sum_entropy", odds_rows.row_sum_kernel, {}, sizes)
+    yield as_launched("row_sum", odds_rows.row_sum_kernel, {}, sizes, absent=["moment_ptr", "entropy_ptr"])
+    yield as_launched("row_sum_entropy", odds_rows.row_sum_kernel, {}, sizes)
     sizes = {"BV": odds_rows.REPAIR_V, "BK": odds_rows.REPAIR_K}
-    yield _kernel("repair", odds_rows.repair_kernel, bf16, sizes, absent=["bias_ptr", "e_ptr", "entropy_ptr"])
-    yield _kernel("repair_store_entropy_bias", odds_rows.repair_kernel, bf16, sizes)
-    yield _kernel("repair_float32_store", odds_rows.repair_kernel, fp32, sizes, absent=["bias_ptr", "entropy_ptr"])
+    yield as_launched("repair", odds_rows.repair_kernel, bf16, sizes, absent=["bias_ptr", "e_ptr", "entropy_ptr"])
+    yield as_launched("repair_store_entropy_bias", odds_rows.repair_kernel, bf16, sizes)
+    yield as_launched("repair_float32_store", odds_rows.repair_kernel, fp32, sizes, absent=["bias_ptr", "entropy_ptr"])
     sizes, warps = {"BLOCK": odds_pass.BLOCK}, odds_pass.WARPS
     kernel = odds_pass.odds_pass_kernel
-    yield _kernel("odds_pass", kernel, bf16, sizes, warps, absent=["e_ptr", "bias_ptr", "moment_ptr"])
-    yield _kernel("odds_pass_store", kernel, bf16, sizes, warps, absent=["bias_ptr", "moment_ptr"])
-    yield _kernel("odds_pass_store_entropy_bias", kernel, bf16, sizes, warps)
-    yield _kernel("odds_pass_float32_store", kernel, fp32, sizes, warps, absent=["bias_ptr", "moment_ptr"])
+    yield as_launched("odds_pass", kernel, bf16, sizes, warps, absent=["e_ptr", "bias_ptr", "moment_ptr"])
+    yield as_launched("odds_pass_store", kernel, bf16, sizes, warps, absent=["bias_ptr", "moment_ptr"])
+    yield as_launched("odds_pass_store_entropy_bias", kernel, bf16, sizes, warps)
+    yield as_launched("odds_pass_float32_store", kernel, fp32, sizes, warps, absent=["bias_ptr", "moment_ptr"])
     yield from policy_losses()
 
 
 def gemms() -> Iterator[Kernel]:
-    """The GEMM for each tile, with and without E, entropy and bias; and for one row, which triton makes a constant."""
+    """The GEMM for each tile, with and without E, entropy and bias; for one row, which triton makes a constant; and for
+    a V that 16 does not divide, where every load of a bias, here the widest, is masked by itself."""
     function = odds_gemm.odds_gemm_kernel
     optional = {"store": "e_desc", "entropy": "moment_ptr", "bias": "bias_ptr"}
     for name, tile in odds_gemm.TILES.items():
@@ -120,7 +126,7 @@ def gemms() -> Iterator[Kernel]:
             "e_desc": f"tensordesc<bf16[{tile.bm}, {tile.bn // 2}]>",
             "bias_ptr": "*bf16",
         }
-        launch = functools.partial(_kernel, function=function, types=types, warps=tile.warps, stages=tile.stages)
+        launch = functools.partial(as_launched, function=function, types=types, warps=tile.warps, stages=tile.stages)
         for chosen in itertools.product((False, True), repeat=len(optional)):
             present = [option for option, on in zip(optional, chosen, strict=True) if on]
             absent = [argument for option, argument in optional.items() if option not in present]
@@ -128,6 +134,9 @@ def gemms() -> Iterator[Kernel]:
             yield launch(kernel, constants=sizes, absent=absent, gemm=True)
         one_row = f"odds_gemm_{name}_store_one_row"
         yield launch(one_row, constants=sizes | {"C": 1}, absent=["bias_ptr", "moment_ptr"], gemm=True)
+        odd = f"odds_gemm_{name}_store_bias_float32_odd_vocab"
+        wide = types | {"bias_ptr": "*fp32"}
+        yield launch(odd, types=wide, constants=sizes, absent=["moment_ptr"], gemm=True, odd_vocab=True)
 
 
 def policy_losses() -> Iterator[Kernel]:
@@ -140,31 +149,32 @@ def policy_losses() -> Iterator[Kernel]:
     sizes = {"PITCH": source.PITCH, "BR": source.ROWS, "BG": source.tile_samples(8)}
     optional = ["mask_ptr", "coefficient_ptr", "old_ptr", "rollout_ptr", "reference_ptr", "entropy_ptr"]
     optional += ["least", "most", "tis_cap", "kl_coef"]
-    yield _kernel("policy_loss", function, types, sizes | {"GRPO": False, "K2": False}, absent=optional)
-    yield _kernel("policy_loss_every_option", function, types, sizes | {"GRPO": True, "K2": True})
+    yield as_launched("policy_loss", function, types, sizes | {"GRPO": False, "K2": False}, absent=optional)
+    yield as_launched("policy_loss_every_option", function, types, sizes | {"GRPO": True, "K2": True})
     sizes = {"STATS": len(source.STATS), "PITCH": source.PITCH, "BN": source.PROGRAMS}
     types = {"partial_ptr": "*fp32", "stats_ptr": "*fp32", "N": "i32"}
-    yield _kernel("add_statistics", source.add_statistics_kernel, types, sizes)
+    yield as_launched("add_statistics", source.add_statistics_kernel, types, sizes)
 
 
-def _kernel(
+def as_launched(
     name: str, function: Any, types: dict[str, str], constants: dict[str, Any], warps: int = 4, stages: int = 3, *,
-    absent: Sequence[str] = (), gemm: bool = False,
+    absent: Sequence[str] = (), gemm: bool = False, odd_vocab: bool = False,
 ) -> Kernel:  # fmt: skip
+    """A kernel with what Triton's launcher would find out about its arguments."""
     constants = constants | dict.fromkeys(absent)
     types = TYPES | types
     signature = {arg: "constexpr" if arg in constants else types[arg] for arg in function.arg_names}
-    return Kernel(name, function, signature, constants, {"num_warps": warps, "num_stages": stages}, gemm)
+    # What the launcher would find out: pointers come from the allocator, 16-byte aligned; H is a multiple of 16, and in
+    # nearly every model V, pitches with it. C is any number of rows; a multiple would save the GEMM one instruction.
+    sizes = ("H",) if odd_vocab else ("H", "V")
+    known = [x for x, kind in signature.items() if kind.startswith("*") or x in sizes or x.endswith("pitch")]
+    multiples = [x for x in known if x not in function.do_not_specialize]
+    return Kernel(name, function, signature, constants, multiples, {"num_warps": warps, "num_stages": stages}, gemm)
 
 
 def compile_figures(kernel: Kernel) -> Figures:
     """Compile for sm_90, assemble, disassemble and count."""
-    # Pointers come from the allocator, 16-byte aligned, and H is a multiple of 16: what the launcher would find out.
-    attrs = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(kernel.signature.items())
-        if kind.startswith("*") or name == "H" or name.endswith("pitch")
-    }
+    attrs = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(kernel.signature) if x in kernel.multiples}
     source = ASTSource(kernel.function, kernel.signature, kernel.constants, attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=kernel.options)
     with tempfile.TemporaryDirectory() as folder:
@@ -257,6 +267,16 @@ def _epilogue(code: list[Instruction]) -> int | None:
     return len(run) if exponentials[0] == exponentials[1] else None
 
 
+def sources() -> dict[str, str]:
+    """A hash of every triton function's text, by name, and one of all that is compiled of them. Figures with other
+    hashes are of other kernels."""
+    modules = (odds_gemm, odds_pass, odds_rows, policy_loss_kernel)
+    functions = {x for module in modules for x in vars(module).values() if isinstance(x, JITFunction)}
+    launches = [[x.name, x.signature, x.constants, x.multiples, x.options] for x in kernels()]
+    texts = {f"{x.__module__}.{x.__name__}": x.src for x in functions} | {"launches": json.dumps(launches)}
+    return {name: hashlib.sha256(texts[name].encode()).hexdigest()[:16] for name in sorted(texts)}
+
+
 def _run(tool: str, *args: str) -> str:
     done = subprocess.run([str(TOOLS / tool), *args], capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
@@ -265,7 +285,7 @@ def _run(tool: str, *args: str) -> str:
 def main() -> None:
     """Write the figures of every kernel into the file given as the only argument, else among the results."""
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / f"triton-{triton.__version__}.json"
-    figures = {}
+    figures: dict[str, dict[str, Any]] = {"sources": sources()}
     for kernel in kernels():
         figures[kernel.name] = asdict(compile_figures(kernel))
         print(kernel.name, *(f"{key}={value}" for key, value in figures[kernel.name].items()))

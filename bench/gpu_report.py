@@ -32,8 +32,9 @@ RECORDS = {
     "update": "update_step/{}.json",
     "shared": "shared_prompt/{}.json",
     "peers": "peers/kernels-{}.json",
+    "cutlass": "cutlass/kernels-{}.json",
 }
-"""What the stages leave, by device: A the first three, B the next two, C the last."""
+"""What the stages leave, by device: A the first three, B the next two, C the rest."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def page(results: Results) -> str:
         ("The roofline beside it", _roofline(results)),
         ("Tiles", _tiles(results.rows("tiles"))),
         ("The head's peers", _head(results.rows("peers"))),
+        ("Its peers on CUTLASS", _head(results.rows("cutlass"))),
         ("Errors", _errors(results)),
         ("One update", _update(results.rows("update"))),
         ("One prompt for its responses", _plain(results.rows("shared"))),
@@ -158,7 +160,7 @@ def _head(rows: list[Row]) -> Iterator[str]:
 
 
 def _roofline(results: Results) -> Iterator[str]:
-    for name in ("kernels", "peers"):
+    for name in ("kernels", "tiles", "peers", "cutlass"):
         if name in results.records:
             try:
                 yield from ("```", roofline.compare(results.records[name]), "```", "")
@@ -178,8 +180,9 @@ def _tiles(rows: list[Row]) -> Iterator[str]:
     for case in dict.fromkeys(row["case"] for row in times):
         found = {row["impl"]: row["median"] * 1e3 for row in times if row["case"] == case}
         order = sorted(found, key=found.__getitem__)
-        winner = next((impl for impl in order if not impl.startswith("torch")), order[0])
-        yield f"- {case}: **{winner}** wins; " + ", ".join(f"{impl} {found[impl]:.2f} ms" for impl in order)
+        tiles = [impl for impl in order if not impl.startswith("torch")]
+        won = f"**{tiles[0]}** wins" if tiles else "no tile ran"
+        yield f"- {case}: {won}; " + ", ".join(f"{impl} {found[impl]:.2f} ms" for impl in order)
 
 
 def _update(rows: list[Row]) -> Iterator[str]:
@@ -228,9 +231,11 @@ def status(results: Results, root: Path) -> str:
     if results.device == "cpu":
         raise ValueError(f"{results.folder} is a dry run on a CPU: it says nothing of a GPU")
     found = goals(results)
-    said = "; ".join(f"{goal.what}: {goal.shown} (wanted: {goal.wanted})" for goal in found if goal.met is not None)
+    said = "; ".join(f"{goal.what}: {goal.shown}, wanted {goal.wanted}" for goal in found if goal.met is not None)
     missing = ", ".join(goal.what for goal in found if goal.met is None)
     revision = _short(next(iter(results.records.values())))
+    if not results.folder.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{results.folder} is not below {root}: copy it under bench/results first")
     path = results.folder.resolve().relative_to(root.resolve())
     text = f"**Measured on an {results.device}** ([report]({path.as_posix()}/README.md), revision {revision}): {said}."
     return text + (f" Not measured: {missing}." if missing else "")

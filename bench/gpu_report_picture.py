@@ -21,9 +21,11 @@ OURS, OTHERS = "tab:orange", "tab:blue"
 def plot(results: HasRows, machine: dict[str, Any], path: Path) -> None:
     """A panel for each case of the head, then the roofline, the errors and the update, of what came back."""
     panels: list[Callable[[Any], None]] = []
-    for name in ("kernels", "peers"):  # rows of two runs are never in one panel
+    for name in ("kernels", "peers", "cutlass"):  # rows of two runs are never in one panel
         panels += [_head(f"{name}: {case}", times) for case, times in _by_case(results.rows(name)).items()]
-    matched = _matched([*results.rows("kernels"), *results.rows("peers")], machine)
+    matched = _matched(
+        [row for name in ("kernels", "tiles", "peers", "cutlass") for row in results.rows(name)], machine
+    )
     panels += [lambda axis: _roofline(axis, matched)] * bool(matched)
     panels += [lambda axis: _errors(axis, results.rows("errors"))] * bool(results.rows("errors"))
     panels += [_updates(case, times) for case, times in _by_case(results.rows("update")).items()]

@@ -20,7 +20,8 @@ class Problem:
     """One batch: P prompts of 8 responses, all of the same length, their tokens in order.
 
     hidden [T, H], weight [V, H], target [T] int64; rewards [P, 8] float32 on the CPU; group, sample [T] int64 on the
-    CPU. The loss is sum_t coefficient_t * logprob_t with coefficient_t = -(r - mean) * 8/7 / (8 P).
+    CPU; these three pinned where there is a card. The loss is sum_t coefficient_t * logprob_t with
+    coefficient_t = -(r - mean) * 8/7 / (8 P).
     """
 
     hidden: Tensor
@@ -87,9 +88,10 @@ def make(
     if zero_groups:
         rewards[::2] = 1.0
     response = torch.arange(prompts * SAMPLES).repeat_interleave(tokens // (prompts * SAMPLES))
-    return Problem(
-        hidden, weight, _sampled(hidden, weight, g), rewards, response // SAMPLES, response % SAMPLES,
-    )  # fmt: skip
+    tables = (rewards, response // SAMPLES, response % SAMPLES)
+    if device == "cuda":  # to copy pageable memory to a card waits for it
+        tables = tuple(table.pin_memory() for table in tables)
+    return Problem(hidden, weight, _sampled(hidden, weight, g), *tables)
 
 
 def _scale(direction: Tensor, weight: Tensor, nats: float) -> float:

@@ -193,12 +193,15 @@ def draw_between(path: Path, markers: tuple[str, str], text: str) -> None:
 
 
 def revision() -> str:
-    """The commit, with "+dirty" when any file differs from it, results apart; "unknown" outside a repository."""
+    """The commit, with "+dirty" when any file differs from it, results apart.
+
+    In a copy without a repository: what GAPG_REVISION says, else "unknown".
+    """
     try:
         commit = _output("git", "rev-parse", "HEAD")
         changed = _output("git", "status", "--porcelain", "--", ".", ":!bench/results")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("GAPG_REVISION", "unknown")
     return commit + ("+dirty" if changed else "")
 
 

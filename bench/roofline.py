@@ -1,7 +1,7 @@
 """What the fused head should cost on a card nobody has run it on yet: every term of every design, from stated rates.
 
     python bench/roofline.py                                   # prints the tables, writes bench/results/roofline/
-    python bench/roofline.py --compare bench/results/X/kernels.json   # the prediction beside what was measured
+    python bench/roofline.py --compare bench/results/X/*/*-cuda.json   # the prediction beside what was measured
 
 Nothing here is measured. A path is the sum of its terms; each is work over a rate. Two sums are given: ``best``, where
 what a GEMM can do besides its products hides behind them and the faster of two stated rates holds, and ``worst``, where
@@ -55,6 +55,7 @@ TERMS = {
     "GEMMs": "GEMMs",
     "L2 beyond the products": "L2",
     "epilogue": "epilogue",
+    "last waves of dH": "waves",
     "logits or E moved": "moved",
     "passes over [T, V]": "passes",
     "sum of dW": "dW sum",
@@ -78,10 +79,12 @@ def terms(head: Head, shape: Shape, card: Card, workspace: int = DEFAULT_WORKSPA
     weight_once = head.weight_once * weights / card.hbm_bytes
     least_sum = max(0.0, weight_sum - products.best) if head.sum_hides else weight_sum
     l2, epilogue = own_gemm(head, shape, rows, card)
+    exponentials = head.exponentials * logits / EXPONENTIALS / card.clocks.worst
     parts = {
         "GEMMs": products,
         "L2 beyond the products": l2,
-        "epilogue": epilogue,
+        "epilogue": Range(epilogue.best, epilogue.worst + exponentials),
+        "last waves of dH": Range(0.0, last_waves(head, shape, card, workspace)),
         "logits or E moved": Range(max(0.0, moved - products.best), moved),
         "passes over [T, V]": head.passes * logits / card.hbm_bytes,
         "sum of dW": Range(least_sum + weight_once, weight_sum + weight_once),
@@ -97,7 +100,8 @@ def own_gemm(head: Head, shape: Shape, rows: int, card: Card) -> tuple[Range, Ra
 
     The epilogue is counted in machine code, an instruction a thread. Best: the exponentials take their unit's whole
     time and all else issues meanwhile, or the other way round, and a second program on the multiprocessor hides it
-    behind its products. Worst: all else issues before and after the exponentials.
+    behind its products. Worst: all else issues before and after the exponentials, an instruction a scheduler and clock:
+    what the few warps wait for each other's results is not in it.
     """
     if head.tile is None:
         return Range(0.0, 0.0), Range(0.0, 0.0)
@@ -122,17 +126,37 @@ def machine_code() -> dict[str, dict[str, int]]:
     return counted
 
 
+def last_waves(head: Head, shape: Shape, card: Card, workspace: int) -> float:
+    """Seconds that multiprocessors idle in the last wave of a chunk's dH, whose H columns make few tiles of 128x256.
+
+    At best cuBLAS divides the sums over V among them. Where rates are published they hold it already.
+    """
+    if head.gemms == 1 or head.flops is not None:
+        return 0.0
+    found = 0.0
+    for rows in chunk_rows(head, shape, workspace):
+        tiles = -(-rows // 128) * -(-shape.hidden // 256)
+        idle = -tiles % card.multiprocessors / tiles
+        found += idle * 2 * rows * shape.hidden * shape.vocab / card.gemm_flops
+    return found
+
+
 def chunk_count(head: Head, shape: Shape, workspace: int = DEFAULT_WORKSPACE) -> int:
-    """Chunks of rows, as `gapg.kernels.chunks` cuts them."""
+    """Chunks of rows."""
+    return len(chunk_rows(head, shape, workspace))
+
+
+def chunk_rows(head: Head, shape: Shape, workspace: int) -> list[int]:
+    """Rows of every chunk, as `gapg.kernels.chunks` cuts them."""
     rows = round(shape.tokens * head.rows)
     if head.fixed_rows is not None:
-        return -(-rows // head.fixed_rows)
+        return [min(head.fixed_rows, rows - at) for at in range(0, rows, head.fixed_rows)]
     if not head.stored:
-        return 1
+        return [rows]
     hidden = torch.empty(rows, shape.hidden, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(shape.vocab, shape.hidden, dtype=torch.bfloat16, device="meta")
     plan = ChunkPlan.of(hidden, weight, workspace, kernel=not head.scratch)
-    return sum(1 for _ in plan.chunks(rows, kept=False, store=head.gemms > 1))
+    return [part.stop - part.start for part in plan.chunks(rows, kept=False, store=head.gemms > 1)]
 
 
 def floor(head: Head, shape: Shape, card: Card) -> float:
@@ -158,18 +182,21 @@ def prediction(head: Head, shape: Shape, card: Card) -> dict[str, Any]:
 
 
 def sentence(card: Card, shape: Shape) -> str:
-    """What is predicted for our two tiles, as multiples of the bare products' best case."""
+    """What is predicted for our two tiles and for quack, beside the bare products: best by best, worst by worst."""
+    found = {head.name: bounds(terms(head, shape, card)) for head in HEADS}
 
     def ratios(name: str, bare: Head) -> str:
-        found = bounds(terms(next(head for head in HEADS if head.name == name), shape, card))
-        products = bounds(terms(bare, shape, card)).best
-        return f"{found.best / products:.2f} to {found.worst / products:.2f}"
+        low, high = sorted(mine / theirs for mine, theirs in zip(found[name], found[bare.name], strict=True))
+        return f"{low:.2f} to {high:.2f}"
 
+    wide, pair = found["ours"], found["ours, pair tile"]
+    loses = pair.best > wide.best and pair.worst > wide.worst
     return (
         f"{card.name}, T H V = {shape}: a forward is predicted to take {ratios('ours, forward only', BARE_FORWARD)} "
         f"times one bare GEMM with the wide tile and {ratios('ours, forward only, pair tile', BARE_FORWARD)} with the "
         f"pair; forward and backward {ratios('ours', BARE)} times three bare GEMMs with the wide tile and "
-        f"{ratios('ours, pair tile', BARE)} with the pair."
+        f"{ratios('ours, pair tile', BARE)} with the pair{', which should lose' * loses}; quack's cross entropy "
+        f"{ratios('quack, scaled exp', BARE)} times."
     )
 
 
@@ -197,8 +224,8 @@ def write(folder: Path) -> dict[str, Any]:
 
 
 def compare(measured: dict[str, Any]) -> str:
-    """The prediction beside a record of bench/kernels.py, for the card it ran on: rows that say what they are
-    predicted as, at whatever shape; first from the stated rates, then from those that the record itself has measured.
+    """The prediction beside a record of bench/kernels.py or bench/tiles.py, for the card it ran on: rows that say what
+    they are predicted as, at whatever shape; first from the stated rates, then from those that the record measured.
 
     Raises:
         ValueError: the record's card is not one of `CARDS`.
@@ -248,14 +275,14 @@ def matched(rows: list[dict[str, Any]], card: Card) -> list[tuple[dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compare", type=Path, help="a record of bench/kernels.py")
-    record_path = parser.parse_args().compare
-    if record_path is None:
+    parser.add_argument("--compare", type=Path, nargs="+", help="records of bench/kernels.py or bench/tiles.py")
+    paths = parser.parse_args().compare
+    if paths is None:
         found = write(RESULTS)
         print("\n".join(found["summary"]), roofline_report.table(found["rows"], TERMS), sep="\n")
         return
     try:
-        print(compare(record.read(record_path)))
+        print("\n\n".join(compare(record.read(path)) for path in paths))
     except ValueError as error:
         parser.error(str(error))
 

@@ -5,9 +5,10 @@
 
 Two cases a shape: forward only, and with E stored for a backward; each for the first chunk of rows that the default
 workspace gives. `torch.mm` is the same product in bfloat16 into a tensor that is there already. A tile's time includes
-the small launches before and after its GEMM. Errors are the worst log-prob's against float64. The kernels are for
-compute capability 9.0; on a CPU they run in Triton's interpreter, in float32, where a time says nothing about a GPU's.
-Results go to bench/results/tiles/, or to the folder given as --output. To make a winner the choice for its V, change
+the small launches before and after its GEMM. Errors are the worst log-prob's and E's against float64; a tile whose
+error is too large is not timed. The kernels are for compute capability 9.0; on a CPU they run in Triton's interpreter,
+in float32, where a time says nothing about a GPU's. Results go to bench/results/tiles/, or to the folder given as
+--output; the exit code is 1 where no tile ran. To make a winner the choice for its V, change
 `gapg.kernels.odds_gemm.tile_for`.
 """
 
@@ -20,9 +21,9 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 if not __package__:  # run as a script: `kernels.py` beside it would shadow Hugging Face's package `kernels`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -38,6 +39,7 @@ from bench.problems import Problem
 from bench.record import Row
 from bench.roofline_designs import Shape
 from gapg.kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan, pitch
+from gapg.kernels.definition import RowOdds
 from gapg.kernels.head import KERNEL_CAPABILITY
 from gapg.kernels.odds_gemm import TILES, fused_odds, tile_for
 
@@ -47,6 +49,15 @@ DEFAULT_SHAPE = {"cuda": Shape(16_384, 2_048, 151_936), "cpu": Shape(160, 80, 60
 ROUNDS = {"cuda": 20, "cpu": 1}
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}  # the interpreter's bfloat16 products are wrong
 BARE = "torch.mm"
+LOGPROB = {"cuda": 1e-3, "cpu": 2e-6}
+"""Nats a log-prob may be off, or 8 units in the last place of the largest logit where that is more."""
+E_ROUNDING = {"cuda": 2**-8, "cpu": 1e-5}
+"""What E may be off, relative, besides those 8 units: bfloat16's rounding, and float32's."""
+E_ROWS = 256
+"""Rows of E that are held to float64, element by element."""
+UNITS = {"logprob_error": "nats", "e_error": "relative"}
+PREDICTED = {BARE: "bare GEMM, forward", "wide": "ours, forward only", "pair": "ours, forward only, pair tile"}
+"""Names in `bench.roofline` of what is timed, where that is the forward of all T rows."""
 
 
 def name_of(shape: Shape, store: bool) -> str:
@@ -55,50 +66,125 @@ def name_of(shape: Shape, store: bool) -> str:
     return f"{shape} {'forward, E stored' if store else 'forward only'}{where}"
 
 
-def measure(shape: Shape, problem: Problem, want: Tensor, store: bool, rounds: int) -> list[Row]:
-    """Times and errors of every tile, and the bare product's time; ``want``: log-probs [T] float64."""
-    case, weight = name_of(shape, store), problem.weight
-    plan = ChunkPlan.of(problem.hidden, weight, DEFAULT_WORKSPACE, kernel=True)
-    count = next(iter(plan.chunks(shape.tokens, kept=False, store=store))).stop
-    hidden, target = problem.hidden[:count], problem.target[:count]
-    logits = hidden.new_empty(count, shape.vocab)
-    e = hidden.new_empty(count, pitch(shape.vocab, torch.bfloat16))[:, : shape.vocab] if store else None
-    timed: dict[str, Callable[[], object]] = {BARE: functools.partial(torch.mm, hidden, weight.t(), out=logits)}
+class Chunk(NamedTuple):
+    """The first rows of a problem: hidden [C, H], weight [V, H], target [C]. ``e``: [C, V], or None: forward only."""
+
+    shape: Shape
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    e: Tensor | None
+
+    @staticmethod
+    def of(shape: Shape, problem: Problem, store: bool) -> Chunk:
+        """As many rows as the default workspace gives."""
+        hidden, vocab = problem.hidden, shape.vocab
+        plan = ChunkPlan.of(hidden, problem.weight, DEFAULT_WORKSPACE, kernel=True)
+        count = next(iter(plan.chunks(shape.tokens, kept=False, store=store))).stop
+        e = hidden.new_empty(count, pitch(vocab, torch.bfloat16))[:, :vocab] if store else None
+        return Chunk(shape, hidden[:count], problem.weight, problem.target[:count], e)
+
+    @property
+    def case(self) -> str:
+        """Its name."""
+        return name_of(self.shape, self.e is not None)
+
+    def predicted_as(self, impl: str) -> str | None:
+        """The name in `bench.roofline` of what an implementation does here."""
+        whole = self.e is None and len(self.hidden) == self.shape.tokens
+        return PREDICTED.get(impl) if whole else None
+
+
+def check(chunk: Chunk, want: Tensor) -> tuple[dict[str, Callable[[], object]], list[Row]]:
+    """What may be timed, the bare product and every tile that is right; and each tile's errors, or why it is out.
+
+    Args:
+        want: log-probs [T] float64.
+    """
+    logits = chunk.hidden.new_empty(len(chunk.hidden), chunk.shape.vocab)
+    runs: dict[str, Callable[[], object]] = {
+        BARE: functools.partial(torch.mm, chunk.hidden, chunk.weight.t(), out=logits)
+    }
+    runs[BARE]()
+    rounding = 8 * 2**-23 * max(x.abs().item() for x in logits.aminmax())
+    allowed = {"logprob_error": max(LOGPROB[DEVICE], rounding), "e_error": E_ROUNDING[DEVICE] + rounding}
     rows: list[Row] = []
     for name, tile in TILES.items():
-        run = functools.partial(fused_odds, hidden, weight, None, target, 1.0, e, tile=tile)
+        run = functools.partial(fused_odds, chunk.hidden, chunk.weight, None, chunk.target, 1.0, chunk.e, tile=tile)
         try:
-            error = (run().logprob.double() - want[:count]).abs().max().item()
-            if not math.isfinite(error):
-                raise ArithmeticError("a log-prob is not finite")
+            if chunk.e is not None:
+                chunk.e.fill_(math.nan)  # what the tile before has left would be right
+            found = errors(chunk, want, run())
+            for metric, error in found.items():
+                if not error <= allowed[metric]:
+                    raise ArithmeticError(f"{metric} is {error:.1e} and may be {allowed[metric]:.1e}")
         except Exception as reason:  # of a compiler or a driver: the reason is the result
-            rows.append(record.error_row(case, name, reason))
+            rows.append(record.error_row(chunk.case, name, reason))
             continue
-        rows += record.timing_rows(case, {name: [error]}, "logprob_error", "nats")
-        timed[name] = run
-    marked = torch.cuda.profiler.profile() if DEVICE == "cuda" else contextlib.nullcontext()
-    with marked:  # what `ncu --profile-from-start off` sees
-        times = record.timing_rows(case, record.interleaved(timed, rounds=rounds, clock=DEVICE))
+        for metric, error in found.items():
+            rows += record.timing_rows(chunk.case, {name: [error]}, metric, UNITS[metric])
+        runs[name] = run
+    return runs, rows
+
+
+def errors(chunk: Chunk, want: Tensor, found: RowOdds) -> dict[str, float]:
+    """The worst log-prob's, in nats; and E's, relative: every row's sum against S, some rows' norm against float64."""
+    logprob = (found.logprob.double() - want[: len(chunk.hidden)]).abs().max().item()
+    if chunk.e is None:
+        return {"logprob_error": logprob}
+    sums = chunk.e.sum(1, dtype=torch.float32)
+    off = ((sums - found.odds).abs() / found.odds.clamp_min(1e-30)).max()
+    at = torch.linspace(0, len(sums) - 1, min(E_ROWS, len(sums)), device=sums.device).long()
+    column = chunk.target[at, None]
+    logits = chunk.hidden[at].double() @ chunk.weight.double().t()
+    exact = (logits - logits.gather(1, column)).exp_().mul_(found.unit[at, None]).scatter_(1, column, 0.0)
+    far = (chunk.e[at].double() - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(1e-300)
+    return {"logprob_error": logprob, "e_error": torch.maximum(off.double(), far.max()).item()}
+
+
+def timings(chunk: Chunk, runs: Mapping[str, Callable[[], object]], rounds: int) -> list[Row]:
+    """The times of all; what fails meanwhile is left out and says why. (What breaks the device fails everything.)"""
+    left, failed, samples = dict(runs), list[Row](), dict[str, list[float]]()
+    running = ""
+
+    def call(name: str) -> object:
+        nonlocal running
+        running = name
+        return left[name]()
+
+    while left and not samples:
+        running = next(iter(left))
+        calls = {name: functools.partial(call, name) for name in left}
+        try:
+            # what `ncu --profile-from-start off` sees
+            with torch.cuda.profiler.profile() if DEVICE == "cuda" else contextlib.nullcontext():
+                samples = record.interleaved(calls, rounds=rounds, clock=DEVICE)
+        except Exception as reason:  # of a driver
+            failed.append(record.error_row(chunk.case, running, reason))
+            del left[running]
+    times = record.timing_rows(chunk.case, samples)
+    count, (_, width, vocab) = len(chunk.hidden), chunk.shape
     for row in times:
-        row |= {"shape": str(shape), "rows": count}
-        row["tflops"] = 2 * count * shape.hidden * shape.vocab / row["median"] / 1e12
-        row["floor_share"] = times[0]["median"] / row["median"]
-    return times + rows
+        row |= {"shape": str(chunk.shape), "rows": count, "predicted_as": chunk.predicted_as(row["impl"])}
+        row["tflops"] = 2 * count * width * vocab / row["median"] / 1e12
+        if BARE in samples:
+            row["floor_share"] = times[0]["median"] / row["median"]
+    return times + failed
 
 
 def table(shape: Shape, case: str, rows: list[Row]) -> str:
     """One case: a line an implementation, the fastest first, and the winner of the tiles."""
     times = sorted((row for row in rows if row.get("metric") == "time"), key=lambda row: row["median"])
-    errors = {row["impl"]: row["median"] for row in rows if row.get("metric") == "logprob_error"}
+    errors = {(row["impl"], row["metric"]): row["median"] for row in rows if row.get("metric") in UNITS}
     lines = [
         "",
         case,
-        f"{'':10}" + "".join(f"{head:>10}" for head in ("ms", "p20", "p80", "TFLOP/s", "of bare", "logprob")),
+        f"{'':10}" + "".join(f"{head:>10}" for head in ("ms", "p20", "p80", "TFLOP/s", "of bare", "logprob", "E")),
     ]
     for row in times:
         cells = [f"{row[key] * 1e3:10.2f}" for key in ("median", "p20", "p80")]
-        cells += [f"{row['tflops']:10.2f}", f"{row['floor_share']:10.3f}"]
-        cells += [f"{errors[row['impl']]:10.1e}"] if row["impl"] in errors else []
+        cells += [f"{row['tflops']:10.2f}", f"{row.get('floor_share', math.nan):10.3f}"]
+        cells += [f"{errors[row['impl'], metric]:10.1e}" for metric in UNITS if (row["impl"], metric) in errors]
         lines.append(f"{row['impl']:10}{''.join(cells)}")
     lines += [f"{row['impl']:10}  {row['error']}" for row in rows if "error" in row]
     tiles = [row["impl"] for row in times if row["impl"] != BARE]
@@ -128,10 +214,15 @@ def main() -> None:
         problem = problems.make(*shape, dtype=DTYPE[DEVICE], device=DEVICE, nats=None)
         want = problems.truth(problem, problem.coefficient()).logprob
         for store in (False, True):
-            found = measure(shape, problem, want, store, given.rounds)
+            chunk = Chunk.of(shape, problem, store)
+            runs, checked = check(chunk, want)
+            record.write("tiles", rows + checked, path)  # stays, whatever becomes of the device
+            found = timings(chunk, runs, given.rounds) + checked
             rows += found
-            record.write("tiles", rows, path)  # what is measured stays, whatever happens to the next case
-            print(table(shape, name_of(shape, store), found), flush=True)
+            record.write("tiles", rows, path)
+            print(table(shape, chunk.case, found), flush=True)
+    if not any(row["impl"] in TILES and row.get("metric") == "time" for row in rows):
+        sys.exit("bench/tiles.py: no tile ran; the record says why")
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ class Case:
         values = [str(x).lower() for x in on[:3]] + ["always" if on[3] else "never"]
         given = {f"update.{name}": value for name, value in zip(SETTINGS, values, strict=True)}
         given |= {"token_cap": str(self.token_cap), "model.dtype": dtype, "compare": "false"}
+        given |= {"optim.lr": str(updates.LR), "optim.warmup_steps": "0"}
         sizes = {"prompts_per_step": self.prompts, "samples_per_prompt": self.samples}
         sizes |= {"max_prompt_tokens": self.prompt, "max_new_tokens": self.longest - self.prompt}
         return load_config("quickstart", given | {f"rollout.{name}": str(size) for name, size in sizes.items()})

@@ -107,7 +107,7 @@ class Trainer:
             with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
                 out = loss(self.model, batch)
             out.backward()
-        clip_and_step(self.optimizer, 1e-6, 1.0)
+        clip_and_step(self.optimizer, updates.LR, 1.0)
 
     def release(self) -> None:
         """Gives back what others left, a failed update's gradients too."""
@@ -167,7 +167,9 @@ class Timing:
         values: dict[tuple[str, str], dict[str, list[float]]] = {
             ("time", "s"): self.seconds,
             ("given tokens/s", "tokens/s"): {n: [self.case.given / s for s in x] for n, x in self.seconds.items()},
-            (report.WORK, "TFLOP/s"): {n: [f / s / 1e12 for s in self.seconds[n]] for n, f in self.flops.items()},
+            (report.WORK, "TFLOP/s"): {
+                n: [f / s / 1e12 for s in self.seconds[n]] for n, f in self.flops.items() if n in self.seconds
+            },
             ("peak memory", "B"): {n: [float(x)] for n, x in self.peaks.items()},
         }
         for name, size in self.sizes.items():
@@ -182,7 +184,7 @@ def time_case(
     """Tries every implementation once, then times one call of each a round; no round begins after so many seconds.
 
     The host waits after every call: some run ahead of the device and some do not, and all are to pay for their own work
-    on the host. `save` gets the case's rows after every round, and once more however this ends.
+    on the host. `save` gets the case's rows after every trial and round, and once more however this ends.
     """
     timing, trainer = Timing(case), Trainer(case, device)
     steps: dict[str, Step] = {}
@@ -194,7 +196,10 @@ def time_case(
                     timing.peaks[name] = torch.cuda.max_memory_allocated()
             except Exception as error:  # a peer may raise anything: its reason is the result
                 timing.failed(name, error)
+            save(timing.rows())
         trainer.release()
+        for name in steps:
+            timing.flops[name] = update_flops(case, name, timing.sizes[name])
         begin = time.perf_counter()
         for done in range(rounds):
             if done and seconds is not None and time.perf_counter() - begin >= seconds:
@@ -209,8 +214,6 @@ def time_case(
                 if name not in steps:
                     trainer.release()
             save(timing.rows())
-        for name in timing.seconds:
-            timing.flops[name] = update_flops(case, name, timing.sizes[name])
     finally:
         save(timing.rows())
 

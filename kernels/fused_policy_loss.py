@@ -65,7 +65,7 @@ def fused_policy_loss(
 
     Args:
         hidden: [T, H] bfloat16 or float32: the states that predict the tokens. T may be 0.
-        weight: [V, H], hidden's dtype: the LM head.
+        weight: [V, H], hidden's dtype: the LM head. Of a sharded one what `linear_logprob` takes.
         target: [T] int64 token ids; -100 masks a row, another id outside [0, V) makes its loss NaN.
         rewards: [P, G] floats, the whole table, also of responses without rows here. NaN: no such sample.
         group, sample: [T] integers into the table. Where the table and they are on the CPU, rows of zero advantage
@@ -89,8 +89,14 @@ def fused_policy_loss(
 
     Raises:
         TypeError, ValueError: as `linear_logprob` and `policy_loss`, and for a main_grad of another shape or dtype.
+            No argument may be a DTensor.
     """
     head.check_inputs("fused_policy_loss", hidden, weight, target, bias, temperature)
+    head.refuse_sharded(
+        "fused_policy_loss", rewards=rewards, group=group, sample=sample, coefficient=coefficient,
+        old_logprob=old_logprob, rollout_logprob=rollout_logprob, reference_logprob=reference_logprob,
+        main_grad=main_grad,
+    )  # fmt: skip
     rows = (coefficient, old_logprob, rollout_logprob, reference_logprob)
     _check_rows(hidden.shape[0], rewards, group, sample, rows)
     _check_main_grad(main_grad, weight)

@@ -22,9 +22,7 @@ def check_inputs(
     caller: str, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: float
 ) -> None:
     """Raises TypeError or ValueError, one line that begins with ``caller`` and names the fix."""
-    for name, x in (("hidden", hidden), ("weight", weight), ("target", target), ("bias", bias)):
-        if hasattr(x, "full_tensor"):  # a DTensor, without importing torch.distributed
-            raise TypeError(f"{caller}: {name} is a DTensor, of which a rank holds a part; pass {name}.full_tensor()")
+    refuse_sharded(caller, hidden=hidden, weight=weight, target=target, bias=bias)
     if torch.float16 in (hidden.dtype, weight.dtype):
         raise TypeError(f"{caller}: float16 is too narrow for the odds form; pass bfloat16 or float32 tensors")
     if hidden.dtype not in (torch.bfloat16, torch.float32, torch.float64) or weight.dtype != hidden.dtype:
@@ -45,6 +43,21 @@ def check_inputs(
         raise ValueError(f"{caller}: weight needs at least one row, and bias must be [V]")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"{caller}: temperature must be positive and finite, not {temperature}")
+
+
+def refuse_sharded(caller: str, **inputs: Tensor | None) -> None:
+    """Raises TypeError for a DTensor, one line that says what to pass instead of a sharded parameter.
+
+    Not just ``full_tensor()``: its backward takes every rank's gradient for the whole one and keeps a part of it, so
+    ranks with different rows would each train their part of the weight on their own rows only.
+    """
+    for name, x in inputs.items():
+        if hasattr(x, "full_tensor"):  # without importing torch.distributed
+            raise TypeError(
+                f"{caller}: {name} is a DTensor, of which a rank holds a part; pass a plain tensor, such as "
+                "weight.full_tensor(grad_placements=[Partial('avg')]) where ranks average gradients, as FSDP does, "
+                "or with [Partial()] where they add them"
+            )
 
 
 def uses_kernel(hidden: Tensor) -> bool:

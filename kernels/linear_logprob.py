@@ -65,7 +65,9 @@ def linear_logprob(
 
     Args:
         hidden: [T, H] bfloat16 or float32. T may be 0. (float64 too, for gradcheck: then everything is float64.)
-        weight: [V, H], hidden's dtype. Any V.
+        weight: [V, H], hidden's dtype. Any V. Of a sharded weight (FSDP2) give
+            ``weight.full_tensor(grad_placements=[Partial("avg")])`` where ranks average gradients, as FSDP does, or
+            ``[Partial()]`` where they add them: plain ``full_tensor()`` would drop the other ranks' gradients.
         target: [T] int64 (or int32) token ids. -100 masks a row: log-prob 0, no gradient. Any other id outside
             [0, V) gives NaN, in the log-prob and in the gradients it takes part in.
         bias: [V] in hidden's dtype or float32, or None.

@@ -56,7 +56,8 @@ pair: two programs share a multiprocessor, which leaves each 256 registers a thr
     the epilogue of one hides behind the products of the other. On the wide tile the tensor cores wait for it:
     888 instructions a thread, 128 of them exponentials (bench/results/sass); those alone keep their unit busy for 2,048
     cycles, beside 32,768 of products at H = 2,048. It may lose all the same: a tile reads (BM + BN) / (BM BN) bytes a
-    flop from L2, at 790 TFLOP/s 12.3 TB/s where the wide tile asks for 9.3. Nothing chooses it until a card says so.
+    flop from L2, at 790 TFLOP/s 12.3 TB/s where the wide tile asks for 9.3, and bench/roofline.py predicts that this
+    weighs more. Nothing chooses it until a card says so.
 H changes the length of the inner loop only, so it does not choose.
 """
 

@@ -87,7 +87,9 @@ def _block_sums(
     return tl.sum(total, 0)
 
 
-@triton.jit
+# A C of 1, or one that 16 divides, would be compiled by itself, with another layout and so another order of the sums: a
+# row's bits would depend on its batch.
+@triton.jit(do_not_specialize=["C"])
 def row_sum_kernel(
     partial_ptr: tl.tensor,  # [blocks, C]: sums of E
     moment_ptr: tl.tensor,  # [blocks, C]: sums of E d, or None

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from gapg.batching import Example
 
+LR = 1e-6
+"""Of every implementation: they all move one model."""
 MICRO_BATCH = 8
 """Sequences; what a trainer without packing is commonly given, where they fit."""
 

@@ -26,7 +26,7 @@ def stand_ins(folder: Path, python: str) -> dict[str, str]:
     tools = folder / "tools"
     tools.mkdir()
     executable(tools / "nvidia-smi", 'echo "NVIDIA H100 80GB HBM3"')
-    executable(tools / "compute-sanitizer", 'shift 4; exec "$@"')
+    executable(tools / "compute-sanitizer", 'shift 6; exec "$@"')
     executable(tools / "ncu", 'while [ "$1" != --log-file ]; do shift; done; shift 2; exec "$@"')
     executable(tools / "python", f'echo "$*" >> {folder}/calls\nout={folder}/out\n{python}')
     (folder / "wheels").mkdir()
@@ -40,7 +40,9 @@ def stand_ins(folder: Path, python: str) -> dict[str, str]:
 def run(folder: Path, stage: str, python: str = "exit 0") -> tuple[subprocess.CompletedProcess[str], list[str]]:
     environment = stand_ins(folder, python)
     done = subprocess.run([SCRIPT, stage], capture_output=True, text=True, env=environment, timeout=60)
-    return done, (folder / "calls").read_text().splitlines()
+    asked, *calls = (folder / "calls").read_text().splitlines()
+    assert "torch.cuda.is_available()" in asked
+    return done, calls
 
 
 def steps(out: Path, stage: str) -> dict[str, dict[str, str]]:
@@ -60,6 +62,14 @@ def test_without_a_gpu_it_says_so() -> None:
     done = subprocess.run([SCRIPT, "A"], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "bench/gpu.sh: nvidia-smi finds no GPU on this machine (--dry-run needs none)\n"
+
+
+def test_a_python_whose_torch_does_not_see_the_card_is_refused(tmp_path: Path) -> None:
+    environment = stand_ins(tmp_path, "exit 1")
+    done = subprocess.run([SCRIPT, "A"], capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "") and not (tmp_path / "out").exists()
+    said = "does not see the NVIDIA H100 80GB HBM3 (PYTHON names another)\n"
+    assert done.stderr == f"bench/gpu.sh: the torch of {environment['PYTHON']} {said}"
 
 
 def test_every_step_of_a_runs_and_a_failure_stops_none(tmp_path: Path) -> None:
@@ -135,7 +145,7 @@ def test_stopped_from_outside_it_leaves_what_there_was(tmp_path: Path) -> None:
 LEFT = {
     "A": {"kernels/errors-cpu.json", "kernels/kernels-cpu.json", "kernels/kernels-cpu.png", "tiles/tiles-cpu.json"},
     "B": {"update_step/cpu.json", "update_step/cpu.png", "shared_prompt/cpu.json"},
-    "C": {"peers/kernels-cpu.json", "peers/kernels-cpu.png"},
+    "C": {f"{name}/kernels-cpu.{kind}" for name in ("peers", "cutlass") for kind in ("json", "png")},
 }
 
 

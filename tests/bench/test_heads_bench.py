@@ -170,6 +170,26 @@ def test_one_case_is_measured_whole() -> None:
         assert str(case) in text
 
 
+def test_a_peer_that_breaks_the_device_leaves_the_reasons(tmp_path: Path) -> None:
+    """What comes after an illegal access fails too, the bare products among them: the case keeps what it knows."""
+    runs = iter([None, None])
+
+    def prepare(p: Problem, trained: bool) -> heads.Run:
+        def run() -> Outcome:
+            next(runs)  # the two calls before the timed ones work
+            return PEERS["PyTorch eager"].prepare(p, trained)()
+
+        return run
+
+    lost = dataclasses.replace(PEERS["gapg fused_policy_loss"], name="gapg lost", prepare=prepare)
+    rows = kernels.measure(kernels.Case(kernels.Shape(64, 32, 500)), [PEERS["quack chunked cross entropy"], lost])
+    assert [row["impl"] for row in rows] == ["quack chunked cross entropy", kernels_report.FLOOR]
+    assert kernels_report.ours_failed(rows) == f"{kernels_report.FLOOR}: {rows[1]['error']}"
+    assert kernels_report.ours_failed(rows[:1]) is None  # it says itself that it needs a card
+    kernels_report.plot({"rows": rows}, tmp_path / "nothing.png")
+    assert kernels_report.summary({"rows": rows}) and not list(tmp_path.iterdir())
+
+
 def test_a_forward_is_asked_of_those_that_have_one() -> None:
     chosen = [PEERS["gapg fused_policy_loss"], PEERS["PyTorch eager"]]
     rows = kernels.measure(kernels.Case(kernels.Shape(64, 32, 500), forward=True), chosen)
@@ -210,7 +230,11 @@ def script(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_losses_that_sum_stay_in_the_summary_and_are_labelled() -> None:
-    seconds = {"bare GEMMs": 1.0, "gapg a": 1.25, "gapg control: b": 1.1, "eager": 3.0, "quick": 1.2}
+    seconds = {
+        "bare GEMMs": 1.0, "gapg a": 1.25, "gapg control: b": 1.1, "gapg fused_policy_loss, patched": 1.1, "eager": 3.0,
+        "quick": 1.2,
+    }  # fmt: skip
+
     rows = record.timing_rows("a case", {impl: [value] for impl, value in seconds.items()})
     rows[-1]["computes"] = heads.ENTROPY
     _, _, ours, other, summed = kernels_report.summary({"rows": rows}).splitlines()

@@ -95,3 +95,10 @@ def test_the_revision_is_the_checkouts() -> None:
         ["git", "rev-parse", "HEAD"], cwd=record.ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
     assert record.revision().removesuffix("+dirty") == (commit or "unknown")
+
+
+def test_a_copy_without_a_repository_is_told_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    assert record.revision() == "unknown"
+    monkeypatch.setenv("GAPG_REVISION", "0123abc")
+    assert record.revision() == "0123abc"

@@ -217,12 +217,15 @@ def test_a_time_limit_leaves_what_was_measured(tmp_path: Path) -> None:
     """SIGTERM, as `timeout` sends it, in the middle of the rounds."""
     command = script(*OWN, "--rounds", "1000000", "--impl", "shared", "--output", str(tmp_path))
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    while not (tmp_path / "cpu.json").exists() and process.poll() is None:
+    left = tmp_path / "cpu.json"
+    while (
+        not (left.exists() and '"time"' in left.read_text()) and process.poll() is None
+    ):  # it is there after the trials
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     shown, _ = process.communicate()
     assert process.returncode == 143
-    (row,) = [row for row in record.read(tmp_path / "cpu.json")["rows"] if row["metric"] == "time"]
+    (row,) = [row for row in record.read(left)["rows"] if row["metric"] == "time"]
     assert row["samples"] and (tmp_path / "cpu.png").exists()
     assert f"{row['median'] * 1e3:.1f}" in shown
 

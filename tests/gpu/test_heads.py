@@ -171,7 +171,7 @@ def test_small_workspaces_give_the_same(name: str) -> None:
         assert error(got.hidden, want.hidden) < 3 * 2**-9 and error(got.weight, want.weight) < 3 * 2**-9
 
 
-@pytest.mark.parametrize("rows", [1, 100, 129, 257])
+@pytest.mark.parametrize("rows", [1, 100, 129, 256, 257])
 def test_a_rows_logprob_does_not_depend_on_its_batch(rows: int) -> None:
     x = on_device(inputs_at(2.0, rows=537, width=128, vocab=5003))
     if not head.uses_kernel(x.hidden):
@@ -193,13 +193,13 @@ def test_every_run_gives_the_same_bits(name: str, dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True) if a is not None and b is not None)
 
 
-def by_tile(x: Inputs, name: str, store: bool, entropy: bool = False) -> tuple[RowOdds, Tensor]:
-    """The fused GEMM with this tile, and E with its padding, which holds 7 before the call."""
+def by_tile(x: Inputs, name: str, store: bool, entropy: bool = False) -> tuple[RowOdds, Tensor | None]:
+    """The fused GEMM with this tile, and E with its padding, all of which holds 7 before the call; None: not stored."""
     if not head.uses_kernel(x.hidden):
         pytest.skip("the Triton forward is for compute capability 9.0")
     vocab = x.weight.shape[0]
-    e = x.hidden.new_full((x.hidden.shape[0], pitch(vocab, x.hidden.dtype)), 7.0)
-    view = e[:, :vocab] if store else None
+    e = x.hidden.new_full((x.hidden.shape[0], pitch(vocab, x.hidden.dtype)), 7.0) if store else None
+    view = None if e is None else e[:, :vocab]
     return fused_odds(x.hidden, x.weight, x.bias, x.target, x.temperature, view, entropy, TILES[name]), e
 
 
@@ -209,9 +209,9 @@ def test_every_tile_against_float64(nats: float) -> None:
     x, want, tolerance = on_device(inputs), truth(inputs), logprob_tolerance(inputs)
     index = x.target
     for tile in TILES:
-        alone, untouched = by_tile(x, tile, store=False, entropy=True)
+        alone, _ = by_tile(x, tile, store=False, entropy=True)
         rows, e = by_tile(x, tile, store=True, entropy=True)
-        assert (untouched == 7.0).all() and (e[:, 5003:] == 7.0).all(), tile
+        assert e is not None and (e[:, 5003:] == 7.0).all(), tile
         for found in (alone, rows):
             assert found.entropy is not None
             assert (found.logprob.cpu() - want.logprob).abs().max() <= tolerance, tile
@@ -231,11 +231,12 @@ def test_a_tile_gives_the_same_bits_in_every_run_and_every_batch(tile: str, stor
     hidden, weight = (torch.randn(n, 128, generator=g, device=DEVICE).bfloat16() for n in (537, 20_003))
     x = Inputs(hidden, weight, torch.randint(0, 20_003, (537,), generator=g, device=DEVICE), hidden[:, 0])
     first, e = by_tile(x, tile, store)
-    for count in (537, 537, 537, 257, 129, 100, 1):
+    for count in (537, 537, 537, 257, 256, 129, 100, 1):  # of 1 and of multiples of 16 Triton may make other code
         part = x._replace(hidden=hidden[-count:].clone(), target=x.target[-count:])
         again, part_e = by_tile(part, tile, store)
         assert torch.equal(again.logprob, first.logprob[-count:]) and torch.equal(again.odds, first.odds[-count:])
-        assert torch.equal(part_e, e[-count:])
+        if e is not None:
+            assert part_e is not None and torch.equal(part_e, e[-count:])
 
 
 def policy(drop: bool = True, table: str = "cpu", grad: Tensor | None = None) -> list[Tensor]:

@@ -33,7 +33,7 @@ def interpreted(path: Path) -> None:
 def compiled(path: Path) -> None:
     """Figures of every kind of launch, the sizes of 1 that triton makes constants included."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-    from compile_report import Kernel, compile_figures
+    from compile_report import as_launched, compile_figures
 
     from gapg.kernels import policy_loss_kernel as source
 
@@ -47,9 +47,7 @@ def compiled(path: Path) -> None:
     figures = {}
 
     def add(name: str, function: Any, types: dict[str, str], constants: dict[str, Any]) -> None:
-        signature = {arg: "constexpr" if arg in constants else types[arg] for arg in function.arg_names}
-        launch = Kernel(name, function, signature, constants, {"num_warps": 4, "num_stages": 3}, False)
-        figures[name] = vars(compile_figures(launch))
+        figures[name] = vars(compile_figures(as_launched(name, function, types, constants)))
 
     for grpo, absent, samples in [(True, False, 8), (False, True, 8), (False, False, 2), (True, False, 64)]:
         constants = {"GRPO": grpo, "K2": grpo, "PITCH": source.PITCH, "BR": source.ROWS}

@@ -7,7 +7,6 @@ shows, and a wrong reading of the source does not.
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -148,16 +147,11 @@ def test_each_package_is_called_as_its_source_says(package: str, causal: bool, m
     assert all(torch.equal(a, b) for a, b in zip(grads, outcome(FLASH_ON_CPU)[2:], strict=True))
 
 
-def test_flash_attn_4_is_called_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attn_4_is_called_on_the_device_of_its_tensors(
+    current: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It asks for the current device's architecture."""
-    current: list[Tensor] = []
     seen: list[Tensor] = []
-
-    @contextmanager
-    def device_of(x: Tensor) -> Iterator[None]:
-        current.append(x)
-        yield
-        current.pop()
 
     def noted(function: Any) -> Any:
         return lambda *args, **keywords: seen.append(current[-1]) or function(*args, **keywords)
@@ -166,7 +160,6 @@ def test_flash_attn_4_is_called_on_the_device_of_its_tensors(monkeypatch: pytest
     for name in ("_flash_attn_fwd", "_flash_attn_bwd"):
         module = sys.modules["flash_attn.cute.interface"]
         monkeypatch.setattr(module, name, noted(getattr(module, name)))
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
     backend, q, cu = flash.installed()[0], torch.randn(4, 2, 8).bfloat16(), torch.tensor([0, 4], dtype=torch.int32)
     assert isinstance(backend, Varlen)
     out, lse = backend.forward(q, q, q, Lengths(cu, cu, 4, 4, True), 0.3)

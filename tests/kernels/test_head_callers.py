@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
+import functools
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from float64_oracle import error
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from triton.runtime.jit import JITFunction
 
 from gapg.kernels import odds_gemm, odds_pass, odds_rows, policy_loss_kernel
 from gapg.kernels.fused_policy_loss import fused_policy_loss
 from gapg.kernels.linear_logprob import linear_logprob
-from gapg.kernels.policy_loss import DEFAULTS
+from gapg.kernels.policy_loss import DEFAULTS, PolicyLossOptions
 from gapg.kernels.policy_loss_definition import Rows
 
 T, H, V = 6, 16, 40
+ROWS = ("coefficient", "old_logprob", "rollout_logprob", "reference_logprob")
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Tensor | None]]:
+def launches(current: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Tensor | None]]:
     """Triton launches, noted instead of made, each with the tensor whose device PyTorch was told to make current."""
-    current: list[Tensor] = []
     noted: list[tuple[str, Tensor | None]] = []
-
-    @contextmanager
-    def device_of(x: Tensor) -> Iterator[None]:
-        current.append(x)
-        yield
-        current.pop()
 
     def run(kernel: Any, *_: object, **__: object) -> None:
         noted.append((kernel.fn.__name__, current[-1] if current else None))
 
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(odds_gemm, "_multiprocessors", lambda device: 132)  # the meta device has none
     return noted
@@ -64,35 +61,57 @@ def test_every_launch_is_made_on_the_device_of_its_tensors(launches: list[tuple[
 
 
 @pytest.fixture
-def sharded() -> Iterator[nn.Linear]:
-    """An LM head as FSDP2 keeps it, over a group of one process."""
+def mesh() -> Iterator[DeviceMesh]:
+    """Of one process."""
     begun = dist.is_initialized()  # by an engine that an earlier test of this process has run
     if not begun:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    layer = nn.Linear(H, V)
-    fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
-    yield layer
+    yield init_device_mesh("cpu", (1,))
     if not begun:
         dist.destroy_process_group()
 
 
-def test_a_sharded_head_is_refused_in_words_and_a_gathered_one_trains(sharded: nn.Linear) -> None:
-    hidden, target = torch.randn(T, H), torch.randint(0, V, (T,))
-    table = torch.zeros(T, dtype=torch.long)
-    for weight, bias, name in ((sharded.weight, None, "weight"), (sharded.weight.full_tensor(), sharded.bias, "bias")):
-        message = rf"^{{}}: {name} is a DTensor, of which a rank holds a part; pass {name}\.full_tensor\(\)$"
-        with pytest.raises(TypeError, match=message.format("linear_logprob")):
-            linear_logprob(hidden, weight, target, bias=bias)
-        with pytest.raises(TypeError, match=message.format("fused_policy_loss")):
-            fused_policy_loss(
-                hidden, weight, target, torch.tensor([[1.0, 0.0]]), table, table, denominator=1.0, bias=bias
-            )
-    weight, bias = sharded.weight.full_tensor(), sharded.bias.full_tensor()
-    linear_logprob(hidden, weight, target, bias=bias).sum().backward()
-    logits = nn.functional.linear(hidden, weight, bias)
-    want = torch.autograd.grad(logits.log_softmax(-1).gather(1, target[:, None]).sum(), sharded.weight)[0]
-    assert sharded.weight.grad is not None
-    torch.testing.assert_close(sharded.weight.grad.full_tensor(), want.full_tensor())
+def test_a_dtensor_is_refused_in_the_same_words_wherever_it_is_passed(mesh: DeviceMesh) -> None:
+    message = (
+        "{}: {} is a DTensor, of which a rank holds a part; pass a plain tensor, such as weight.full_tensor("
+        "grad_placements=[Partial('avg')]) where ranks average gradients, as FSDP does, or with [Partial()] where they "
+        "add them"
+    )
+    index, rows = torch.zeros(T, dtype=torch.long), dict.fromkeys(ROWS, torch.full((T,), 0.5))
+    inputs = {"hidden": torch.randn(T, H), "weight": torch.randn(V, H), "target": index, "bias": torch.zeros(V)}
+    others = {"rewards": torch.tensor([[1.0, 0.0]]), "group": index, "sample": index, "main_grad": torch.zeros(V, H)}
+    options = PolicyLossOptions(clip=(0.2, 0.2), tis_cap=2.0, kl_coef=0.1)
+    fused = functools.partial(fused_policy_loss, denominator=1.0, options=options)
+    for function, arguments in ((linear_logprob, inputs), (fused, inputs | others | rows)):
+        function(**arguments)
+        for name, x in arguments.items():
+            sharded = {name: distribute_tensor(x, mesh, [Shard(0)])}
+            with pytest.raises(TypeError) as refused:
+                function(**arguments | sharded)
+            caller = "linear_logprob" if function is linear_logprob else "fused_policy_loss"
+            assert str(refused.value) == message.format(caller, name)
+
+
+def test_ranks_with_rows_of_their_own_get_the_gradient_that_fsdp_gives_them(tmp_path: Path) -> None:
+    """As the refusal says. Plain `full_tensor()` would give each part of the weight one rank's gradient only."""
+    script = [sys.executable, str(Path(__file__).with_name("sharded_head.py"))]
+    ranks = [subprocess.Popen([*script, rank, str(tmp_path)], stderr=subprocess.PIPE, text=True) for rank in ("0", "1")]
+    try:
+        complaints = [process.communicate(timeout=120)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0], complaints
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        average = [x.double() for x in found.pop("FSDP")]
+        assert len(found) == 6
+        for name, gradients in found.items():
+            for got, want in zip(gradients, average, strict=True):
+                if name.endswith("plain"):
+                    assert error(got, want) > 0.1
+                else:
+                    assert error(got, want * (2 if name.endswith("sum") else 1)) < 1e-6, name
 
 
 FUSED = torch.ops.gapg.fused_policy_loss
@@ -102,8 +121,7 @@ COMMON = {"hidden": HIDDEN, "weight": WEIGHT, "target": INDEX, "bias": None, "te
 COMMON |= {"workspace_bytes": 1 << 20}
 LOSS = {"rewards": torch.tensor([[1.0, 0.0]]), "group": INDEX, "sample": INDEX, "advantage": "gapg", "kl": "k3"}
 LOSS |= {"kl_coef": 0.0, "denominator": 1.0, "loss_scale": 1.0, "with_entropy": False, "drop": True, "patched": False}
-LOSS |= dict.fromkeys(("coefficient", "old_logprob", "rollout_logprob", "reference_logprob", "main_grad"))
-LOSS |= dict.fromkeys(("clip_low", "clip_high", "tis_cap"))
+LOSS |= dict.fromkeys((*ROWS, "main_grad", "clip_low", "clip_high", "tis_cap"))
 ODDS = {"grad": FLOATS, "odds": FLOATS, "unit": FLOATS + 1}
 
 

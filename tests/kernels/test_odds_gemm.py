@@ -21,7 +21,8 @@ from odds_checks import (
     temperature_matters,
 )
 
-from gapg.kernels import definition
+from bench.compile_report import kernels, sources
+from gapg.kernels import definition, odds_gemm, odds_rows
 from gapg.kernels.odds_gemm import TILES
 
 COMMITTED = {path.stem: json.loads(path.read_text()) for path in (ROOT / "bench/results/sass").glob("*.json")}
@@ -41,11 +42,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     return figures
 
 
-@pytest.fixture(params=["compiled", *sorted(COMMITTED)])
+@pytest.fixture(params=sorted({INSTALLED, *COMMITTED}))
 def figures(request: pytest.FixtureRequest) -> dict[str, Case]:
-    """Of the installed triton's code, and of each triton's that is on record."""
-    found: dict[str, Case] = COMMITTED.get(request.param) or request.getfixturevalue("compiled")
-    return found
+    """Of the installed triton's code as compiled now, and of the others' that are on record."""
+    found = request.getfixturevalue("compiled") if request.param == INSTALLED else COMMITTED[request.param]
+    return {name: kernel for name, kernel in found.items() if name != "sources"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -112,6 +113,8 @@ def test_the_cases_reach_past_one_tile(interpreted: dict[str, Case]) -> None:
         rows, cols = tiles(interpreted[name])
         assert interpreted[name]["tile"]["bn"] == columns
         assert rows > 1 and cols > 2 and cols % 1
+    biased = [case for case in interpreted.values() if case["inputs"]["bias"] is not None]
+    assert any(case["inputs"]["hidden"].shape[1] > case["tile"]["bk"] for case in biased)
     repaired = interpreted["far"]["stored"]["unit"] != definition.UNIT
     assert 2 < repaired.sum() < len(repaired) - 2
     assert torch.equal(repaired, repaired.sort().values)  # the gaps of that case grow
@@ -120,7 +123,7 @@ def test_the_cases_reach_past_one_tile(interpreted: dict[str, Case]) -> None:
 def test_machine_code_for_sm_90(figures: dict[str, Case]) -> None:
     variants = {f"odds_gemm_{tile}{store}{entropy}{bias}" for tile in TILES
                 for store in ("", "_store") for entropy in ("", "_entropy") for bias in ("", "_bias")}  # fmt: skip
-    variants |= {f"odds_gemm_{tile}_store_one_row" for tile in TILES}
+    variants |= {f"odds_gemm_{tile}_store_{other}" for tile in TILES for other in ("one_row", "bias_float32_odd_vocab")}
     others = {"target_logit", "row_sum", "row_sum_entropy", "repair", "odds_pass", "odds_pass_store", "policy_loss"}
     assert variants | others <= figures.keys()
     for name, kernel in figures.items():
@@ -156,8 +159,30 @@ def test_an_exponential_an_element_and_no_more(figures: dict[str, Case], tile: s
             assert 4 * share < kernel["epilogue_instructions"] < kernel["instructions"], name
 
 
-def test_the_committed_figures_are_of_these_kernels(compiled: dict[str, Case]) -> None:
-    """Another triton makes other code; those on record must reproduce it: `python bench/compile_report.py`."""
-    assert {"triton-3.6.0", "triton-3.7.1"} <= COMMITTED.keys()
-    assert all(committed.keys() == compiled.keys() for committed in COMMITTED.values())
+@pytest.mark.parametrize("version", sorted({"triton-3.6.0", "triton-3.7.1", *COMMITTED}))
+def test_the_committed_figures_are_of_these_kernels(version: str) -> None:
+    """Also those of a triton that is not installed. `python bench/compile_report.py` with each makes them anew."""
+    assert COMMITTED[version]["sources"] == sources()
+    assert COMMITTED[version].keys() == {"sources", *(kernel.name for kernel in kernels())}
+
+
+def test_the_installed_triton_makes_the_committed_figures(compiled: dict[str, Case]) -> None:
     assert COMMITTED.get(INSTALLED, compiled) == compiled
+
+
+def test_a_kernels_text_and_its_tiles_are_in_the_hash_and_the_lines_above_it_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, kernel = sources(), odds_gemm.odds_gemm_kernel
+    monkeypatch.setattr(kernel, "starting_line_number", kernel.starting_line_number + 3)
+    assert sources() == before
+    monkeypatch.setattr(kernel, "_src", kernel.src.replace("step + 1", "step + 2"))
+    monkeypatch.setitem(TILES, "pair", TILES["pair"]._replace(stages=2))
+    changed = {name for name, value in sources().items() if value != before[name]}
+    assert changed == {"gapg.kernels.odds_gemm.odds_gemm_kernel", "launches"}
+
+
+def test_the_number_of_rows_never_chooses_the_order_of_a_rows_sums() -> None:
+    """Triton lays the sums of a tile out anew where C is 1 or a multiple of 16, unless it is told not to look at C."""
+    (rows,) = [argument for argument in odds_rows.row_sum_kernel.params if argument.name == "C"]
+    assert rows.do_not_specialize
