@@ -103,7 +103,7 @@ def test_ranks_with_rows_of_their_own_get_the_gradient_that_fsdp_gives_them(tmp_
             process.kill()
     assert [process.returncode for process in ranks] == [0, 0], complaints
     for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt")
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         average = [x.double() for x in found.pop("FSDP")]
         assert len(found) == 6
         for name, gradients in found.items():
