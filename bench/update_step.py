@@ -199,7 +199,10 @@ def time_case(
             save(timing.rows())
         trainer.release()
         for name in steps:
-            timing.flops[name] = update_flops(case, name, timing.sizes[name])
+            try:
+                timing.flops[name] = update_flops(case, name, timing.sizes[name])
+            except Exception as error:  # without its count it is timed all the same
+                timing.failed(name, error)
         begin = time.perf_counter()
         for done in range(rounds):
             if done and seconds is not None and time.perf_counter() - begin >= seconds:
