@@ -43,7 +43,7 @@ touch "$logs/begin"
 for part in kernels rollout; do
   [ -e "gapg/$part" ] || ln -sfn "../$part" "gapg/$part"
 done
-export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 shape=16384,2048,151936 errors=2048,2048,151936 tiles=$shape workers=8
 peers=(--shape "$shape" --shape 32768,1536,151936 --shape 16384,3072,128256)
@@ -59,9 +59,10 @@ fi
 verdicts="$out/steps-$stage.tsv"
 printf 'step\tseconds\tlimit\tverdict\n' >"$verdicts"
 failed=0 child='' current=''
-# step NAME SECONDS COMMAND...: its output in the logs; the last lines too, if it fails.
+# step NAME SECONDS COMMAND...: its output in the logs; the last lines too, if it fails. Leaves its exit code in `code`.
 step() {
-  local name=$1 limit=$2 start=$SECONDS code=0 verdict=ok
+  local name=$1 limit=$2 start=$SECONDS verdict=ok
+  code=0
   current="$name\t0\t$limit"
   shift 2
   echo "== $name (at most $limit s)"
@@ -94,10 +95,11 @@ show() {
 }
 
 build() { step build 40 "$python" setup.py build_ext --inplace; }
-# install SET SECONDS: the wheels of a set, where any came along.
+# install SET SECONDS: the wheels of a set, where any came along. (What lay in SITE before may be another Python's.)
 install() {
   if [ -e "$wheels/manifest.json" ]; then
     step wheels "$2" "$python" bench/gpu_wheels.py install "$1" "$site" --wheels "$wheels"
+    if [ "$code" -eq 0 ]; then export PYTHONPATH="$PYTHONPATH:$site"; fi
   else
     skip wheels "there is no $wheels/manifest.json (make gpu-wheels)"
   fi

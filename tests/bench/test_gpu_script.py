@@ -102,6 +102,19 @@ def test_the_limits_of_a_stage_add_up_to_its_minutes(tmp_path: Path, stage: str)
     assert 60 * (MINUTES[stage] - 1) < sum(int(row["limit"]) for row in found.values()) <= 60 * MINUTES[stage]
 
 
+def test_wheels_are_seen_by_the_steps_after_them_and_only_if_this_stage_installed_them(tmp_path: Path) -> None:
+    """What lies there from another day may be another Python's."""
+    for name, code in (("installed", 0), ("refused", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        python = f'echo "PATH $PYTHONPATH" >> {folder}/calls; case "$*" in *gpu_wheels*) exit {code};; esac'
+        environment = stand_ins(folder, python) | {"SITE": str(folder / "site-packages")}
+        done = subprocess.run([SCRIPT, "B"], capture_output=True, text=True, env=environment, timeout=60)
+        assert done.returncode == code
+        paths = [line for line in (folder / "calls").read_text().splitlines() if line.startswith("PATH")]
+        assert [environment["SITE"] in path for path in paths] == [False, False, *[code == 0] * 3]
+
+
 def test_what_cannot_run_says_why_in_one_line_and_the_rest_runs(tmp_path: Path) -> None:
     environment = stand_ins(tmp_path, "exit 0")
     (tmp_path / "wheels" / "manifest.json").unlink()
@@ -153,7 +166,7 @@ def test_a_dry_run_leaves_every_file_and_a_page_that_claims_nothing(tmp_path: Pa
     """For real, at the smallest shapes; `OUT` holds what all three leave, as a card's folder does."""
     environment = os.environ | {
         "PYTHON": sys.executable, "OUT": str(tmp_path), "OMP_NUM_THREADS": "1", "WHEELS": str(tmp_path / "none"),
-        "DRY_SHAPE": "32,32,300", "DRY_UPDATE": "12,6,4",
+        "SITE": str(tmp_path / "none"), "DRY_SHAPE": "32,32,300", "DRY_UPDATE": "12,6,4",
     }  # fmt: skip
     for stage, left in LEFT.items():
         before = set(tmp_path.rglob("*"))

@@ -21,7 +21,7 @@ from gapg.config import ConfigError, RunConfig
 from gapg.studies.catalog import STUDIES
 from gapg.studies.experiment import Order, experiment, list_studies, parse_seeds
 from gapg.studies.runs import place
-from gapg.studies.study import Finished, Report, Study, Unit
+from gapg.studies.study import Finished, Report, Study, Unit, product_path
 from gapg.tracking import read_jsonl
 
 HERE = Path(__file__).parent
@@ -55,6 +55,14 @@ def finished(folder: Path, kind: str = "*") -> list[Path]:
     return runs + [path.parents[1] for path in folder.glob(f"work/{kind}/*/checkpoints/step-60")]
 
 
+def products(run: Path) -> list[Path]:
+    """Those on record with nothing unknown. One that was written but not yet recorded at a kill is made anew."""
+    if not (run / "done.json").exists():
+        return []
+    known = json.loads((run / "done.json").read_text())["products"]
+    return [product_path(run, name) for name, unknown in known.items() if unknown == 0]
+
+
 @pytest.fixture(scope="module")
 def studies_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where the toy studies lie, known to them and to their workers."""
@@ -80,7 +88,7 @@ def story(tiny: str, studies_folder: Path, toy_studies: dict[str, Study]) -> Sto
         time.sleep(0.05)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
-    files = [f for d in finished(folder) for f in (*d.glob("products/*"), *d.glob("checkpoints/*/model/*"))]
+    files = [f for d in finished(folder) for f in (*products(d), *d.glob("checkpoints/*/model/*"))]
     kept = {f: f.stat().st_mtime_ns for f in files}
     assert not list((folder / "results").iterdir())
     (folder / "gate").touch()
