@@ -132,7 +132,7 @@ stage_A() {
   local sanitizer
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
   if [ -n "$sanitizer" ]; then
-    step memcheck 55 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 7 \
+    step memcheck 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 7 \
       --report-api-errors no \
       "$python" -m pytest tests/gpu --confcutdir tests/gpu -p no:cacheprovider -k "far_below and bfloat16 or every_run_and_every_batch"
   else
@@ -153,7 +153,7 @@ stage_C() {
   step peers 115 "$python" bench/kernels.py "${peers[@]}" --case train,forward \
     --impl "gapg fused_policy_loss,main_grad,linear_logprob,cce,verl,TRL" --output "$out/peers"
   step cutlass 115 "$python" bench/kernels.py "${peers[@]}" --case train,forward \
-    --impl "gapg fused_policy_loss,main_grad,Liger scaled,Liger cross entropy (CuTe),quack" --output "$out/cutlass"
+    --impl "gapg fused_policy_loss,main_grad,linear_logprob,Liger scaled,Liger cross entropy (CuTe),quack" --output "$out/cutlass"
   local profiler
   profiler=$(command -v ncu || ls /usr/local/cuda/bin/ncu 2>/dev/null)
   if [ -n "$dry" ]; then

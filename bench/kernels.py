@@ -14,13 +14,14 @@ the folder given as --output.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import math
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -234,7 +235,8 @@ def release() -> None:
     """Give back what a failed peer left."""
     gc.collect()
     if DEVICE == "cuda":
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # a device that a peer has broken refuses this too
+            torch.cuda.empty_cache()
 
 
 def flush() -> Callable[[], object]:
@@ -258,21 +260,22 @@ def ceilings() -> list[Row]:
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def ladder(peers: Iterable[Peer], shape: Shape) -> Iterator[Row]:
-    """Errors of bf16 heads at every entropy of the ladder."""
-    peers = list(peers)
+def ladder(peers: Sequence[Peer], shape: Shape) -> Iterator[list[Row]]:
+    """Errors of bf16 heads, entropy by entropy."""
     for nats in record.progress(problems.LADDER, "errors by entropy"):
         problem = problems.make(*shape, dtype=torch.bfloat16, device=DEVICE, nats=nats)
         truths: dict[str, Truth] = {}
+        rows: list[Row] = []
         for peer in peers:
             try:
                 run = peer.prepare(problem, True)
                 if peer.computes not in truths:
                     truths[peer.computes] = problems.truth(problem, peer.coefficient(problem))
-                yield from error_rows(f"{nats} nats", peer, run(), truths[peer.computes], problem)
+                rows += error_rows(f"{nats} nats", peer, run(), truths[peer.computes], problem)
             except Exception as error:  # as above
-                yield record.error_row(f"{nats} nats", peer.name, error)
+                rows.append(record.error_row(f"{nats} nats", peer.name, error))
                 release()
+        yield rows
 
 
 def arguments() -> argparse.Namespace:
@@ -301,8 +304,8 @@ def main() -> None:
         path = given.output / f"errors-{DEVICE}.json"
         shape = given.shape[0] if given.shape else ERROR_SHAPES[DEVICE]
         found: list[Row] = []
-        for row in ladder(given.peers, shape):
-            found.append(row)
+        for rows in ladder(given.peers, shape):
+            found += rows
             record.write("kernels: errors by entropy", found, path)
         print(kernels_report.error_table(record.read(path)))
         sys.exit(kernels_report.ours_failed(found))

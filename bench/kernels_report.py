@@ -102,7 +102,10 @@ def error_table(record: dict[str, Any]) -> str:
             continue
         cells = []
         for case in cases:
-            row = found[case][impl]
+            row = found[case].get(impl, {})
+            if "dH_error" not in row:
+                cells.append("–")
+                continue
             logprob = f", {row['logprob_error']['median']:.0e}" if "logprob_error" in row else ""
             cells.append(f"{row['dH_error']['median']:.1e}{logprob}")
         lines.append(f"| {impl} | " + " | ".join(cells) + " |")

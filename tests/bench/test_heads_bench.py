@@ -268,6 +268,22 @@ def test_the_table_of_errors_is_drawn_between_its_markers(tmp_path: Path) -> Non
     assert readme.read_text() == "no markers\n"
 
 
+def test_a_table_of_errors_that_was_cut_off_shows_what_there_is() -> None:
+    rows = error_record()["rows"]
+    assert isinstance(rows, list)
+    kept = [row for row in rows if (row["case"], row["impl"]) != ("0.0 nats", "ours")]
+    assert "| ours | 1.7e-3, 2e-6 | – |" in kernels_report.error_table({"rows": kept})
+
+
+def test_a_broken_device_does_not_stop_the_cleaning_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(kernels, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
+    kernels.release()
+
+
 def test_the_committed_errors_say_what_the_head_promises() -> None:
     """Log-probs to 1e-4, and gradients at or below eager's at every entropy."""
     rows = record.read(kernels.RESULTS / "errors-cpu.json")["rows"]

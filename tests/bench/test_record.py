@@ -90,7 +90,8 @@ def test_an_errors_text_is_one_short_line() -> None:
     assert len(record.error_row("c", "i", "x" * 500)["error"]) == 200
 
 
-def test_the_revision_is_the_checkouts() -> None:
+def test_the_revision_is_the_checkouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GAPG_REVISION", raising=False)
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=record.ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -99,6 +100,7 @@ def test_the_revision_is_the_checkouts() -> None:
 
 def test_a_copy_without_a_repository_is_told_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.delenv("GAPG_REVISION", raising=False)
     assert record.revision() == "unknown"
     monkeypatch.setenv("GAPG_REVISION", "0123abc")
     assert record.revision() == "0123abc"
