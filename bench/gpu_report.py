@@ -69,12 +69,11 @@ def load(folder: Path) -> Results:
             path = folder / pattern.format(device)
             if not path.exists():
                 continue
-            try:
-                found = record.read(path)
-                assert {"rows", "machine", "revision", "versions"} <= found.keys()
-                records[name] = found
-            except (ValueError, AssertionError):
+            found = _read(path)
+            if found is None:
                 unreadable.append(str(path.relative_to(folder)))
+            else:
+                records[name] = found
     devices = {found["machine"]["device"] for found in records.values()}
     if len(devices) != 1:
         what = f"holds records of {', '.join(sorted(devices))}: one folder a card" if devices else "holds no record"
@@ -84,6 +83,16 @@ def load(folder: Path) -> Results:
         lines = [line.split("\t") for line in path.read_text().splitlines()[1:]]
         steps += [(path.stem[-1], *line) for line in lines if len(line) == 4]
     return Results(folder, records, steps, unreadable)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A record; None where the file is none, or was cut off."""
+    try:
+        found = record.read(path)
+    except ValueError:
+        return None
+    whole = isinstance(found, dict) and {"rows", "machine", "revision", "versions"} <= found.keys()
+    return found if whole else None
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -257,7 +266,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         picture.plot(card, card.machine, card.folder / "report.png")
         print(text)
     if given.readme:
-        record.draw_between(given.readme, MARKERS, "\n\n".join(lines))
+        try:
+            record.draw_between(given.readme, MARKERS, "\n\n".join(lines))
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -145,6 +145,23 @@ def test_the_readmes_line_is_drawn_between_its_markers(tmp_path: Path) -> None:
     assert (record.ROOT / "README.md").read_text().count(gpu_report.MARKERS[0]) == 1
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": []}'])
+def test_what_is_no_record_is_named_and_the_rest_is_shown(tmp_path: Path, text: str) -> None:
+    stage_a(tmp_path)
+    (tmp_path / "kernels" / "errors-cuda.json").write_text(text)
+    page = gpu_report.page(gpu_report.load(tmp_path))
+    assert "- kernels/errors-cuda.json cannot be read" in page and "## The head\n" in page and "## Errors" not in page
+
+
+def test_a_readme_without_markers_is_refused_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage_a(tmp_path / "card")
+    (tmp_path / "README.md").write_text("no markers\n")
+    for name, why in (("README.md", "needs the markers"), ("none.md", "No such file")):
+        with pytest.raises(SystemExit, match="2"):
+            gpu_report.main([str(tmp_path / "card"), "--readme", str(tmp_path / name)])
+        assert why in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_dry_run_is_no_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(
         tmp_path / "kernels" / "kernels-cpu.json",
