@@ -74,6 +74,7 @@ def row_losses(
         coefficient: [T], logprob's dtype: a constant factor of each row's whole loss, its KL included.
         old_logprob: [T] before the update, a constant. Makes the surrogate a ratio; ``clip`` needs it.
         rollout_logprob: [T] by the rollout engine, a constant. ``tis_cap`` needs it; alone it feeds the statistics.
+            NaN: the engine gave none; such a row has the weight 1 under ``tis_cap``, and is counted.
         reference_logprob: [T] of the reference policy, a constant. ``kl_coef`` needs it; alone: statistics.
         entropy: [T] nats, for the statistics only.
 
@@ -126,7 +127,8 @@ def summarize(stats: Sequence[Tensor] | Tensor) -> dict[str, float]:
 
     Returns:
         ``rows`` (a count) and ``loss`` (a sum); as fractions of rows ``clip_fraction``, its parts ``clip_low_fraction``
-        and ``clip_high_fraction``, and ``tis_fraction`` (truncated weights); ``ratio_min``, ``ratio_max``;
+        and ``clip_high_fraction``, ``tis_fraction`` (truncated weights) and ``rollout_nan_fraction`` (no log-prob from
+        the engine); ``ratio_min``, ``ratio_max``;
         ``ess`` = (sum w)^2 / (n sum w^2), the effective sample size as a fraction; and the means ``kl`` and
         ``entropy`` (nats), which are there only when some row had one. What is over no row is 0.
     """
@@ -137,8 +139,7 @@ def summarize(stats: Sequence[Tensor] | Tensor) -> dict[str, float]:
     total = {name: sum(part, 0.0) for name, part in parts.items()}
     low, high = min(parts["ratio_min"], default=math.inf), max(parts["ratio_max"], default=-math.inf)
     rows, square = total["rows"], total["weight_square"]
-    # squares beyond float32's range mean that one weight outweighs the rest: the bound, 1 of n
-    effective = total["weight"] ** 2 / square if 0 < square < math.inf else 1.0
+    effective = total["weight"] ** 2 / square if square else 1.0  # weights too small to square: the bound, 1 of n
     summary = {
         "rows": rows,
         "loss": total["loss"],
@@ -146,6 +147,7 @@ def summarize(stats: Sequence[Tensor] | Tensor) -> dict[str, float]:
         "clip_low_fraction": total["clipped_low"] / max(rows, 1),
         "clip_high_fraction": total["clipped_high"] / max(rows, 1),
         "tis_fraction": total["truncated"] / max(rows, 1),
+        "rollout_nan_fraction": total["rollout_nan"] / max(rows, 1),
         "ratio_min": low if low <= high else 0.0,
         "ratio_max": high if low <= high else 0.0,
         "ess": effective / total["weight_rows"] if total["weight_rows"] else 0.0,

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gapg.kernels import policy_loss_definition as definition
 from gapg.kernels.policy_loss_definition import STATS, PolicyLossOptions, RowLosses, Rows
 
 ROWS = 128
@@ -23,6 +24,9 @@ SAMPLES = 8
 PITCH = triton.next_power_of_2(len(STATS))
 PROGRAMS = 64
 """Programs whose statistics are added at a time."""
+
+LOG_RATIO_BOUND = tl.constexpr(definition.LOG_RATIO_BOUND)
+LOGPROB_BOUND = tl.constexpr(definition.LOGPROB_BOUND)
 
 
 @triton.jit
@@ -67,11 +71,51 @@ def _advantage(
 
 
 @triton.jit
-def _exp_rest(x: tl.tensor) -> tl.tensor:
-    """exp(x) - 1 - x without cancellation: its series to x^7 near 0 (relative remainder 1e-8 at 1/4)."""
+def _at_most(x: tl.tensor, bound: tl.constexpr) -> tl.tensor:
+    """The smaller; NaN stays, for which tl.minimum would give the bound."""
+    return tl.where(x > bound, bound, x)
+
+
+@triton.jit
+def _bounded(x: tl.tensor) -> tl.tensor:
+    """A log-prob, or the difference of two, within LOGPROB_BOUND."""
+    return tl.where(x < -LOGPROB_BOUND, -LOGPROB_BOUND, _at_most(x, LOGPROB_BOUND))
+
+
+@triton.jit
+def _log_ratio(logprob: tl.tensor, other: tl.tensor) -> tl.tensor:
+    return _bounded(tl.where(logprob == other, 0.0, logprob - other))
+
+
+@triton.jit
+def _bounded_exp(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """exp(x), above the bound its tangent there; and the derivative of that."""
+    bounded = _at_most(x, LOG_RATIO_BOUND)
+    slope = tl.exp(bounded)
+    return slope * (1.0 + (x - bounded)), slope
+
+
+@triton.jit
+def _expm1(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """exp(x) - 1 and exp(x) - 1 - x without cancellation: the series to x^7 near 0 (relative remainder 1e-8 at 1/4)."""
+    near = tl.abs(x) < 0.25
     series = 1 / 120 + x * (1 / 720 + x * (1 / 5040))
     series = x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * series)))
-    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1.0 - x)
+    expm1 = tl.where(near, x + series, tl.exp(x) - 1.0)
+    return expm1, tl.where(near, series, expm1 - x)
+
+
+@triton.jit
+def _penalty(gap: tl.tensor, K2: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """The KL of the gap between reference and policy, and its derivative by the gap."""
+    if K2:
+        kl = 0.5 * gap * gap
+        pull = gap
+    else:
+        bounded = _at_most(gap, LOG_RATIO_BOUND)
+        pull, rest = _expm1(bounded)
+        kl = rest + pull * (gap - bounded)
+    return kl, pull
 
 
 @triton.jit
@@ -87,7 +131,7 @@ def _store_count_and_sum(out_ptr: tl.tensor, x: tl.tensor, keep: tl.tensor) -> t
 @triton.jit
 def _store_statistics(
     out_ptr: tl.tensor, keep: tl.tensor, loss: tl.tensor, low: tl.tensor, high: tl.tensor, truncated: tl.tensor,
-    kl: tl.tensor, entropy: tl.tensor, weight: tl.tensor, ratio: tl.tensor,
+    rollout_nan: tl.tensor, kl: tl.tensor, entropy: tl.tensor, weight: tl.tensor, ratio: tl.tensor,
 ) -> None:  # fmt: skip
     """One program's statistics, in the order of STATS."""
     tl.store(out_ptr, tl.sum(keep.to(tl.float32), 0))
@@ -95,13 +139,14 @@ def _store_statistics(
     tl.store(out_ptr + 2, tl.sum((keep & low).to(tl.float32), 0))
     tl.store(out_ptr + 3, tl.sum((keep & high).to(tl.float32), 0))
     tl.store(out_ptr + 4, tl.sum((keep & truncated).to(tl.float32), 0))
-    _store_count_and_sum(out_ptr + 5, kl, keep)
-    _store_count_and_sum(out_ptr + 7, entropy, keep)
-    weight = _store_count_and_sum(out_ptr + 9, weight, keep)
-    tl.store(out_ptr + 11, tl.sum(weight * weight, 0))
+    tl.store(out_ptr + 5, tl.sum((keep & rollout_nan).to(tl.float32), 0))
+    _store_count_and_sum(out_ptr + 6, kl, keep)
+    _store_count_and_sum(out_ptr + 8, entropy, keep)
+    weight = _store_count_and_sum(out_ptr + 10, weight, keep)
+    tl.store(out_ptr + 12, tl.sum(weight * weight, 0))
     seen = keep & (ratio == ratio)
-    tl.store(out_ptr + 12, tl.min(tl.where(seen, ratio, float("inf")), 0))
-    tl.store(out_ptr + 13, tl.max(tl.where(seen, ratio, float("-inf")), 0))
+    tl.store(out_ptr + 13, tl.min(tl.where(seen, ratio, float("inf")), 0))
+    tl.store(out_ptr + 14, tl.max(tl.where(seen, ratio, float("-inf")), 0))
 
 
 @triton.jit
@@ -145,44 +190,46 @@ def policy_loss_kernel(
     low = tl.zeros((BR,), tl.int1)
     high = low
     truncated = low
+    rollout_nan = low
     kl = tl.full((BR,), float("nan"), tl.float32)  # NaN: not counted
     entropy = kl
     ratio = tl.full((BR,), 1.0, tl.float32)  # to old_logprob, for want of it to rollout_logprob
     weight = ratio  # to rollout_logprob, for want of it to old_logprob
     base = logprob
 
-    surrogate = advantage * logprob
+    surrogate = advantage * _bounded(logprob)
     slope = advantage
     if old_ptr is not None:
         base = tl.load(old_ptr + rows, mask=keep, other=0.0)
-        ratio = tl.exp(logprob - base)
+        value, ratio = _bounded_exp(_log_ratio(logprob, base))
         weight = ratio
-        surrogate = ratio * advantage
-        slope = surrogate
+        surrogate = value * advantage
+        slope = ratio * advantage
         if least is not None:
-            low = (advantage < 0) & (ratio < least)
-            high = (advantage > 0) & (ratio > most)
+            low = (advantage < 0) & (value < least)
+            high = (advantage > 0) & (value > most)
             surrogate = tl.where(low, least * advantage, tl.where(high, most * advantage, surrogate))
             slope = tl.where(low | high, 0.0, slope)
     if rollout_ptr is not None:
         rollout = tl.load(rollout_ptr + rows, mask=keep, other=0.0)
-        weight = tl.exp(logprob - rollout)
+        rollout_nan = rollout != rollout
+        _, weight = _bounded_exp(_log_ratio(logprob, rollout))
         if old_ptr is None:
             ratio = weight
         if tis_cap is not None:
-            tis = tl.exp(base - rollout)
+            _, tis = _bounded_exp(_log_ratio(base, rollout))
             truncated = tis > tis_cap
-            tis = tl.where(truncated, tis_cap, tis)  # tl.minimum would turn NaN into the cap
+            tis = tl.where(rollout_nan, 1.0, tl.where(truncated, tis_cap, tis))  # a NaN of base stays
             surrogate *= tis
             slope *= tis
     loss = 0.0 - surrogate
     grad = 0.0 - slope
     if reference_ptr is not None:
-        gap = tl.load(reference_ptr + rows, mask=keep, other=0.0) - logprob
-        kl = 0.5 * gap * gap if K2 else _exp_rest(gap)
+        reference = tl.load(reference_ptr + rows, mask=keep, other=0.0)
+        kl, pull = _penalty(_log_ratio(reference, logprob), K2)
         if kl_coef is not None:
             loss += kl_coef * kl
-            grad -= kl_coef * (gap if K2 else kl + gap)
+            grad -= kl_coef * pull
     if coefficient_ptr is not None:
         coefficient = tl.load(coefficient_ptr + rows, mask=keep, other=0.0)
         loss *= coefficient
@@ -193,7 +240,7 @@ def policy_loss_kernel(
     tl.store(loss_ptr + rows, loss, mask=inside)
     tl.store(grad_ptr + rows, tl.where(keep, grad / denominator, 0.0), mask=inside)
     out_ptr = partial_ptr + tl.program_id(0) * PITCH
-    _store_statistics(out_ptr, keep, loss, low, high, truncated, kl, entropy, weight, ratio)
+    _store_statistics(out_ptr, keep, loss, low, high, truncated, rollout_nan, kl, entropy, weight, ratio)
 
 
 @triton.jit

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gapg.kernels.policy_loss_definition import PolicyLossOptions, Rows
+from gapg.kernels.policy_loss import DEFAULTS, PolicyLossOptions, RowLosses, row_losses
+from gapg.kernels.policy_loss_definition import Rows
 
 CLIP, CAP, DENOMINATOR = (0.2, 0.28), 1.2, 37.5
 CHOICES = list(
@@ -76,6 +77,33 @@ def inputs_for(
 ALL = ("grpo", "clip", "tis", "k3", True)
 
 
+GAPS = [0.0, 0.5, 19.5, 20.5, 21.0, 119.0, 200.0, 1e3, 1e4, -19.5, -21.0, -200.0, -1e3, -1e4]
+"""Log-ratios, exact in binary, on both sides of where exp goes on along its tangent, and far off."""
+
+
+def far_apart(choice: tuple[str, str, str, str, bool], dtype: torch.dtype) -> tuple[Rows, PolicyLossOptions]:
+    """Log-probs GAPS away from each other, every gap with every other, and an engine that gave some rows none."""
+    rows, options = inputs_for(choice, rows=len(GAPS) ** 2, dtype=dtype)
+    gaps = torch.tensor(GAPS, dtype=dtype)
+    a, b = gaps.repeat(len(GAPS)), gaps.repeat_interleave(len(GAPS))
+    behaviour = -1 + b
+    behaviour[::9] = float("nan")
+    moved = {"old_logprob": -1 - a, "rollout_logprob": behaviour, "reference_logprob": -1 + a + b}
+    present = {name: x for name, x in moved.items() if getattr(rows, name) is not None}
+    return rows._replace(logprob=torch.full_like(a, -1.0), **present), options
+
+
+def extremes() -> Rows:
+    """Every mix of far and infinite log-probs of the policies, the engine's NaN too: in a good response, in a bad one,
+    and in one of a group without an advantage."""
+    values = [-1.0, -120.0, -1e30, -3e38, -math.inf]
+    cells = torch.tensor(list(itertools.product(range(3), values, values, [*values, math.nan], values)))
+    response, logprob, old, rollout, reference = cells.t().contiguous()
+    rewards = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    group, sample = response.long() // 2, response.long() % 2
+    return Rows(logprob, rewards, group, sample, None, None, old, rollout, reference)
+
+
 def crossed() -> dict[str, tuple[Rows, PolicyLossOptions]]:
     """Every choice of options."""
     return {" ".join(map(str, choice)): inputs_for(choice) for choice in CHOICES}
@@ -119,7 +147,21 @@ def edges() -> dict[str, tuple[Rows, PolicyLossOptions]]:
         "far from the old policy": (base._replace(old_logprob=far), options),
         "far from the engine": (base._replace(rollout_logprob=far), options),
         "near the reference": (base._replace(reference_logprob=close), options),
+        "far apart": far_apart(("grpo", "clip", "tis", "k3", False), torch.float32),
+        "far apart, k2, no old": far_apart(("gapg", "no old", "tis", "k2", False), torch.float32),
+        "extremes": (extremes(), options),
+        "extremes, k2, no old": (extremes()._replace(old_logprob=None), options._replace(kl="k2", clip=None)),
+        "extremes, no clip, cap below 1": (extremes(), options._replace(tis_cap=0.5, clip=None)),
     }
+
+
+def call(rows: Rows, options: PolicyLossOptions = DEFAULTS, denominator: float = DENOMINATOR) -> RowLosses:
+    return row_losses(**rows._asdict(), denominator=denominator, options=options)
+
+
+def assert_close(got: Tensor, want: Tensor, rtol: float = 2e-6, atol: float = 1e-7) -> None:
+    """Equal to rounding; equal where infinite or NaN."""
+    torch.testing.assert_close(got.double(), want.double(), rtol=rtol, atol=atol, equal_nan=True)
 
 
 def part(rows: Rows, index: Any) -> Rows:
@@ -136,11 +178,16 @@ def the_advantage(rewards: list[float], sample: int, kind: str) -> float:
     return (rewards[sample] - statistics.fmean(present)) / (statistics.stdev(present) + 1e-4)
 
 
+def continued_exp(x: Tensor) -> Tensor:
+    """exp up to 20, from there on its tangent."""
+    return x.exp() if x < 20 else math.exp(20) * (x - 19)
+
+
 def truth(rows: Rows, options: PolicyLossOptions) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Loss [T] and its gradient [T] by autograd in float64, one row at a time, and the summary counted along."""
     table = rows.rewards.double().tolist()
     lp_T = rows.logprob.double().requires_grad_()
-    losses, kls, weights, ratios, clipped, cut = [], [], [], [], [0, 0], 0
+    losses, kls, weights, ratios, clipped, cut, missing = [], [], [], [], [0, 0], 0, 0
 
     def at(x: Tensor | None, t: int) -> Tensor | None:
         return None if x is None else x[t].double()
@@ -153,29 +200,32 @@ def truth(rows: Rows, options: PolicyLossOptions) -> tuple[Tensor, Tensor, dict[
         old, rollout, ref = at(rows.old_logprob, t), at(rows.rollout_logprob, t), at(rows.reference_logprob, t)
         objective = A * lp
         if old is not None:
-            objective = unclipped = A * (lp - old).exp()
+            objective = unclipped = A * continued_exp(lp - old)
             if options.clip is not None:
-                inside = (lp - old).exp().clamp(1 - options.clip[0], 1 + options.clip[1])
+                inside = continued_exp(lp - old).clamp(1 - options.clip[0], 1 + options.clip[1])
                 objective = torch.minimum(unclipped, A * inside)
                 if objective < unclipped:
                     clipped[int(A > 0)] += 1
-        if options.tis_cap is not None and rollout is not None:
-            w = ((lp if old is None else old) - rollout).exp().item()
+        unknown = rollout is not None and bool(rollout.isnan())
+        missing += unknown
+        if options.tis_cap is not None and rollout is not None and not unknown:
+            w = math.exp(min(((lp if old is None else old) - rollout).item(), 20.0))
             cut += w > options.tis_cap
             objective = objective * min(w, options.tis_cap)
         loss = -objective
         if ref is not None:
-            kl = (lp - ref) ** 2 / 2 if options.kl == "k2" else (ref - lp).exp() - (ref - lp) - 1
+            kl = (lp - ref) ** 2 / 2 if options.kl == "k2" else continued_exp(ref - lp) - (ref - lp) - 1
             kls.append(kl.item())
             loss = loss + options.kl_coef * kl
         factor = 1.0 if rows.coefficient is None else float(rows.coefficient[t])
         losses.append(factor * loss / DENOMINATOR)
         behaviour = rollout if rollout is not None else old if old is not None else lp
-        weights.append((lp - behaviour).exp().item())
-        ratios.append((lp - (old if old is not None else behaviour)).exp().item())
+        weights.append(math.exp(min((lp - behaviour).item(), 20.0)))
+        ratios.append(math.exp(min((lp - (old if old is not None else behaviour)).item(), 20.0)))
     loss_T = torch.stack(losses)
     (grad_T,) = torch.autograd.grad(loss_T.sum(), lp_T)
     n = len(weights)
+    weights, ratios = ([x for x in xs if not math.isnan(x)] for xs in (weights, ratios))
     summary = {
         "rows": n,
         "loss": loss_T.sum().item(),
@@ -183,9 +233,10 @@ def truth(rows: Rows, options: PolicyLossOptions) -> tuple[Tensor, Tensor, dict[
         "clip_low_fraction": clipped[0] / n,
         "clip_high_fraction": clipped[1] / n,
         "tis_fraction": cut / n,
+        "rollout_nan_fraction": missing / n,
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
-        "ess": sum(weights) ** 2 / (n * sum(w * w for w in weights)),
+        "ess": sum(weights) ** 2 / (len(weights) * sum(w * w for w in weights)),
     }
     if kls:
         summary["kl"] = statistics.fmean(kls)
