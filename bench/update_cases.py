@@ -91,7 +91,7 @@ class Case:
         config = self.config(savings)
         return packed_batches(
             with_gradient(config, examples, table), config.token_cap, torch.device("cpu"), share=savings > 3,
-            padded=not config.update.pack, every_position=not config.update.response_positions,
+            padded=config.update.pack is False, every_position=not config.update.response_positions,
         )  # fmt: skip
 
     def padded(self, sequences: int = updates.MICRO_BATCH) -> list[updates.Padded]:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -40,6 +40,15 @@ def register() -> None:
     """Make `attn_implementation="gapg_varlen"` known to transformers. Calling it again changes nothing."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, _mask)
+
+
+def implementation(config: PreTrainedConfig) -> str:
+    """The `attn_implementation` for models of this config: NAME, or "eager" where attention cannot be exchanged.
+
+    Older model code (Bloom's, MPT's) computes its attention itself and takes any name without a word.
+    """
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return NAME if kind is None or kind._can_set_attn_implementation() else "eager"
 
 
 def packed_arguments(cu_seqlens: torch.Tensor, max_length: int) -> dict[str, Any]:

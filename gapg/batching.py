@@ -34,6 +34,9 @@ class Example:
 class PackedBatch:
     """T tokens of whole sequences end to end, R of them predicted response tokens; all on the model's device.
 
+    With `padded` every sequence is `max_length` tokens long, filled up on the right, and a model is given rows
+    [B, max_length]: no layer can then mix two sequences, whatever it computes.
+
     input_ids, position_ids [T] int64; cu_seqlens [n+1] int32; response_index [R] int64: the position whose hidden state
     predicts `target` [R] int64 (-100: none); weight [R] float32; rollout_logprob [R] float32 (NaN where the engine gave
     none); group and sample [R] int64: the row's place in the reward table. With `shared` the segments are prompts, then
@@ -51,6 +54,7 @@ class PackedBatch:
     group: torch.Tensor
     sample: torch.Tensor
     shared: SharedPrompts | None = None
+    padded: bool = False
 
 
 def packed_batches(
@@ -68,32 +72,81 @@ def packed_batches(
         examples: in any order; empty gives no batch.
         token_cap: most tokens of a batch.
         device: where the batches are put, all at once: a copy between two micro-batches would wait for the first.
-        share: one copy of a prompt for the responses of its group that are in a batch.
-        padded: every sequence as long as the longest, as a trainer without packing has it (for comparison).
-        every_position: the positions that predict nothing are rows of the head too, with target -100 (likewise).
+        share: one copy of a prompt for the responses of its group that are in a batch; not with `padded`.
+        padded: rows of sequences of like length, each as long as the batch's longest; the padding counts.
+        every_position: the positions that predict nothing are rows of the head too, with target -100 (for comparison).
 
     Raises ValueError naming an example that is longer than the cap.
     """
     if not examples:
         return []
+    if share and padded:
+        raise ValueError("padded rows share no prompts: set share=False")
     lengths = np.array([len(e) for e in examples], np.int64)
-    width = lengths.max() - lengths if padded else np.zeros_like(lengths)
-    offsets = np.concatenate([[0], (lengths + width).cumsum()])
-    parts = (chain(e.prompt_ids, e.response_ids, [0] * pad) for e, pad in zip(examples, width.tolist(), strict=True))
+    if padded:
+        bins, wide = _rows_of_like_length(lengths, token_cap)
+    elif share:
+        groups, prompts = _groups(examples)
+        bins, wide = pack(lengths, token_cap, groups=groups, prompt_lengths=prompts).bins, lengths
+    else:
+        bins, wide = pack(lengths, token_cap).bins, lengths
+    return _lay_out(examples, bins, wide, device, share=share, padded=padded, every_position=every_position)
+
+
+def one_batch(examples: Sequence[Example], device: torch.device, *, share: bool = False) -> PackedBatch:
+    """The examples packed in the order given, in one batch whatever its size; those of a group must be adjacent."""
+    lengths = np.array([len(e) for e in examples], np.int64)
+    (batch,) = _lay_out(examples, [np.arange(len(examples))], lengths, device, share=share)
+    return batch
+
+
+def _lay_out(
+    examples: Sequence[Example],
+    bins: Sequence[Int64s],
+    wide: Int64s,
+    device: torch.device,
+    *,
+    share: bool,
+    padded: bool = False,
+    every_position: bool = False,
+) -> list[PackedBatch]:
+    """A batch of each bin's members; `wide` [n] is each sequence's length with its padding."""
+    groups, prompts = _groups(examples)
+    lengths = np.array([len(e) for e in examples], np.int64)
+    offsets = np.concatenate([[0], wide.cumsum()])
+    fill = (wide - lengths).tolist()
+    parts = (chain(e.prompt_ids, e.response_ids, [0] * pad) for e, pad in zip(examples, fill, strict=True))
     tokens = np.fromiter(chain.from_iterable(parts), np.int64, offsets[-1])
-    prompts = np.array([len(e.prompt_ids) for e in examples], np.int64)
     rows = _Rows(examples, lengths - prompts, every_position)
     batches = []
-    groups = np.array([e.group for e in examples], np.int64)
-    if share:
-        packing = pack(lengths + width, token_cap, groups=groups, prompt_lengths=prompts)
-        for members in packing.bins:
+    for members in bins:
+        arrays: PackedArrays | SharedArrays
+        if share:
             arrays = lay_out_shared(tokens, offsets, prompts, rows.weight, groups, members)
-            batches.append(rows.batch(arrays, device))
-        return batches
-    for members in pack(lengths + width, token_cap).bins:
-        batches.append(rows.batch(lay_out(tokens, offsets, prompts, rows.weight, members), device))
+        else:
+            arrays = lay_out(tokens, offsets, prompts, rows.weight, members)
+        batches.append(rows.batch(arrays, device, padded))
     return batches
+
+
+def _groups(examples: Sequence[Example]) -> tuple[Int64s, Int64s]:
+    """(group, prompt length) of each, both [n]."""
+    table = np.array([(e.group, len(e.prompt_ids)) for e in examples], np.int64).reshape(-1, 2)
+    return table[:, 0].copy(), table[:, 1].copy()
+
+
+def _rows_of_like_length(lengths: Int64s, token_cap: int) -> tuple[list[Int64s], Int64s]:
+    """(each batch's members, every sequence's length filled up): longest first, as many rows as the cap lets in."""
+    pack(lengths, token_cap)  # for its errors
+    order = np.argsort(-lengths, kind="stable")
+    bins, wide, start = [], lengths.copy(), 0
+    while start < len(order):
+        longest = max(1, int(lengths[order[start]]))
+        members = order[start : start + token_cap // longest]
+        wide[members] = longest
+        bins.append(members)
+        start += len(members)
+    return bins, wide
 
 
 class _Rows:
@@ -108,7 +161,7 @@ class _Rows:
         logprobs = (e.rollout_logprobs or [float("nan")] * len(e.response_ids) for e in examples)
         self.logprob = np.fromiter(chain.from_iterable(logprobs), np.float32, self.starts[-1])
 
-    def batch(self, arrays: PackedArrays | SharedArrays, device: torch.device) -> PackedBatch:
+    def batch(self, arrays: PackedArrays | SharedArrays, device: torch.device, padded: bool) -> PackedBatch:
         of, at = arrays.sequence_ids, _counts(arrays.sequence_ids)
         real = at < self.responses[of]  # beyond a response lies padding
         of, index, target = of[real], arrays.response_index[real], arrays.targets[real]
@@ -134,6 +187,7 @@ class _Rows:
             group=to(cell[:, 0].copy()),
             sample=to(cell[:, 1].copy()),
             shared=_layout(arrays, device) if isinstance(arrays, SharedArrays) else None,
+            padded=padded,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from datetime import date
 from fractions import Fraction
@@ -11,15 +10,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from gapg import config_keys
 
 PRESETS = Path(__file__).parent / "configs"
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
 class ConfigError(ValueError):
     """Something the user can mend: the message is one line that names the key and the fix. The CLI exits with 2."""
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, with the error's type unless it is a plain ValueError that says enough by itself."""
+    text = " ".join(str(error).split())[:300]
+    return text if text and type(error) in (ValueError, ConfigError) else f"{type(error).__name__}: {text}"
 
 
 class Section(BaseModel):
@@ -31,6 +40,16 @@ class Section(BaseModel):
         allow_inf_nan=False,
         coerce_numbers_to_str=True,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_merely_true(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python's True is the number 1; a truth value itself may be written 1 and 0, yes and no, on and off."""
+        allowed = config_keys.kinds(cls.model_fields[info.field_name or ""].annotation)
+        items = value if isinstance(value, list | tuple) else [value]
+        if bool not in allowed and any(isinstance(item, bool) for item in items):
+            raise PydanticCustomError("truth_value", "needs a value, not true or false")
+        return value
 
 
 class TaskConfig(Section):
@@ -83,7 +102,7 @@ class ModelConfig(Section):
 
 class OptimConfig(Section):
     lr: Annotated[float, Field(gt=0)]
-    betas: tuple[Fraction01, Fraction01] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest gradient norm; how often it binds is logged as `clipped`."""
@@ -92,6 +111,15 @@ class OptimConfig(Section):
     """Part of the run after which the learning rate starts to fall."""
     final_lr: Fraction01 = 0.1
     """Learning rate at the last step, as a part of `lr`."""
+
+    @field_validator("weight_decay")
+    @classmethod
+    def _shrinks(cls, value: float, info: ValidationInfo) -> float:
+        if value * info.data.get("lr", 0.0) >= 1:
+            raise PydanticCustomError(
+                "no_decay", "weight_decay times lr must be below 1, or a step turns the sign of every weight"
+            )
+        return value
 
 
 class WarmStartConfig(Section):
@@ -112,16 +140,21 @@ class RolloutConfig(Section):
     """G. The estimator's baseline needs two or more."""
     max_prompt_tokens: Count = 256
     max_new_tokens: Count = 720
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """1 is the policy itself; another value trains the policy at that temperature."""
+    temperature: Annotated[float, Field(ge=0.01)] = 1.0
+    """1 is the policy itself; another value trains the policy at that temperature. vLLM takes 0.01 to 2."""
     max_rows: Count = 2048
     """Responses that the transformers engine decodes at once."""
     vllm_args: dict[str, Any] = {}
     """Further arguments of the vLLM engine (`gpu_memory_utilization`, `max_model_len`, `enforce_eager`, …)."""
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt and its response."""
+        return self.max_prompt_tokens + self.max_new_tokens
+
 
 class RewardConfig(Section):
-    alpha_a: Annotated[float, Field(gt=0)] = 1.0
+    alpha_a: Annotated[float, Field(ge=1e-6)] = 1.0
     """Reward of a right local answer."""
     alpha_c: Annotated[float, Field(ge=0)] = 0.25
     """Reward of a call the cloud answers rightly; where the controller starts. 0 is task-tuning only."""
@@ -170,10 +203,18 @@ class UpdateConfig(Section):
     """Responses of zero advantage stay out (all, when every reward of a group is equal), unless there is a KL term."""
     response_positions: bool = True
     """Only positions that predict a response token go through the LM head."""
-    pack: bool = True
-    """Sequences end to end; off: each padded to the longest."""
+    pack: Literal["auto"] | bool = "auto"
+    """Sequences end to end; off: padded rows. `auto`: packed where a check of the model finds that it is exact."""
     share_prompts: Literal["auto", "always", "never"] = "auto"
     """One copy of a prompt for its responses; `auto`: where the cost model says that it pays."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> UpdateConfig:
+        if self.pack is False and self.share_prompts == "always":
+            raise ValueError(
+                "update.pack=false pads each response with a prompt of its own: set update.share_prompts=auto"
+            )
+        return self
 
 
 class BudgetConfig(Section):
@@ -285,7 +326,10 @@ class RunConfig(Section):
     @field_validator("output_dir", mode="before")
     @classmethod
     def _path_of_any_name(cls, value: Any) -> Any:
-        return str(value)
+        """A number or a date is a name too; no name would be the folder that one stands in."""
+        if isinstance(value, int | float | date) and not isinstance(value, bool):
+            return str(value)
+        return None if value == "" else value
 
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
@@ -308,7 +352,7 @@ def load_config(name: str, overrides: Mapping[str, str] | None = None) -> RunCon
             raise ConfigError(f"config {name!r} is neither a file nor a preset; presets: {', '.join(presets())}")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}")
@@ -317,7 +361,7 @@ def load_config(name: str, overrides: Mapping[str, str] | None = None) -> RunCon
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_one_line(error)) from None
+        raise ConfigError(config_keys.explain(RunConfig, error)) from None
 
 
 def presets() -> list[str]:
@@ -328,72 +372,24 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _set(tree: dict[str, Any], key: str, value: str) -> None:
-    parts = key.split(".")
-    for i, part in enumerate(parts[:-1]):
-        if not isinstance(tree.get(part), dict):
-            if ".".join(parts[: i + 1]) not in _keys(RunConfig) and parts[0] != "task":
-                raise ConfigError(_unknown(key))
-            tree[part] = {}
-        tree = tree[part]
-    tree[parts[-1]] = _value(value)
-
-
-def _value(text: str) -> Any:
-    """An option's text as YAML: numbers, lists, mappings; what YAML cannot read or reads as nothing stays text.
-
-    (`#### (.+)` is a comment to YAML. It reads 1e-4 as a string, which pydantic turns into a float where one is due.)
-    """
-    if text in ("", "null", "~"):
-        return None
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    return text if value is None or isinstance(value, date) else value
-
-
-def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        return _unknown(key) + more
-    if first["type"] == "missing":
-        return f"{key}: required, but not set{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    where = "" if first["type"] == "value_error" else f"{key}={first['input']!r}: "
-    return f"{where}{message}{more}"
-
-
-def _unknown(key: str) -> str:
-    close = difflib.get_close_matches(key, _keys(RunConfig), n=1, cutoff=0.6)
-    hint = f"did you mean {close[0]}?" if close else "`gapg config show NAME` lists every key"
-    return f"{key}: unknown key; {hint}"
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        for inner in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                keys += _keys(inner, f"{prefix}{name}.")
-    return keys
-
-
 def parse_overrides(args: Sequence[str]) -> dict[str, str]:
-    """`--a.b VALUE`, `--a.b=VALUE` and bare `--flag` (true) as dotted overrides; `--output-dir` is `output_dir`."""
-    overrides: dict[str, str] = {}
-    queue = list(args)
-    while queue:
-        head = queue.pop(0)
-        if not head.startswith("--"):
-            raise ConfigError(f"{head!r}: expected an option like --optim.lr 1e-4")
-        key, eq, value = head[2:].partition("=")
-        if not eq:
-            bare = not queue or queue[0].startswith("--")
-            value = "true" if bare else queue.pop(0)
-        overrides[key.replace("-", "_")] = value
-    return overrides
+    """`--a.b VALUE` and `--a.b=VALUE` as dotted overrides; `--output-dir` is `output_dir`. The last of two counts.
+
+    An option may stand bare, which is true, where a truth value may: `--compare`, and anything below `task.args`.
+    Raises ConfigError: a word that is no option, an unknown key, an option without its value.
+    """
+    try:
+        return config_keys.parse(RunConfig, args)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _set(tree: dict[str, Any], key: str, text: str) -> None:
+    if not (found := config_keys.find(RunConfig, key)):
+        raise ConfigError(config_keys.unknown(RunConfig, key))
+    *sections, last = key.split(".")
+    for section in sections:
+        if not isinstance(tree.get(section), dict):
+            tree[section] = {}
+        tree = tree[section]
+    tree[last] = config_keys.read(text, found)

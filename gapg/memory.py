@@ -21,13 +21,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gapg import lora
+from gapg import attention, lora
 from gapg.config import ConfigError, RunConfig
 from gapg.memory_trace import largest_batch, trace_update
 from gapg.model import device as default_device
-from gapg.model import load_model, load_tokenizer
+from gapg.model import load_model, load_shape, load_tokenizer
 from gapg.parts import make_task
 from gapg.tracking import console, say
 
@@ -116,12 +116,12 @@ def print_plan(config: RunConfig) -> None:
     if config.model.path is None:
         model = load_model(config.model, load_tokenizer(config.model, make_task(config)), config.seed)
     else:
-        try:
-            shape = AutoConfig.from_pretrained(config.model.path)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model.path={config.model.path}: {str(error).strip().splitlines()[0]}") from None
+        attention.register()
+        shape = load_shape(config.model.path)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                shape, attn_implementation=attention.implementation(shape), dtype=torch.float32
+            )
     if config.model.lora:
         lora.add_adapters(model, config.model.lora, config.seed)
     plan = plan_memory(model, config, default_device())

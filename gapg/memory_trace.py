@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
 
 from gapg import attention, lora
 from gapg.batching import Example, PackedBatch, packed_batches
@@ -75,8 +76,10 @@ def trace_layers(
     shape = copy.deepcopy(model.config)
     shape.get_text_config().num_hidden_layers = layers
     AttentionInterface.register(_NAME, partial(_attention, on_cuda=device.type == "cuda"))
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    own = "eager" if model.config._attn_implementation == "eager" else _NAME
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, attn_implementation=_NAME, dtype=torch.float32).train()
+        model = AutoModelForCausalLM.from_config(shape, attn_implementation=own, dtype=torch.float32).train()
         if config.model.lora:
             lora.add_adapters(model, config.model.lora, config.seed)
     if config.model.gradient_checkpointing:
@@ -159,15 +162,17 @@ def largest_batch(config: RunConfig) -> PackedBatch:
     cap = min(config.token_cap, responses * longest)
     count = max(1, cap // longest)
     examples = [Example([0], [0] * (cap // count - 1))] * count
-    (batch,) = packed_batches(examples, cap, torch.device("cpu"))
+    (batch,) = packed_batches(examples, cap, torch.device("cpu"), padded=config.update.pack is False)
     return batch
 
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, on_cuda: bool,
-    cu_seq_lens_q: Tensor, max_length_q: int, scaling: float | None = None, **_: Any,
+    cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, scaling: float | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """What `gapg.attention` does with a packed row of sequences of one length, which fake tensors cannot tell."""
+    if cu_seq_lens_q is None or max_length_q is None:
+        return attention.attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
     q, k, v = flash.one_type(*(x[0].transpose(0, 1) for x in (query, key, value)))
     if on_cuda and q.dtype in flash.HALVES:
         lengths = flash.Lengths(cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, causal=True)

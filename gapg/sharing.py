@@ -67,6 +67,10 @@ class Saving(NamedTuple):
         return self.flops_unshared / (self.flops_shared + self.overhead_flops) if self.flops_shared else 1.0
 
 
+NOTHING = Saving(0, 0, 0, 0, 0)
+"""Of padded rows, which share no prompts."""
+
+
 def saving(groups: Iterable[tuple[int, Sequence[int]]], shape: ModelShape, rates: Rates) -> Saving:
     """Of sharing the prompts of one packed row.
 
