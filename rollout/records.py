@@ -46,7 +46,8 @@ class HelpControl:
 class Sampling:
     """How to decode. No top-k, no top-p, no penalties, in every engine: they would bias the policy gradient.
 
-    `temperature = 0` is greedy. `stop` strings end a response and stay part of it, as does the tokenizer's EOS.
+    `temperature = 0` is greedy. `stop` strings end a response and stay part of it, as does the tokenizer's EOS. They do
+    not count inside a think block (`gapg.rollout.text.THINK`); `thinking`: the prompts open one.
     The same `seed` gives the same completions on the same engine, device and thread count.
     """
 
@@ -55,13 +56,15 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int = 0
     help: HelpControl | None = None
+    thinking: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One response. `logprobs[t]` is log pi(token_ids[t]) at the sampling temperature (at 1 when greedy).
 
-    The last token of a finished response (EOS, or the last token of a stop string) is part of `token_ids`.
+    The last token of a finished response (EOS, or the last token of a stop string) is part of `token_ids`. `text` has
+    every special token but the final end and padding. Log-probs of a model whose weights are ruined are NaN.
     `help_margin` is max over positions of (best deciding token's logit - best other logit), before the bias.
     `help_log_odds` has, for each position where the phrase could begin, log p - log(1 - p) of a deciding token, before
     the bias, at the temperature of `logprobs`. Both are None without `HelpControl`.

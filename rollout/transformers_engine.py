@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from itertools import groupby
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg.rollout.records import Completion, Sampling
+from gapg.rollout.text import has_stopped, plain_text, response_text
+from gapg.rollout.transformers_cache import DecodingBatch, check_decoding, hold_time_steps
 from gapg.rollout.transformers_help import HelpSteering
 
 COMPACT_BELOW = 0.75
@@ -19,7 +20,11 @@ COMPACT_BELOW = 0.75
 
 
 class TransformersEngine:
-    """Decodes with a second module. In the trainer's own type it shares its tensors, so that `sync` copies nothing."""
+    """Decodes with a second module. In the trainer's own type it shares its tensors, so that `sync` copies nothing.
+
+    Raises:
+        ValueError: transformers cannot decode this model in batches; the message names the way out.
+    """
 
     def __init__(
         self,
@@ -29,21 +34,29 @@ class TransformersEngine:
         dtype: torch.dtype = torch.float32,
         max_rows: int = 2048,
     ) -> None:
-        config = copy.deepcopy(model.config)
-        self.model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+        config, attention = copy.deepcopy(model.config), _attention(model)
+        self.model = type(model)._from_config(config, attn_implementation=attention, dtype=dtype)
         self.model.to(model.device).eval().requires_grad_(False)
+        hold_time_steps(self.model)
+        self.dtype = dtype
         self.tokenizer = tokenizer
         self.max_rows = max_rows
         eos = getattr(model.generation_config, "eos_token_id", None)
         ids = eos if isinstance(eos, list) else [eos]
         self.eos_ids = tuple(sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None}))
         self._stop_tokens = lru_cache(self._find_stop_tokens)
-        self.sync(model.state_dict())
+        weights = model.state_dict()
+        self._load(weights, model.dtype)  # in the trainer's type, as rounding would hide a wrong cache
+        self._pads = check_decoding(self.model)
+        self.sync(weights)
 
     def sync(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Takes the given weights: shared where type and device are the module's own, else copied."""
-        like = next(self.model.parameters())
-        weights = {k: t.to(like.device, like.dtype if t.is_floating_point() else None) for k, t in state_dict.items()}
+        self._load(state_dict, self.dtype)
+
+    def _load(self, state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+        device = self.model.device
+        weights = {k: t.to(device, dtype if t.is_floating_point() else None) for k, t in state_dict.items()}
         self.model.load_state_dict(weights, strict=True, assign=True)
         self.model.tie_weights()
 
@@ -62,40 +75,30 @@ class TransformersEngine:
             if not ids:
                 raise ValueError(f"prompt {i} is empty: the task's render() must return at least one token")
         generator = torch.Generator(self.model.device).manual_seed(sampling.seed)
-        by_length = sorted(range(len(prompt_token_ids)), key=lambda i: len(prompt_token_ids[i]))
-        per_wave = max(1, self.max_rows // n)
-        for start in range(0, len(by_length), per_wave):
-            indices = by_length[start : start + per_wave]
+        for indices in self._waves([len(ids) for ids in prompt_token_ids], max(1, self.max_rows // n)):
             wave = _Wave(self, [prompt_token_ids[i] for i in indices], n, sampling, generator)
             for local, completions in wave.run():
                 yield indices[local], completions
 
+    def _waves(self, lengths: list[int], most: int) -> Iterator[list[int]]:
+        """Indices of prompts that are decoded together: the shortest first, of one length where the model needs it."""
+        by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+        for _, group in groupby(by_length, key=lambda i: self._pads or lengths[i]):
+            indices = list(group)
+            yield from (indices[start : start + most] for start in range(0, len(indices), most))
+
     def _find_stop_tokens(self, stop: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """(ends, may_end), both [V] bool: tokens that end a response, and those after which the text is looked at."""
         size = self.model.config.get_text_config().vocab_size
-        texts = self.tokenizer.batch_decode([[i] for i in range(size)])
-        ends = torch.tensor([any(s in text for s in stop) for text in texts])
+        may_end = torch.tensor([any(s[-1] in plain_text(self.tokenizer, [i]) for s in stop) for i in range(size)])
+        ends = torch.zeros_like(may_end)
         ends[list(self.eos_ids)] = True
-        may_end = torch.tensor([any(s[-1] in text for s in stop) for text in texts]) & ~ends
-        return ends.to(self.model.device), may_end.to(self.model.device)
+        return ends.to(self.model.device), (may_end & ~ends).to(self.model.device)
 
 
-@dataclass(slots=True)
-class _Rows:
-    """The rows in the batch: index into the wave's responses, which still decode, next input token, cache and mask."""
-
-    index: torch.Tensor
-    alive: torch.Tensor
-    token: torch.Tensor
-    cache: Any
-    mask: torch.Tensor | None
-    position: torch.Tensor
-
-    def keep(self, alive: torch.Tensor) -> None:
-        self.index, self.token, self.position = self.index[alive], self.token[alive], self.position[alive]
-        self.alive = self.alive[alive]
-        self.cache.batch_select_indices(alive)
-        self.mask = None if self.mask is None else self.mask[alive]
+def _attention(model: PreTrainedModel) -> str:
+    """PyTorch's own attention for kernels that know no cache; eager where the trainer's is (softcaps, sinks)."""
+    return "eager" if model.config._attn_implementation == "eager" or not model._supports_sdpa else "sdpa"
 
 
 class _Wave:
@@ -122,63 +125,30 @@ class _Wave:
     def run(self) -> Iterator[tuple[int, list[Completion]]]:
         ends, may_end = self.engine._stop_tokens(self.sampling.stop)
         open_rows = [self.n] * len(self.prompts)
-        logits, rows = self._prefill()
+        batch = DecodingBatch(self.engine.model, self.prompts, self.n)
+        index = torch.arange(len(self.tokens), device=self.device)  # of the batch's rows in the wave's
+        alive = torch.ones_like(index, dtype=torch.bool)
         for step in range(self.sampling.max_new_tokens):
-            rows.token, self.logprobs[rows.index, step] = self._choose(logits, rows.index, step)
-            self.tokens[rows.index, step] = rows.token
-            stop = rows.alive & (ends[rows.token] | self._text_stops(may_end[rows.token] & rows.alive, rows, step))
-            self.lengths[rows.index] += rows.alive
-            self.stopped[rows.index] |= stop
-            done = stop if step + 1 < self.sampling.max_new_tokens else rows.alive
-            for row in rows.index[done].tolist():
+            token, self.logprobs[index, step] = self._choose(batch.logits_BV, index, step)
+            self.tokens[index, step] = token
+            stop = alive & (ends[token] | self._text_stops(may_end[token] & alive, index, step))
+            self.lengths[index] += alive
+            self.stopped[index] |= stop
+            done = stop if step + 1 < self.sampling.max_new_tokens else alive
+            for row in index[done].tolist():
                 prompt = row // self.n
                 open_rows[prompt] -= 1
                 if open_rows[prompt] == 0:
                     yield prompt, self._completions(prompt)
-            rows.alive = rows.alive & ~done
-            count = int(rows.alive.sum())
+            alive = alive & ~done
+            count = int(alive.sum())
             if count == 0:
                 return
-            if count < COMPACT_BELOW * len(rows.alive):
-                rows.keep(rows.alive.nonzero().squeeze(1))
-            logits = self._decode(rows)
-
-    def _prefill(self) -> tuple[torch.Tensor, _Rows]:
-        lengths = torch.tensor([len(p) for p in self.prompts], device=self.device)
-        width = int(lengths.max())
-        ids = torch.zeros(len(self.prompts), width, dtype=torch.long, device=self.device)
-        for i, prompt in enumerate(self.prompts):
-            ids[i, width - len(prompt) :] = torch.tensor(list(prompt), device=self.device)
-        ragged = bool((lengths != width).any())
-        mask = (torch.arange(width, device=self.device) >= (width - lengths)[:, None]).long() if ragged else None
-        position = (torch.arange(width, device=self.device) - (width - lengths)[:, None]).clamp(min=0)
-        cache = DynamicCache(config=self.engine.model.config)
-        out = self.engine.model(
-            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1
-        )
-        cache.batch_repeat_interleave(self.n)
-        index = torch.arange(len(self.prompts) * self.n, device=self.device)
-        rows = _Rows(
-            index=index,
-            alive=torch.ones_like(index, dtype=torch.bool),
-            token=index,
-            cache=cache,
-            mask=None if mask is None else mask.repeat_interleave(self.n, 0),
-            position=lengths.repeat_interleave(self.n),
-        )
-        return out.logits[:, -1].repeat_interleave(self.n, 0), rows
-
-    def _decode(self, rows: _Rows) -> torch.Tensor:
-        if rows.mask is not None:
-            rows.mask = torch.cat([rows.mask, rows.mask.new_ones(len(rows.mask), 1)], 1)
-        out = self.engine.model(
-            input_ids=rows.token[:, None],
-            attention_mask=rows.mask,
-            position_ids=rows.position[:, None],
-            past_key_values=rows.cache,
-        )
-        rows.position = rows.position + 1
-        return out.logits[:, -1]
+            if count < COMPACT_BELOW * len(alive):
+                kept = alive.nonzero().squeeze(1)
+                index, token, alive = index[kept], token[kept], alive[kept]
+                batch.keep(kept)
+            batch.step(token)
 
     def _choose(self, logits: torch.Tensor, index: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(next token, its log-prob before any bias), both [rows]."""
@@ -197,14 +167,16 @@ class _Wave:
             token = self.help.force_rest(token, fits, index)
         return token, logp.gather(1, token[:, None]).squeeze(1)
 
-    def _text_stops(self, candidates: torch.Tensor, rows: _Rows, step: int) -> torch.Tensor:
-        """A stop string of several tokens: the tail's text is looked at where a token could complete it."""
+    def _text_stops(self, candidates: torch.Tensor, index: torch.Tensor, step: int) -> torch.Tensor:
+        """Looks at the text where a token could complete a stop string; at all of it, for think blocks, if it did."""
         stops = torch.zeros_like(candidates)
         window = max((len(s.encode()) for s in self.sampling.stop), default=1)  # a token is a byte or more
         for i in candidates.nonzero().squeeze(1).tolist():
-            tail = self.tokens[rows.index[i], max(0, step + 1 - window) : step + 1].tolist()
-            text = self.engine.tokenizer.decode(tail)
-            stops[i] = any(s in text for s in self.sampling.stop)
+            tail = self.tokens[index[i], max(0, step + 1 - window) : step + 1].tolist()
+            text = plain_text(self.engine.tokenizer, tail)
+            if any(s in text for s in self.sampling.stop):
+                text = plain_text(self.engine.tokenizer, self.tokens[index[i], : step + 1].tolist())
+                stops[i] = has_stopped(text, self.sampling.stop, self.sampling.thinking)
         return stops
 
     def _completions(self, prompt: int) -> list[Completion]:
@@ -222,7 +194,7 @@ class _Wave:
             Completion(
                 token_ids=tuple(tokens[:length]),
                 logprobs=tuple(logprobs[:length]),
-                text=str(self.engine.tokenizer.decode(tokens[:length], skip_special_tokens=True)),
+                text=response_text(self.engine.tokenizer, tokens[:length], self.engine.eos_ids, self.sampling.stop),
                 finish_reason="stop" if stopped else "length",
                 help_margin=margin,
                 help_log_odds=log_odds,

@@ -9,12 +9,15 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from gapg.rollout.records import Completion, Sampling
+from gapg.rollout.text import has_stopped, response_text
+from gapg.rollout.vllm_weights import FileLayout, load_weights, skeleton
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -33,7 +36,7 @@ class VLLMEngine:
     rounding of batched matrix products.
 
     Args:
-        model_dir: A folder that transformers' `save_pretrained` wrote; it also names the weights that `sync` expects.
+        model_dir: A folder with a config.json and safetensors files; `sync` sends weights in the layout of these files.
         tokenizer: A folder with the tokenizer, if it is not in `model_dir`.
         dtype: Of weights and activations. On a CPU, "bfloat16" log-probs differ from transformers' by up to 0.5.
         max_model_len: Most tokens of a prompt and its response; by default what the model's config allows.
@@ -69,9 +72,12 @@ class VLLMEngine:
         llm_class, help_processor = _import_vllm()
         if on_cpu:
             _check_head_size(self._model_dir)
+        # before the model, for which vLLM may put classes of its own in place of transformers'
+        self._expected, self._layout = _weight_names(self._model_dir), FileLayout(self._model_dir)
         self._llm: LLM | None = llm_class(
             model=str(self._model_dir),
             tokenizer=None if tokenizer is None else str(tokenizer),
+            tokenizer_mode="hf",  # as the trainer
             dtype=dtype,
             max_model_len=max_model_len,
             gpu_memory_utilization=gpu_memory_utilization,
@@ -90,7 +96,8 @@ class VLLMEngine:
         self._max_model_len = self._llm.llm_engine.model_config.max_model_len
         self._tokenizer = self._llm.get_tokenizer()
         self._stop_ids = _end_tokens(self._model_dir)
-        self._expected = _weight_names(self._model_dir)
+        self._end_ids = {*self._stop_ids, self._tokenizer.eos_token_id}
+        (self._modules,) = self._llm.apply_model(lambda model: {name for name, _ in model.named_modules()})
         self._calls = 0
         self._busy = False
 
@@ -124,13 +131,16 @@ class VLLMEngine:
         try:
             for name, (index, sample) in names.items():
                 params = self._params(sampling, index, sample, index * each + sample)
-                engine.add_request(name, {"prompt_token_ids": list(prompt_token_ids[index])}, params)
+                request = engine.add_request(name, {"prompt_token_ids": list(prompt_token_ids[index])}, params)
+                _stop_outside_thought(engine.output_processor.request_states[request].detokenizer, sampling.thinking)
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if not output.finished:
                         continue
                     index, sample = names.pop(output.request_id)
-                    done[index][sample] = self._completion(output, index * each + sample, HelpTrace.current)
+                    done[index][sample] = self._completion(
+                        output, index * each + sample, HelpTrace.current, sampling.stop
+                    )
                     if len(done[index]) == each:
                         completions = [done[index][i] for i in range(each)]
                         yield index, completions * n if each < n else completions
@@ -144,7 +154,7 @@ class VLLMEngine:
         """See `Engine.sync`. Takes tensors of any dtype and device, whole (not sharded), under transformers' names.
 
         Raises:
-            ValueError: A weight that the model folder holds is missing.
+            ValueError: A weight is missing, or vLLM does not take them.
             RuntimeError: A `generate` of this engine is not finished.
         """
         llm = self._open()
@@ -154,10 +164,19 @@ class VLLMEngine:
                 f"{len(missing)} weights are missing from the state dict, such as {min(missing)!r} "
                 f"(it has {next(iter(state_dict), None)!r}): pass the plain model's state_dict(), without wrappers"
             )
-        # The whole state dict, tied weights included: vLLM keeps a packed copy of the head on CPUs, which
-        # named_parameters() would leave stale when embeddings are tied.
-        weights = [(name, tensor.detach()) for name, tensor in state_dict.items()]
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        # A tied head too, though no file has it: vLLM keeps a packed copy of it on CPUs, if it has a head of its own.
+        weights = {
+            name: tensor
+            for name, tensor in self._layout(state_dict).items()
+            if name in self._layout.names or name.rpartition(".")[0] in self._modules
+        }
+        try:
+            llm.apply_model(partial(load_weights, weights, llm.llm_engine.vllm_config))
+        except Exception as error:  # each of vLLM's models fails in its own way
+            raise ValueError(
+                f"vLLM does not take new weights for this model ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}): choose the transformers engine"
+            ) from error
         # Cached prompt blocks hold keys and values of the old weights.
         if not llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: responses are still being generated")
@@ -223,7 +242,7 @@ class VLLMEngine:
             extra_args=None if sampling.help is None else {ARGUMENT: row},
         )
 
-    def _completion(self, output: Any, row: int, trace: Any) -> Completion:
+    def _completion(self, output: Any, row: int, trace: Any, stop: tuple[str, ...]) -> Completion:
         (one,) = output.outputs
         token_ids = tuple(one.token_ids)
         logprobs = tuple(at[token].logprob for at, token in zip(one.logprobs, token_ids, strict=True))
@@ -233,9 +252,20 @@ class VLLMEngine:
         if one.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a response with {one.finish_reason!r}")
         # Decoded here: vLLM's own text ends at the stop string even where the last token goes on.
-        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        text = response_text(self._tokenizer, token_ids, self._end_ids, stop)
         reason: Literal["stop", "length"] = "stop" if one.finish_reason == "stop" else "length"
         return Completion(token_ids, logprobs, text, reason, margin, log_odds)
+
+
+def _stop_outside_thought(detokenizer: Any, thinking: bool) -> None:
+    """Makes a request go on where vLLM found a stop string in a think block: it would stop at one anywhere."""
+    update = detokenizer.update
+
+    def found(*new: Any) -> str | None:
+        stop: str | None = update(*new)
+        return stop if stop is None or has_stopped(detokenizer.output_text, [stop], thinking) else None
+
+    detokenizer.update = found
 
 
 def _prepare_environment(on_cpu: bool, cpu_cache_gib: int) -> None:
@@ -290,12 +320,5 @@ def _end_tokens(model_dir: Path) -> list[int]:
 
 
 def _weight_names(model_dir: Path) -> set[str]:
-    """The names in the folder's safetensors files, and a tied head's, which is saved once but must be sent twice."""
-    from safetensors import safe_open
-
-    tied = json.loads((model_dir / "config.json").read_text()).get("tie_word_embeddings", False)
-    names = {"lm_head.weight"} if tied else set()
-    for path in model_dir.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            names.update(file.keys())
-    return names
+    """The names of transformers' own model, tied weights included: a tied head is saved once but must be sent twice."""
+    return set(skeleton(model_dir).state_dict())

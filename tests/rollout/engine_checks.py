@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg.rollout.records import Completion, Sampling
 from gapg.rollout.transformers_engine import TransformersEngine
@@ -21,6 +21,25 @@ def generate(
     assert sorted(i for i, _ in found) == list(range(len(prompts)))
     assert all(len(completions) == n for _, completions in found)
     return [completions for _, completions in sorted(found, key=lambda pair: pair[0])]
+
+
+def check_stops_outside_thought(
+    tokenizer: PreTrainedTokenizerBase, found: Sequence[Completion], end_ids: set[int], stop: str, thinking: bool
+) -> None:
+    """Each response of word tokens ends at the first stop or end token outside a think block, and at no other."""
+    kinds = Counter[str]()
+    for completion in found:
+        said = [tokenizer.convert_ids_to_tokens(i) for i in completion.token_ids]
+        awake, ends = not thinking, []
+        for i, (token, word) in enumerate(zip(completion.token_ids, said, strict=True)):
+            awake = word == "</think>" or (awake and word != "<think>")
+            if token in end_ids or (word == stop and awake):
+                ends.append(i)
+            kinds["passed over"] += word == stop and not awake
+        assert ends in ([], [len(said) - 1])
+        assert completion.finish_reason == ("stop" if ends else "length")
+        kinds["stopped"] += bool(ends) and said[-1] == stop
+    assert kinds["passed over"] >= 8 and kinds["stopped"] >= 8, kinds
 
 
 def next_token(model: PreTrainedModel, ids: Sequence[Sequence[int]], temperature: float = 1.0) -> torch.Tensor:

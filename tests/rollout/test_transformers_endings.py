@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from engine_checks import generate
+from engine_checks import check_stops_outside_thought, generate
 from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers.models import BPE, WordLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -65,6 +65,17 @@ def test_one_token_stops(make_model: MakeModel, tokenizer: PreTrainedTokenizerBa
     assert not any(ends & set(c.token_ids[:-1]) for c in found)
     helped = [c for c in ended if c.token_ids[-1] == tokenizer.convert_tokens_to_ids(HELP_PHRASE)]
     assert all(c.text.endswith(HELP_PHRASE) for c in helped)
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_stop_inside_a_think_block_does_not_count(make_model: MakeModel, thinking: bool) -> None:
+    """A reasoning model may try out an answer there; `thinking`: the prompt has opened the block."""
+    words = ["<pad>", "<eos>", "<think>", "</think>", "</answer>", *(f"w{i}" for i in range(5, 12))]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    words_only = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>")
+    engine = TransformersEngine(make_model(seed=3, vocab_size=len(words), eos_token_id=1), words_only)
+    found = generate(engine, [[5, 6], [7]], 90, max_new_tokens=30, stop=("</answer>",), thinking=thinking)
+    check_stops_outside_thought(words_only, [c for cs in found for c in cs], {1}, "</answer>", thinking)
 
 
 CORPUS = [
@@ -145,3 +156,22 @@ def test_a_long_stop_string_spelt_out_in_bytes(make_model: MakeModel, prompts: l
     control = HelpControl((HelpSpelling(spelt[0], (), tuple(spelt[1:])),), bias=1e4)
     ((completion,),) = generate(engine, prompts[:1], max_new_tokens=len(spelt), stop=(stop,), help=control)
     assert (completion.text, completion.finish_reason) == (f"I say: {stop}", "stop")
+
+
+@pytest.mark.parametrize("roles", [{}, {"eos_token": "</answer>"}, {"pad_token": "</answer>"}])
+def test_tags_that_are_special_tokens_stay_in_the_text(
+    make_model: MakeModel, prompts: list[list[int]], roles: dict[str, str]
+) -> None:
+    """What is judged is the text, whichever tokens the tokenizer calls special; one may be the end token itself."""
+    inner = Tokenizer(BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tags = ["<answer>", "</answer>", "<unknown>", "</unknown>"]
+    names = {"eos_token": "<eos>", "pad_token": "<pad>", **roles}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, additional_special_tokens=tags, **names)
+    text = "<answer> 3 </answer>"
+    spelt = tokenizer(text)["input_ids"]
+    engine = TransformersEngine(make_model(vocab_size=len(tokenizer), eos_token_id=None), tokenizer)
+    control = HelpControl((HelpSpelling(spelt[0], (), tuple(spelt[1:])),), bias=1e4)
+    ((completion,),) = generate(engine, prompts[:1], max_new_tokens=len(spelt) + 3, stop=STOP, help=control)
+    assert completion.token_ids == tuple(spelt)
+    assert (completion.text, completion.finish_reason) == (text, "stop")

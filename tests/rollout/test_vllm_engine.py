@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_checks import check_stops_outside_thought
 
 from gapg.rollout.records import Completion, Engine, HelpControl, HelpSpelling, Sampling
 
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.vllm
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 VOCABULARY = 130
 EOS = 1
+TAGS = {120: "<think>", 121: "</think>", 122: "</answer>"}
 LONG = tuple(2 + (7 * i) % 100 for i in range(300))  # more than two 128-token blocks of the cache
 PROMPTS = [(5, 9, 12), (40, 41), (77, 3, 3, 8, 20), LONG]
 
@@ -30,7 +32,7 @@ def save_model(folder: Path, *, tied: bool = False, seed: int = 0, head_dim: int
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    words = {"<pad>": 0, "<eos>": EOS} | {f"w{i}": i for i in range(2, VOCABULARY)}
+    words = {"<pad>": 0, "<eos>": EOS} | {TAGS.get(i, f"w{i}"): i for i in range(2, VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
@@ -171,6 +173,13 @@ def test_a_stop_string_of_two_tokens_ends_the_response_and_stays_in_it(engine: A
     assert hits > 0
 
 
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_stop_inside_a_think_block_does_not_count(engine: Any, thinking: bool) -> None:
+    sampling = Sampling(60, stop=("</answer>",), seed=5, thinking=thinking)
+    found = [c for cs in generate(engine, PROMPTS[:3], 150, sampling) for c in cs]
+    check_stops_outside_thought(engine._tokenizer, found, {EOS, 4}, "</answer>", thinking)
+
+
 def test_the_seed_decides_and_the_batch_does_not(engine: Any) -> None:
     sampling = Sampling(20, seed=11)
     all_at_once = generate(engine, PROMPTS, 6, sampling)
@@ -221,6 +230,38 @@ def test_after_a_sync_the_engine_is_like_a_fresh_one(
         engine.close()
         with pytest.raises(RuntimeError, match="was closed"):
             next(engine.generate(PROMPTS, 1, sampling))
+
+
+def save_variant(folder: Path, kind: str, seed: int, **settings: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    save_model(folder)
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        kind, vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=512, initializer_range=0.2, bos_token_id=None,
+        eos_token_id=EOS, pad_token_id=0, **settings,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def test_a_tied_head_that_vllm_does_not_have_is_not_sent(start: Callable[[Path], Any], tmp_path: Path) -> None:
+    """Its Gemma multiplies by the embeddings themselves."""
+    model = save_variant(tmp_path, "gemma2", 0, tie_word_embeddings=True)
+    other = save_variant(tmp_path / "other", "gemma2", 1, tie_word_embeddings=True)
+    engine = start(tmp_path)
+    assert_logprobs(engine, model)
+    engine.sync(other.state_dict())
+    assert_logprobs(engine, other)
+
+
+def assert_logprobs(engine: Any, model: Any) -> None:
+    for prompt, (c,) in zip(PROMPTS[:3], generate(engine, PROMPTS[:3], 1, Sampling(20, seed=3)), strict=True):
+        torch.testing.assert_close(
+            torch.tensor(c.logprobs), reference_logprobs(model, prompt, c, 1.0), rtol=0, atol=1e-4
+        )
 
 
 def test_the_process_groups_outlive_an_engine(engine: Any) -> None:
