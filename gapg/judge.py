@@ -14,9 +14,13 @@ from enum import Enum
 from typing import Literal
 
 from gapg.rollout.records import Completion, Oracle, OracleAnswer
+from gapg.rollout.text import spoken
 from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_CLOSE, HELP_OPEN, HELP_PHRASE, Prompt, Task, Verdict
 
+# A tokenizer whose tags are special tokens may put one blank more after them.
+_PHRASE = re.compile(" +".join(map(re.escape, HELP_PHRASE.split())))
 _WORD = re.compile(r"\w")
+_SPECIAL_TOKEN = re.compile(r"<(?!/?(?:answer|unknown)>)[^<>\s]{1,64}>|\[[/|]?[A-Za-z_]{1,64}\|?\]")
 
 
 class Outcome(Enum):
@@ -42,27 +46,33 @@ class Parsed:
     well_formed: bool = False
 
 
-def parse(text: str) -> Parsed:
-    """How a response ends. Only a terminal ending counts.
+def parse(text: str, thinking: bool = False) -> Parsed:
+    """How a response ends. Only a terminal ending counts, and nothing that is said inside a think block does.
 
-    After it, punctuation and blanks are tolerated: a token may hold the end of a stop tag and what follows (`>.`).
-    Linear in the text, whatever is in it.
+    text: the response with its special tokens. thinking: its prompt opened a think block (see `spoken`). A response
+    that is still inside one at its end has no ending.
+
+    After the ending, punctuation, blanks and special tokens are tolerated: a token may hold the end of a stop tag and
+    what follows (`>.`). Linear in the text, whatever is in it.
     """
-    close = text.rfind(ANSWER_CLOSE)
-    open_ = text.rfind(ANSWER_OPEN, 0, close) if close >= 0 else -1
-    phrase = text.rfind(HELP_PHRASE)
+    said = spoken(text, thinking)
+    if said is None:
+        return Parsed("none")
+    close = said.rfind(ANSWER_CLOSE)
+    open_ = said.rfind(ANSWER_OPEN, 0, close) if close >= 0 else -1
+    phrase = max((found.end() for found in _PHRASE.finditer(said)), default=-1)
     if open_ >= 0 and phrase >= 0:
         return Parsed("both")
-    tags = tuple(text.count(tag) for tag in (ANSWER_OPEN, ANSWER_CLOSE, HELP_OPEN, HELP_CLOSE))
-    if open_ >= 0 and _ends(text, close + len(ANSWER_CLOSE)):
-        return Parsed("answer", text[open_ + len(ANSWER_OPEN) : close].strip(), tags == (1, 1, 0, 0))
-    if phrase >= 0 and _ends(text, phrase + len(HELP_PHRASE)):
+    tags = tuple(said.count(tag) for tag in (ANSWER_OPEN, ANSWER_CLOSE, HELP_OPEN, HELP_CLOSE))
+    if open_ >= 0 and _ends(said, close + len(ANSWER_CLOSE)):
+        return Parsed("answer", said[open_ + len(ANSWER_OPEN) : close].strip(), tags == (1, 1, 0, 0))
+    if phrase >= 0 and _ends(said, phrase):
         return Parsed("help", None, tags == (0, 0, 1, 1))
     return Parsed("none")
 
 
 def _ends(text: str, at: int) -> bool:
-    return _WORD.search(text, at) is None
+    return _WORD.search(_SPECIAL_TOKEN.sub("", text[at:])) is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +84,7 @@ class Group:
     oracle_answers: what the oracle replied, for the record; empty when it was not asked.
     unknown: the group needed the oracle and did not get it; it belongs in no batch and has no rewards.
     limits: answers on which the verifier hit its limits. both_endings: responses with an answer and the phrase.
+    thinking: the prompt opened a think block, which the responses have to close.
     """
 
     prompt: Prompt
@@ -85,6 +96,7 @@ class Group:
     unknown: bool = False
     limits: int = 0
     both_endings: int = 0
+    thinking: bool = False
 
     @property
     def oracle_asked(self) -> bool:
@@ -128,21 +140,29 @@ class Judge:
 
     The oracle is asked when any response calls, when no response is right (the prompt filter must know whether the
     cloud is; `ask_unsolved=False` where there is no filter), and otherwise only with `ask_always`.
+    thinking: the task's prompts open a think block (`gapg.endings.opens_think`).
     """
 
-    def __init__(self, task: Task, oracle: Oracle, ask_always: bool = False, ask_unsolved: bool = True) -> None:
+    def __init__(
+        self,
+        task: Task,
+        oracle: Oracle,
+        ask_always: bool = False,
+        ask_unsolved: bool = True,
+        thinking: bool = False,
+    ) -> None:
         self.task, self.oracle = task, oracle
-        self.ask_always, self.ask_unsolved = ask_always, ask_unsolved
+        self.ask_always, self.ask_unsolved, self.thinking = ask_always, ask_unsolved, thinking
 
     def submit(self, prompt: Prompt, completions: Sequence[Completion]) -> PendingGroup:
         """Parses and verifies at once and sends the question if there is one, so that the cloud works meanwhile."""
-        parsed = [parse(c.text) for c in completions]
+        parsed = [parse(c.text, self.thinking) for c in completions]
         answers = [p.answer for p in parsed if p.answer is not None]
         verdicts = iter(self.task.verify(prompt, answers) if answers else [])
         local = [next(verdicts) if p.answer is not None else None for p in parsed]
         needed = any(p.kind == "help" for p in parsed) or (self.ask_unsolved and Verdict.CORRECT not in local)
         asked = self.oracle.ask(self.task.question(prompt)) if needed or self.ask_always else None
-        return PendingGroup(self.task, prompt, tuple(completions), parsed, local, needed, asked)
+        return PendingGroup(self.task, prompt, tuple(completions), parsed, local, needed, asked, self.thinking)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +176,7 @@ class PendingGroup:
     local: list[Verdict | None]
     needed: bool
     asked: Future[list[OracleAnswer]] | None
+    thinking: bool = False
 
     def done(self) -> bool:
         """Whether `result` returns without waiting for the oracle."""
@@ -175,6 +196,7 @@ class PendingGroup:
             unknown=self.needed and score is None,
             limits=self.local.count(Verdict.LIMIT),
             both_endings=sum(p.kind == "both" for p in self.parsed),
+            thinking=self.thinking,
         )
 
 
@@ -182,22 +204,23 @@ def oracle_score(task: Task, prompt: Prompt, replies: Sequence[OracleAnswer]) ->
     """Mean correctness of the cloud's replies; None when none came.
 
     A reply with an answer block is judged by what is inside the last one, any other as a whole (a cloud model may box
-    its result instead): that an ending must be terminal is a rule for the policy, not for the cloud. When some of k
-    samples failed, the mean is over those that came: it stays unbiased, and dropping the group would throw away paid
-    answers.
+    its result instead), its think blocks aside: that an ending must be terminal is a rule for the policy, not for the
+    cloud. When some of k samples failed, the mean is over those that came: it stays unbiased, and dropping the group
+    would throw away paid answers.
     """
     texts = [reply.text for reply in replies if reply.text is not None]
     if not texts:
         return None
-    inside = [_last_block(text) for text in texts]
-    verdicts = task.verify(prompt, [text if a is None else a for text, a in zip(texts, inside, strict=True)])
+    verdicts = task.verify(prompt, [_result(text) for text in texts])
     return sum(v is Verdict.CORRECT for v in verdicts) / len(texts)
 
 
-def _last_block(text: str) -> str | None:
-    close = text.rfind(ANSWER_CLOSE)
-    start = text.rfind(ANSWER_OPEN, 0, close) if close >= 0 else -1
-    return text[start + len(ANSWER_OPEN) : close].strip() if start >= 0 else None
+def _result(reply: str) -> str:
+    """What of a cloud's reply is judged; nothing of one that ends while it reasons."""
+    said = spoken(reply) or ""
+    close = said.rfind(ANSWER_CLOSE)
+    start = said.rfind(ANSWER_OPEN, 0, close) if close >= 0 else -1
+    return said[start + len(ANSWER_OPEN) : close].strip() if start >= 0 else said
 
 
 def _outcome(parsed: Parsed, verdict: Verdict | None, score: float | None) -> Outcome:

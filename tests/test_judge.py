@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from gapg.judge import Group, Judge, Outcome, Parsed, parse, rewards
 from gapg.rollout.oracle_solver import SolverOracle
 from gapg.rollout.records import Completion, OracleAnswer, OracleUsage
+from gapg.rollout.text import THINK
 from gapg.tasks.base import HELP_PHRASE
 from gapg.tasks.countdown import Countdown
 
@@ -55,6 +56,9 @@ def solver(accuracy):
     return SolverOracle(TASK.solve, accuracy=accuracy, wrong=BAD)
 
 
+ANSWER_2 = Parsed("answer", "2", True)
+
+
 def judged(texts, oracle, **options) -> Group:
     completions = [Completion((1,), (-0.1,), text, "stop") for text in texts]
     return Judge(TASK, oracle, **options).submit(PROMPT, completions).result()
@@ -83,6 +87,12 @@ def judged(texts, oracle, **options) -> Group:
         ("<answer> 2", Parsed("none")),
         ("2 </answer>", Parsed("none")),
         ("</answer> 2 <answer>", Parsed("none")),
+        ("<answer> 2 </answer> <answer>", Parsed("none")),
+        ("<answer> 2 </answer> <unknown>", Parsed("none")),
+        # the blank that some tokenizers put after a special token
+        ("<unknown>  I need external assistance  </unknown>", Parsed("help", None, True)),
+        ("<unknown>\nI need external assistance </unknown>", Parsed("none")),
+        ("<unknown>I need external assistance</unknown>", Parsed("none")),
         ("", Parsed("none")),
     ],
 )
@@ -104,9 +114,97 @@ def test_parse_invariants(parts):
         assert HELP_PHRASE not in text and text.rstrip().endswith("</answer>")
 
 
+ANGLED = [
+    "</s>",
+    "<eos>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>\n",
+    "<｜end▁of▁sentence｜>",
+    "<turn|>",
+    "<seed:eos>",
+]
+OTHERS = ["[SEP]", "[PAD]", "[/INST]", "[|endofturn|]", "<reserved_102>", "<|im_end|>\n<|endoftext|>", ".</s>"]
+
+
+@pytest.mark.parametrize("token", [*ANGLED, *OTHERS])
+def test_special_tokens_after_an_ending_say_nothing(token):
+    assert parse(f"<answer> 2 </answer>{token}") == ANSWER_2
+    assert parse(f"{HELP_PHRASE}{token}") == Parsed("help", None, True)
+    assert parse(f"<answer> 2 </answer>{token} or 3").kind == parse(f"{HELP_PHRASE} or{token}").kind == "none"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think> 1 + 1 </think> <answer> 2 </answer>", ANSWER_2),
+        ("<think> <answer> 3 </answer> no </think> <answer> 2 </answer>", ANSWER_2),
+        (f"<think> {HELP_PHRASE} ? </think> <answer> 2 </answer>", ANSWER_2),
+        (f"<think> <answer> 3 </answer> </think> {HELP_PHRASE}", Parsed("help", None, True)),
+        ("<think> a </think> <answer> 2 </answer> <think> sure? </think>", ANSWER_2),
+        ("<answer> 1 </answer> <think> no </think> <answer> 2 </answer>", Parsed("answer", "2", False)),
+        (f"<answer> 2 </answer> <think> no </think> {HELP_PHRASE}", Parsed("both")),
+        ("<think> <answer> 2 </answer>", Parsed("none")),
+        (f"<think> {HELP_PHRASE}", Parsed("none")),
+        ("<answer> 2 </answer> <think> or", Parsed("none")),
+        ("<think> <answer> 2 </answer> </think>", Parsed("none")),
+        ("<think> <answer> 2 </answer> </think> so 2", Parsed("none")),
+        # the prompt opened the block
+        ("<answer> 3 </answer> no </think> <answer> 2 </answer>", ANSWER_2),
+        ("<answer> 2 </answer> </think>", Parsed("none")),
+        ("<answer> 3 </answer> <think> a </think> b </think> <answer> 2 </answer>", ANSWER_2),
+        # halves of a tag are no tag
+        ("<ans<think> x </think>wer> 2 </answer>", Parsed("none")),
+        ("<unknown> I need<think> x </think> external assistance </unknown>", Parsed("none")),
+        # another kind of block is text
+        ("<think> [/THINK] <answer> 2 </answer>", Parsed("none")),
+        ("<think> [THINK] </think> <answer> 2 </answer>", ANSWER_2),
+    ],
+)
+def test_nothing_inside_a_think_block_counts(text, expected):
+    assert parse(text) == expected
+
+
+@pytest.mark.parametrize(("opened", "closed"), THINK)
+def test_every_kind_of_think_block(opened, closed):
+    draft = f"<answer> 3 </answer> {HELP_PHRASE}"
+    assert parse(f"{opened} {draft} {closed} <answer> 2 </answer>") == ANSWER_2
+    assert parse(f"{draft} {closed} <answer> 2 </answer>") == ANSWER_2
+    assert parse(f"{opened} <answer> 2 </answer>") == Parsed("none")
+
+
+def test_a_response_to_a_prompt_that_opens_a_block_has_to_close_it():
+    assert parse("<answer> 2 </answer>", thinking=True) == parse(HELP_PHRASE, thinking=True) == Parsed("none")
+    assert parse("<think> <answer> 2 </answer>", thinking=True) == Parsed("none")
+    for text in ("so </think> <answer> 2 </answer>", "<think> so </think> <answer> 2 </answer>"):
+        assert parse(text, thinking=True) == ANSWER_2
+    opened = judged([GOLD, f"{BAD} </think> {GOLD}", CALL, f"</think> {CALL}"], solver(1.0), thinking=True)
+    assert list(opened.outcomes) == [WRONG, RIGHT, WRONG, CALLED]
+    assert opened.thinking
+    assert list(judged([GOLD], solver(1.0)).outcomes) == [RIGHT]
+
+
+pieces = st.lists(st.sampled_from(["<answer>", "</answer>", HELP_PHRASE, "7", "</s>"]), max_size=6).map(" ".join)
+
+
+@given(pieces, pieces, pieces)
+def test_think_blocks_change_nothing_outside(before, thought, after):
+    whole = parse(f"{before}\n{after}")
+    assert parse(f"{before}<think>{thought}</think>{after}") == whole
+    assert parse(f"{thought}</think>{before}\n{after}") == whole
+    assert parse(f"{thought}</think>{before}\n{after}", thinking=True) == whole
+    assert parse(f"{before}<think>{thought}").kind == parse(thought, thinking=True).kind == "none"
+
+
 def test_parse_is_linear():
     assert parse("<answer>" * 200_000).kind == "none"
     assert parse(("<answer>" * 100_000) + "</answer>" + "." * 200_000).kind == "answer"
+    assert parse("<think>" * 200_000).kind == "none"
+    assert parse("<think></think>" * 100_000 + GOLD).kind == "answer"
+    assert parse("</think><answer>" * 100_000).kind == "none"
+    for part in ("<", "[", "<|", "[[a", "<" + "a" * 63, "<unknown>" + " " * 50, "<unknown> I need"):
+        assert parse(GOLD + part * 100_000).kind in ("answer", "none")
+    assert parse("<unknown>" + " " * 1_000_000 + "I").kind == "none"
 
 
 @pytest.mark.parametrize(
@@ -207,6 +305,13 @@ class TestStochasticOracle:
         assert judged([CALL], ScriptedOracle(PROMPT.answer)).oracle_score == 1.0
         assert judged([CALL], ScriptedOracle(f"{BAD} No: {GOLD}")).oracle_score == 1.0
         assert judged([CALL], ScriptedOracle("I do not know")).oracle_score == 0.0
+
+    def test_what_a_reply_only_thinks_is_not_judged(self):
+        def score(reply):
+            return judged([CALL], ScriptedOracle(reply)).oracle_score
+
+        assert score(f"<think> {BAD} ? </think> {PROMPT.answer}") == score(f"{BAD} </think> {GOLD}") == 1.0
+        assert score(f"<think> {GOLD} ? </think> 1 + 1") == score(f"<think> {GOLD} but") == 0.0
 
 
 def test_judging_does_not_wait_for_the_cloud():

@@ -5,7 +5,6 @@ GAPG and the task-tuned baseline start from the same warm start and train side b
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import sys
@@ -24,7 +23,7 @@ from gapg.seeding import derive
 from gapg.studies.pool import end_with_parent
 from gapg.studies.routers import at_random, by_logprob, logprob_threshold, offload
 from gapg.tasks.base import STOP
-from gapg.tracking import read_jsonl, say, write_whole
+from gapg.tracking import read_jsonl, say, to_json, write_whole
 from gapg.train import train
 from gapg.use.calibrate import fit_bias, help_control, masked
 from gapg.use.evaluate import Result, mcnemar, prediction, respond
@@ -126,15 +125,16 @@ def assess(run: Run, name: str, temperature: float, control: HelpControl) -> lis
         stop=STOP,
         seed=derive(run.config.seed, "assess", name),
         help=control,
+        thinking=run.judge.thinking,
     )
     # its own oracle, so that the run's totals stay those of training
     oracle = make_oracle(run.config, run.task, run.folder)
-    judge = Judge(run.task, oracle, ask_always=True)
+    judge = Judge(run.task, oracle, ask_always=True, thinking=run.judge.thinking)
     groups = respond(run.engine, run.task, run.tokenizer, judge, prompts, sampling, title=f"evaluate {name}")
     oracle.close()
     rows = [prediction(g, run.config.reward) for g in groups]
     path.parent.mkdir(exist_ok=True)
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(path, "".join(to_json(row) + "\n" for row in rows))
     return rows
 
 
@@ -210,7 +210,7 @@ def finish(run: Run, baseline: multiprocessing.process.BaseProcess) -> dict[str,
     folder = run.folder
     check_alive(baseline, folder)
     summary = compare(run.config, bias) | {"training_oracle_usage": asdict(run.oracle.usage)}
-    write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_whole(folder / "summary.json", to_json(summary, indent=1) + "\n")
     plot_run(folder, summary, folder / "summary.png")
     print_table(summary["rows"], summary["cloud_fraction"])
     say(f"{folder}/summary.png  {folder}/summary.json  {folder}/predictions/")

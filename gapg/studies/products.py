@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gapg.endings import opens_think
 from gapg.judge import Judge
 from gapg.parts import fitting_prompts, make_oracle
 from gapg.rollout.records import HelpControl, Oracle, Sampling
@@ -15,7 +15,7 @@ from gapg.seeding import derive
 from gapg.studies.study import product_path
 from gapg.tasks import find_object
 from gapg.tasks.base import STOP, Prompt, Task
-from gapg.tracking import read_jsonl, warn, write_whole
+from gapg.tracking import read_jsonl, to_json, warn, write_whole
 from gapg.use.calibrate import help_control, masked
 from gapg.use.evaluate import prediction, respond
 
@@ -35,7 +35,7 @@ def make_product(run: Run, name: str) -> int:
         make: Callable[[Run], Rows] = PRODUCTS[name] if name in PRODUCTS else find_object(name, "product")
         rows = make(run)
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(path, "".join(to_json(row) + "\n" for row in rows))
     if unknown := _unknown(rows):
         warn(f"{path}: the oracle failed on {unknown} of {len(rows)} rows; the same command asks again")
     return unknown
@@ -77,11 +77,12 @@ def decode(
         stop=STOP,
         seed=derive(run.config.seed, "product", name),
         help=control,
+        thinking=opens_think(task, run.tokenizer),
     )
     # its own oracle, so that the run's totals stay those of training
     asked = oracle or make_oracle(run.config, task, run.folder)
     try:
-        judge = Judge(task, asked, ask_always=True)
+        judge = Judge(task, asked, ask_always=True, thinking=sampling.thinking)
         groups = respond(run.engine, task, run.tokenizer, judge, prompts, sampling, title=name)
     finally:
         if oracle is None:

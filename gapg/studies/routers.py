@@ -73,7 +73,7 @@ def self_consistency(rows: Predictions) -> tuple[FloatArray, FloatArray]:
 
 
 def _vote(of_problem: Predictions) -> tuple[float, bool]:
-    answers = [parse(row["response"]).answer for row in of_problem]
+    answers = [parse(row["response"], row.get("thinking", False)).answer for row in of_problem]
     texts = [None if answer is None else " ".join(answer.split()) for answer in answers]
     counts = Counter(text for text in texts if text is not None)
     if not counts:

@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gapg.config import ConfigError
+from gapg.judge import parse
 from gapg.rollout.records import HelpControl, HelpSpelling
+from gapg.rollout.text import plain_text
 from gapg.tasks.base import ANSWER_OPEN, HELP_PHRASE
-from gapg.tracking import write_whole
+from gapg.tracking import to_json, write_whole
 
 FILE = "help_calibration.json"
 """Beside a model's weights."""
@@ -55,7 +57,7 @@ def help_control(tokenizer: PreTrainedTokenizerBase) -> HelpControl:
         # a token that only holds what stood before is no part of the phrase; one that joins both is
         start = min(split, _shared(phrase, encode(before)))
         # a word tokenizer may have swallowed a part of the phrase with what stood before
-        if split < len(phrase) and HELP_PHRASE in str(tokenizer.decode(phrase[start:])):
+        if split < len(phrase) and parse(plain_text(tokenizer, phrase[start:])).kind == "help":
             found.append(HelpSpelling(phrase[split], tuple(phrase[start:split]), tuple(phrase[split + 1 :])))
     if not found:
         raise ConfigError("the tokenizer encodes the help phrase as a part of the answer tag: it cannot be calibrated")
@@ -218,7 +220,7 @@ def save_calibration(model_folder: Path, entry: Calibration) -> Path:
             key = (entry.temperature, entry.cloud_fraction)
             kept = [e for e in load_calibration(model_folder) if (e.temperature, e.cloud_fraction) != key]
             entries = sorted([*kept, entry], key=lambda e: (e.temperature, e.cloud_fraction))
-            write_whole(path, json.dumps([asdict(e) for e in entries], indent=1) + "\n")
+            write_whole(path, to_json([asdict(e) for e in entries], indent=1) + "\n")
         finally:
             os.close(folder)
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -16,12 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from gapg.config import ConfigError, RunConfig
+from gapg.endings import opens_think
 from gapg.judge import oracle_score, parse
 from gapg.parts import fitting_prompts, make_oracle
 from gapg.rollout.records import Completion, Engine, Oracle, Sampling
 from gapg.seeding import derive
 from gapg.tasks.base import STOP, Prompt, Task, Verdict
-from gapg.tracking import Display, say, warn, write_whole
+from gapg.tracking import Display, say, to_json, warn, write_whole
 from gapg.use.calibrate import LIMIT, Calibration, MaskedPass, help_control, masked, save_calibration
 from gapg.use.evaluate_command import Target, open_target
 from gapg.use.report import BLUE, GREEN, GREY
@@ -70,6 +70,7 @@ def calibrate_command(
                 STOP,
                 derive(config.seed, "calibrate", "pass"),
                 masked(control),
+                opens_think(target.task, target.tokenizer),
             )
             decoded, rows = masked_pass(engine, target, prompts, sampling, oracle)
         finally:
@@ -77,7 +78,7 @@ def calibrate_command(
     finally:
         if oracle is not None:
             oracle.close()
-    write_whole(folder / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(folder / "predictions.jsonl", "".join(to_json(row) + "\n" for row in rows))
     try:
         bias = decoded.fit(fraction)
     except ValueError as error:
@@ -106,8 +107,8 @@ def check(wanted: Wanted) -> None:
     c = wanted.cloud_fraction
     if c is not None and not 0 < c < 1:
         raise ConfigError(f"--cloud-fraction {c:g}: must be above 0 and below 1, such as 0.2 for 20% of the problems")
-    if not 0 <= wanted.temperature < math.inf:
-        raise ConfigError(f"--temperature {wanted.temperature:g}: must be 0 (greedy) or above")
+    if wanted.temperature != 0 and not 0.01 <= wanted.temperature < math.inf:
+        raise ConfigError(f"--temperature {wanted.temperature:g}: must be 0 (greedy), or 0.01 or above")
 
 
 def check_enough(fraction: float, n: int) -> None:
@@ -143,7 +144,8 @@ def masked_pass(
     rows = []
     for i, prompt in enumerate(prompts):
         replies = tuple(asked[i].result()) if oracle is not None else ()
-        rows.append(_row(target.task, prompt, done[i]) | {"oracle_score": oracle_score(target.task, prompt, replies)})
+        row = _row(target.task, prompt, done[i], sampling.thinking)
+        rows.append(row | {"oracle_score": oracle_score(target.task, prompt, replies)})
     unsteered = sum(row["called_anyway"] for row in rows)
     if unsteered:
         warn(f"{unsteered} responses wrote the help phrase in other tokens than it is steered in; they call always")
@@ -159,8 +161,8 @@ def masked_pass(
     return decoded, rows
 
 
-def _row(task: Task, prompt: Prompt, completion: Completion) -> dict[str, Any]:
-    parsed = parse(completion.text)
+def _row(task: Task, prompt: Prompt, completion: Completion, thinking: bool) -> dict[str, Any]:
+    parsed = parse(completion.text, thinking)
     margin = completion.help_margin
     right = parsed.answer is not None and task.verify(prompt, [parsed.answer]) == [Verdict.CORRECT]
     return {
@@ -168,6 +170,7 @@ def _row(task: Task, prompt: Prompt, completion: Completion) -> dict[str, Any]:
         "problem": prompt.text,
         "gold": prompt.answer,
         "response": completion.text,
+        "thinking": thinking,
         "local_correct": right,
         "called_anyway": parsed.kind == "help",
         "help_margin": margin if margin is not None and math.isfinite(margin) else None,
@@ -212,7 +215,7 @@ def report(decoded: MaskedPass, entry: Calibration, folder: Path, config: RunCon
         warn(f"only {decoded.reachable:.1%} of the responses come to where the phrase could begin: no bias calls more")
     summary = {"chosen": chosen, "rows": rows, "temperature": entry.temperature, "calibrated_on": entry.calibrated_on}
     summary |= {"interval": entry.interval, "new": entry.new, "oracle": config.oracle.kind}
-    write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_whole(folder / "summary.json", to_json(summary, indent=1) + "\n")
     plot(decoded, entry, f"{how}; calibration set: {entry.calibrated_on}", folder / "curve.png")
 
 

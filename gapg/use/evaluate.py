@@ -107,7 +107,7 @@ def answer_logprobs(completion: Completion) -> tuple[float, float] | None:
     one, which is at most that.
     """
     odds = completion.help_log_odds
-    if odds is None:
+    if odds is None or not completion.logprobs:
         return None
     gains = [max(x, 0.0) + math.log1p(math.exp(-abs(x))) for x in odds]
     n = len(completion.logprobs)
@@ -125,10 +125,11 @@ def prediction(group: Group, reward: RewardConfig) -> dict[str, Any]:
         "problem": group.prompt.text,
         "gold": group.prompt.answer,
         "response": completion.text,
+        "thinking": group.thinking,
         "finish_reason": completion.finish_reason,
         "outcome": group.outcomes[0].value,
         "reward": None if group.unknown else rewards(group, reward.alpha_a, reward.alpha_c, reward.alpha_f)[0],
-        "logprob_mean": sum(completion.logprobs) / len(completion.logprobs),
+        "logprob_mean": sum(completion.logprobs) / len(completion.logprobs) if completion.logprobs else None,
         "answer_logprob_mean": answer and answer[0],
         "answer_logprob_min": answer and answer[1],
         "help_margin": margin if margin is not None and math.isfinite(margin) else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,15 +10,16 @@ from transformers import PreTrainedTokenizerBase
 
 from gapg import checkpoint
 from gapg.config import ConfigError, RunConfig, load_config
+from gapg.endings import opens_think
 from gapg.judge import Judge
 from gapg.model import load_model, load_tokenizer
 from gapg.parts import check_run, fitting_prompts, make_engine, make_oracle, make_task
-from gapg.policy import check_supported
+from gapg.policy import choose_route
 from gapg.rollout.records import Engine, HelpControl, Oracle, Sampling
 from gapg.run import set_threads
 from gapg.seeding import derive
 from gapg.tasks.base import STOP, Task
-from gapg.tracking import say, write_whole
+from gapg.tracking import say, to_json, write_whole
 from gapg.use.calibrate import FILE, help_control, load_calibration
 from gapg.use.evaluate import as_result, prediction, respond
 from gapg.use.report import print_table
@@ -58,7 +58,7 @@ class Target:
     def engine(self) -> Engine:
         """Loads the weights. Raises ConfigError."""
         model = load_model(self.config.model, self.tokenizer, self.config.seed)
-        check_supported(model)
+        choose_route(model, longest=self.config.rollout.longest)
         return make_engine(self.config, model, self.tokenizer, str(self.model_path))
 
     def beside(self, kind: str) -> Path:
@@ -109,12 +109,12 @@ def evaluate(
     Raises ConfigError where a calibration does not fit the tokenizer.
     """
     prompts = fitting_prompts(config, task, tokenizer, "heldout")
-    judge = Judge(task, oracle, ask_unsolved=False)
+    judge = Judge(task, oracle, ask_unsolved=False, thinking=opens_think(task, tokenizer))
     rows, lines = [], []
     for name, temperature, help in decodings(config, tokenizer, Path(model)):
         how = "sampled" if temperature else "greedy"
         seed = derive(config.seed, "eval", how)
-        sampling = Sampling(config.rollout.max_new_tokens, temperature, STOP, seed, help)
+        sampling = Sampling(config.rollout.max_new_tokens, temperature, STOP, seed, help, judge.thinking)
         groups = respond(engine, task, tokenizer, judge, prompts, sampling, title=f"evaluate {name}")
         decoding = name if help else how
         lines += [{"decoding": decoding, **prediction(g, config.reward)} for g in groups]
@@ -127,8 +127,8 @@ def evaluate(
         )
     usage = asdict(oracle.usage)
     summary = {"model": model, "task": task.name, "oracle": config.oracle.kind, "rows": rows, "oracle_usage": usage}
-    write_whole(folder / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_whole(folder / "predictions.jsonl", "".join(to_json(line) + "\n" for line in lines))
+    write_whole(folder / "summary.json", to_json(summary, indent=1) + "\n")
     print_table(rows)
     say(f"oracle: {', '.join(f'{key} {value:g}' for key, value in usage.items())}")
     say(f"{folder}/summary.json  {folder}/predictions.jsonl")

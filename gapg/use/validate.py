@@ -17,7 +17,7 @@ def validate(run: Run) -> dict[str, float]:
     if not run.validation:
         return {}
     # only calls need the cloud here, so that a failed oracle leaves out no wrong answer
-    judge = Judge(run.task, run.oracle, ask_unsolved=False)
+    judge = Judge(run.task, run.oracle, ask_unsolved=False, thinking=run.judge.thinking)
     groups = respond(run.engine, run.task, run.tokenizer, judge, run.validation, run.sampling("validate"))
     row = as_result("", groups).row()
     say(

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg.config import RewardConfig
-from gapg.judge import Judge, Outcome
+from gapg.judge import Group, Judge, Outcome
 from gapg.rollout.oracle_solver import SolverOracle
 from gapg.rollout.records import Completion, Sampling
 from gapg.rollout.transformers_engine import TransformersEngine
@@ -56,10 +57,11 @@ def test_mcnemar_wants_the_same_problems() -> None:
         mcnemar([True], [True, False])
 
 
-def judged(countdown: Countdown, text: str, accuracy: float = 1.0, i: int = 0):  # type: ignore[no-untyped-def]
+def judged(countdown: Countdown, text: str, accuracy: float = 1.0, i: int = 0, thinking: bool = False) -> Group:
     oracle = SolverOracle(countdown.solve, accuracy=accuracy, wrong="0")
     completion = Completion((5, 6), (-0.5, -1.5), text, "stop", help_margin=-2.0)
-    return Judge(countdown, oracle, ask_always=True).submit(countdown.prompts("heldout")[i], [completion]).result()
+    judge = Judge(countdown, oracle, ask_always=True, thinking=thinking)
+    return judge.submit(countdown.prompts("heldout")[i], [completion]).result()
 
 
 def test_a_result_counts_each_outcome_in_its_place(countdown: Countdown) -> None:
@@ -108,15 +110,19 @@ def test_nothing_judged_is_a_row_too(countdown: Countdown) -> None:
 def test_a_prediction_can_be_judged_again(countdown: Countdown) -> None:
     """From its line of JSON alone: the problem's text, the response's text and the oracle's answers."""
     gold = countdown.prompts("heldout")[1].answer
-    for text in (f"<answer> {gold} </answer>", "<answer> 1 </answer>", HELP_PHRASE):
-        group = judged(countdown, text, i=1)
+    endings = (f"<answer> {gold} </answer>", "<answer> 1 </answer>", HELP_PHRASE)
+    # a prompt may open a think block: what the response says before it closes that is no ending
+    for text, thinking in product((*endings, f"</think> {endings[0]}"), (False, True)):
+        group = judged(countdown, text, i=1, thinking=thinking)
         line = json.loads(json.dumps(prediction(group, RewardConfig(alpha_c=0.25))))
         prompt = next(p for p in countdown.prompts("heldout") if p.id == line["id"])
         assert (line["problem"], line["gold"], line["response"]) == (prompt.text, prompt.answer, text)
-        again = Judge(
-            countdown, SolverOracle(lambda _, answers=line["oracle_answers"]: answers[0], 1.0, wrong="0")
-        ).submit(prompt, [Completion((1,), (0.0,), line["response"], "stop")])
+        replies = SolverOracle(lambda _, answers=line["oracle_answers"]: answers[0], 1.0, wrong="0")
+        judge = Judge(countdown, replies, thinking=line["thinking"])
+        again = judge.submit(prompt, [Completion((1,), (0.0,), line["response"], "stop")])
         assert again.result().outcomes[0].value == line["outcome"]
+        assert line["thinking"] == thinking
+        assert not thinking or text.startswith("</think>") or line["outcome"] == "local_wrong"
         assert line["reward"] == {"local_correct": 1.0, "local_wrong": 0.0, "cloud_correct": 0.25}[line["outcome"]]
         assert line["logprob_mean"] == -1.0
         assert line["oracle_score"] == 1.0
