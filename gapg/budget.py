@@ -41,6 +41,10 @@ class BudgetController:
         q <- .9 q + .1 (right / answered)     r <- r + (c - r) / 20     I <- I - gain (f - r)
         alpha_c = alpha_a q (I - damping (f - r) / pace)
 
+    q counts as at least `start`, the part of alpha_a that a call paid when the run began: where hardly any answer is
+    right yet, a price that followed q would fall to nothing before anybody calls. It stays where it was set until the
+    calls are over the reference.
+
     The policy follows alpha_c at the pace of its learning rate; damping that grows as that falls (fivefold at most)
     keeps correcting until the last step, where the policy would else end at whatever f it had when it grew slow.
     I and alpha_c / alpha_a are clipped to [0.02, 0.98]. The new alpha_c holds from the next step on.
@@ -54,6 +58,11 @@ class BudgetController:
     integral: float | None = None
     reference: float | None = None
     answered_right: float | None = None
+    start: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.start is None:
+            self.start = self.alpha_c / self.alpha_a
 
     def observe(self, call_fraction: float, local_accuracy: float, pace: float) -> None:
         """Takes in one step: parts of all its samples that called, and that were answered and right, in [0, 1].
@@ -65,7 +74,7 @@ class BudgetController:
             right = local_accuracy / (1 - f)
             q = right if self.answered_right is None else MEMORY * self.answered_right + (1 - MEMORY) * right
             self.answered_right = q
-        q = max(self.answered_right or 0.0, LOW)
+        q = max(self.answered_right or 0.0, self.start or 0.0, LOW)
         if self.integral is None or self.reference is None:
             self.integral, self.reference = _clip(self.alpha_c / (self.alpha_a * q)), f
         self.reference += (self.cloud_fraction - self.reference) / APPROACH

@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gapg.config import ConfigError, one_line
+from gapg.health import diverged
 from gapg.lora import adapter_tensors
 
 STEP = re.compile(r"step-(\d+)")
@@ -34,16 +36,23 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
 ) -> Path:
-    """Writes `root/step-<step>` beside and renames it into place; an existing one of that step is kept as it is."""
+    """Writes `root/step-<step>` beside and renames it into place; an existing one of that step is kept as it is.
+
+    Raises Diverged, before anything is written, where a tensor or a number of `state` is not finite.
+    """
     final = root / f"step-{step}"
     if final.exists():
         return final
+    moments = _flatten(model, optimizer)
+    if name := _not_finite(model, moments, state):
+        what = f"{name} is not finite: nothing is saved"
+        raise diverged(f"step {step}", what, "lower the learning rate", latest(root))
     partial = root / f".partial-step-{step}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model.save_pretrained(partial / "model")
     tokenizer.save_pretrained(partial / "model")
-    save_file(_flatten(model, optimizer), partial / "optimizer.safetensors")
+    save_file(moments, partial / "optimizer.safetensors")
     if adapters := adapter_tensors(model):
         save_file({name: tensor.cpu() for name, tensor in adapters.items()}, partial / "adapters.safetensors")
     (partial / "state.json").write_text(json.dumps(dict(state), indent=1))
@@ -52,6 +61,27 @@ def save(
     os.replace(partial, final)
     _fsync(root)
     return final
+
+
+def check_saves(root: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Saves all of a model's folder but the weights, and deletes it: a first save that fails would lose its steps.
+
+    Raises ConfigError.
+    """
+    trial = root / ".partial-trial"
+    try:
+        trial.mkdir(parents=True, exist_ok=True)
+        model.config.save_pretrained(trial)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(trial)
+        tokenizer.save_pretrained(trial)
+    except Exception as error:  # transformers' own checks, a tokenizer's code, the disk
+        raise ConfigError(
+            f"{root}: no checkpoint could be written: {one_line(error)}; mend the model folder's config, "
+            "generation_config or tokenizer"
+        ) from None
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
 
 
 def latest(root: Path) -> Path | None:
@@ -113,6 +143,20 @@ def _flatten(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
         for name, param in model.named_parameters()
         for key, value in optimizer.state.get(param, {}).items()
     }
+
+
+def _not_finite(model: nn.Module, moments: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> str | None:
+    """The name of the first tensor that is not finite, or of the state; a buffer may be (a mask of -inf)."""
+    buffers = {name for name, _ in model.named_buffers()}
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in buffers}
+    for name, tensor in (*weights.items(), *moments.items()):
+        if not tensor.isfinite().all():
+            return name
+    try:
+        json.dumps(dict(state), allow_nan=False)
+    except ValueError:
+        return "a number of state.json"
+    return None
 
 
 def _fsync(path: Path) -> None:

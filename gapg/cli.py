@@ -12,6 +12,7 @@ import tyro
 from tyro.conf import Positional, subcommand
 
 from gapg.config import ConfigError, RunConfig, dump_config, load_config, parse_overrides, presets
+from gapg.config_keys import needs_value, take_option
 
 if TYPE_CHECKING:
     from gapg.tasks.base import Task
@@ -110,46 +111,59 @@ Command = (
     | Annotated[Config, subcommand("config")]
     | Annotated[Info, subcommand("info")]
 )
-OWN_OPTIONS = {
-    "train": {"--resume"},
-    "eval": {"--config", "--output-dir"},
-    "calibrate": {"--cloud-fraction", "--temperature", "--problems", "--accuracy", "--config", "--output-dir"},
-    "experiment": {"--seeds", "--jobs", "--config", "--work-dir", "--results-dir"},
-    "config": set(),
-    "info": {"--config"},
-}
+OWN_OPTIONS: dict[str, dict[str, type]] = {
+    "train": {"--resume": bool},
+    "eval": {"--config": str, "--output-dir": str},
+    "calibrate": {
+        "--cloud-fraction": float, "--temperature": float, "--problems": int, "--accuracy": bool,
+        "--config": str, "--output-dir": str,
+    },
+    "experiment": {"--seeds": str, "--jobs": int, "--config": str, "--work-dir": str, "--results-dir": str},
+    "config": {},
+    "info": {"--config": str},
+}  # fmt: skip
+"""What a command's options are, beside the config's keys; those of type bool take no value."""
 
-FLAGS = {"--resume", "--accuracy"}
-"""Those of them that take no value."""
+WORDS = {
+    "train": ("NAME",),
+    "eval": ("CHECKPOINT",),
+    "calibrate": ("CHECKPOINT",),
+    "experiment": ("list | NAME | all",),
+    "config": ("list | show", "NAME"),
+    "info": (),
+}
+"""The words that a command takes before and between options."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit codes: 0 done, 1 failed, 2 a command or config to mend, 3 the oracle stayed away (the run was saved)."""
     try:
-        own, overrides = _split(list(sys.argv[1:] if argv is None else argv))
+        own, rest = _split(list(sys.argv[1:] if argv is None else argv))
         _check_words(own)
         command = tyro.cli(Command, args=own, prog="gapg", description=__doc__)
+        overrides = parse_overrides(rest)
         match command:
             case Train():
-                _train(_run_config(command, parse_overrides(overrides)), resume=command.resume)
+                _train(_run_config(command, overrides), resume=command.resume)
             case Eval():
                 from gapg.use.evaluate_command import evaluate_command
 
-                evaluate_command(command.checkpoint, command.config, command.output_dir, parse_overrides(overrides))
+                evaluate_command(command.checkpoint, command.config, command.output_dir, overrides)
             case Experiment():
                 _experiment(command, overrides)
             case Calibrate():
                 from gapg.use.calibrate_command import Wanted, calibrate_command
 
                 wanted = Wanted(command.cloud_fraction, command.temperature, command.problems, command.accuracy)
-                changed = parse_overrides(overrides)
-                calibrate_command(command.checkpoint, wanted, command.config, command.output_dir, changed)
+                calibrate_command(command.checkpoint, wanted, command.config, command.output_dir, overrides)
             case Config():
                 _config(command, overrides)
             case Info(config=str(name)):
                 from gapg.memory import print_plan
 
-                print_plan(load_config(name, parse_overrides(overrides)))
+                print_plan(load_config(name, overrides))
+            case Info() if rest:
+                raise ConfigError(f"{rest[0]}: belongs to a run, which --config NAME names")
             case Info():
                 from gapg.info import print_info
 
@@ -163,23 +177,37 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """(what tyro parses, config overrides): every option that is not the command's own is a key of the config."""
+    """(what tyro parses, config overrides): every option that is not the command's own is a key of the config.
+
+    Values are joined to their options, so that tyro takes none that begins with a dash for an option. Raises
+    ConfigError: an option of the command's own without a value, or with a wrong one.
+    """
     own, overrides = argv[:1], []
-    known = OWN_OPTIONS.get(argv[0], set()) if argv else set()
+    known = OWN_OPTIONS.get(argv[0], {}) if argv else {}
     queue = argv[1:]
     while queue:
-        word = queue.pop(0)
-        name = word.partition("=")[0]
-        takes_value = "=" not in word and queue and not queue[0].startswith("--")
-        if not word.startswith("-") or name in known or name in ("-h", "--help"):
-            own.append(word)
-            if name in known and name not in FLAGS and takes_value:
-                own.append(queue.pop(0))
+        if not queue[0].startswith("-") or queue[0] in ("-h", "--help") or known.get(queue[0]) is bool:
+            own.append(queue.pop(0))
+            continue
+        option, value = take_option(queue)
+        kind = known.get(name := option.replace("_", "-"))
+        if kind is None:
+            overrides.append(option if value is None else f"{option}={value}")
+        elif kind is bool:
+            raise ConfigError(f"{option}: takes no value; leave it out for no")
+        elif not value:
+            raise ConfigError(needs_value(option))
         else:
-            overrides.append(word)
-            if takes_value:
-                overrides.append(queue.pop(0))
+            _check_kind(option, value, kind)
+            own.append(f"{name}={value}")
     return own, overrides
+
+
+def _check_kind(option: str, value: str, kind: type) -> None:
+    try:
+        kind(value)
+    except ValueError:
+        raise ConfigError(f"{option} {value}: must be {'a whole number' if kind is int else 'a number'}") from None
 
 
 def _check_words(own: list[str]) -> None:
@@ -190,15 +218,11 @@ def _check_words(own: list[str]) -> None:
     if command not in OWN_OPTIONS:
         said = f"{command!r} is no command" if command else "no command given"
         raise ConfigError(f"{said}; use gapg train, eval, calibrate, experiment, config or info (--help says more)")
-    usage = {
-        "train": "NAME",
-        "eval": "CHECKPOINT",
-        "calibrate": "CHECKPOINT",
-        "experiment": "list | NAME | all",
-        "config": "list | config show NAME",
-    }
-    if command in usage and not words:
-        raise ConfigError(f"usage: gapg {command} {usage[command]} [--key value …]; gapg {command} --help says more")
+    usage = f"usage: {' '.join(('gapg', command, *WORDS[command]))} [--key value …]; gapg {command} --help says more"
+    if WORDS[command] and not words:
+        raise ConfigError(usage)
+    if spare := words[len(WORDS[command]) :]:
+        raise ConfigError(f"{spare[0]!r}: one word too many; {usage}")
 
 
 def _run_config(command: Train, overrides: dict[str, str]) -> RunConfig:
@@ -208,16 +232,16 @@ def _run_config(command: Train, overrides: dict[str, str]) -> RunConfig:
     return load_config(str(saved), overrides) if command.resume and saved.exists() else config
 
 
-def _config(command: Config, overrides: list[str]) -> None:
+def _config(command: Config, overrides: dict[str, str]) -> None:
     if command.action == "list":
         print("\n".join(presets()))
     elif command.action == "show" and command.name:
-        print(dump_config(load_config(command.name, parse_overrides(overrides))), end="")
+        print(dump_config(load_config(command.name, overrides)), end="")
     else:
         raise ConfigError("usage: gapg config list | gapg config show NAME [--key value …]")
 
 
-def _experiment(command: Experiment, overrides: list[str]) -> None:
+def _experiment(command: Experiment, overrides: dict[str, str]) -> None:
     from gapg.studies.catalog import STUDIES
     from gapg.studies.experiment import Order, experiment, list_studies, parse_seeds
 
@@ -229,7 +253,7 @@ def _experiment(command: Experiment, overrides: list[str]) -> None:
         parse_seeds(command.seeds),
         command.jobs,
         command.config,
-        parse_overrides(overrides),
+        overrides,
         command.work_dir,
         command.results_dir,
     )
@@ -240,8 +264,10 @@ def _experiment(command: Experiment, overrides: list[str]) -> None:
 def _train(config: RunConfig, *, resume: bool) -> None:
     """Checks everything cheap first, then: warm start, GAPG, and an evaluation or, with `compare`, the comparison."""
     from gapg.folder import open_folder, save_config
+    from gapg.health import Diverged
     from gapg.model import load_tokenizer
     from gapg.parts import check_run, make_oracle, make_reward, make_task
+    from gapg.reward import try_reward
     from gapg.run import set_threads
     from gapg.studies import compare
     from gapg.tracking import say
@@ -250,10 +276,11 @@ def _train(config: RunConfig, *, resume: bool) -> None:
     from gapg.warm_start import check_demonstrations, warm_start
 
     task = make_task(config)
-    make_reward(config)
-    check_demonstrations(config, task)
+    reward = make_reward(config)
     tokenizer = load_tokenizer(config.model, task)
     check_run(config, task, tokenizer)
+    check_demonstrations(config, task, tokenizer)
+    try_reward(reward, config, task)
     if config.compare:
         help_control(tokenizer)  # the comparison masks and biases the phrase: a ConfigError where it cannot
     with open_folder(config, resume=resume):
@@ -262,13 +289,14 @@ def _train(config: RunConfig, *, resume: bool) -> None:
         rho, folder = config.budget.exact_rho, config.output_dir
         say(f"cloud budget {config.budget.cloud_fraction:.0%} of problems: rho = {rho}; {folder}/")
         set_threads(config)
-        warm = warm_start(config, folder / "warm-start" / "checkpoints", task, tokenizer) if config.warm_start else None
+        begin = folder / "warm-start" / "checkpoints"
         try:
+            warm = warm_start(config, begin, task, tokenizer) if config.warm_start else None
             _gapg(config, task, warm)
         except OracleDown as error:
             print(f"gapg: {error}", file=sys.stderr)
             sys.exit(EXIT_ORACLE)
-        except compare.BaselineFailed as error:
+        except (Diverged, compare.BaselineFailed) as error:
             print(f"gapg: {error}", file=sys.stderr)
             sys.exit(EXIT_FAILED)
 

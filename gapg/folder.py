@@ -11,9 +11,10 @@ from gapg.tracking import write_whole
 
 MAY_CHANGE = (
     "steps", "output_dir", "checkpoint_every", "keep_checkpoints", "threads", "tensorboard", "wandb", "eval.heldout",
-    "oracle.", "update.", "rollout.max_rows", "rollout.vllm_args", "warm_start.checkpoint_every",
+    "oracle.", "update.", "rollout.max_rows", "rollout.vllm_args", "warm_start.checkpoint_every", "optim.lr",
+    "optim.grad_clip", "loss.kl_coef", "warm_start.optim.lr", "reward.function",
 )  # fmt: skip
-"""Keys of a run that a resume may set anew: they change how it runs and how far, not what it is."""
+"""Keys of a run that a resume may set anew: how it runs and how far, and what a run that diverged has to change."""
 
 
 def open_folder(config: RunConfig, *, resume: bool) -> IO[str]:

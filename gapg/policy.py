@@ -6,7 +6,6 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from inspect import signature
 from typing import Any, Literal, NamedTuple
 
@@ -166,8 +165,8 @@ def choose_route(model: PreTrainedModel, pack: Literal["auto"] | bool = "auto", 
             refusals.append(error)
             continue
         if pads:
-            reason = refusals[0] if packed else "update.pack=false"
-            _say_once(f"updates of this {model.config.model_type} model pad their sequences, not packed: {reason}")
+            reason = f"packing is not exact: {refusals[0]}" if packed else "update.pack=false"
+            _say_once(model, f"updates pad their sequences instead of packing them; {reason}")
         return not pads
     model.set_attn_implementation(before)
     if pack is True:
@@ -272,7 +271,7 @@ def _check_positions(model: PreTrainedModel, longest: int | None) -> None:
     what = f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens, and this {model.config.model_type}"
     if learned or tables:
         raise ConfigError(f"{what} model has positions for {most}: lower one of the two")
-    _say_once(f"{what} model was made for {most}: beyond them its answers may be poor")
+    _say_once(model, f"{what} model was made for {most}: beyond them its answers may be poor")
 
 
 def _compare_all(model: PreTrainedModel, probes: list[_Probe], padded: bool, longest: int | None) -> None:
@@ -318,6 +317,11 @@ def _compare(model: PreTrainedModel, batch: PackedBatch, probes: list[_Probe]) -
             )
 
 
-@cache
-def _say_once(message: str) -> None:
-    say(message)
+_SAID = set[str]()
+
+
+def _say_once(model: PreTrainedModel, message: str) -> None:
+    """A run loads its model several times, and the figures in a message differ."""
+    if (about := f"{model.config.model_type} {message[:40]}") not in _SAID:
+        _SAID.add(about)
+        say(message)

@@ -15,12 +15,14 @@ from gapg import checkpoint, lora
 from gapg.budget import BudgetController, Controller
 from gapg.config import ConfigError, RunConfig
 from gapg.data import PromptQueue, split_validation
+from gapg.endings import opens_think
 from gapg.judge import Judge
 from gapg.memory import announce
 from gapg.model import load_model, load_tokenizer
 from gapg.optim import make_optimizer
-from gapg.parts import RewardFunction, fitting_prompts, make_engine, make_oracle, make_reward
-from gapg.policy import check_supported
+from gapg.parts import fitting_prompts, make_engine, make_oracle, make_reward
+from gapg.policy import choose_route
+from gapg.reward import RewardFunction
 from gapg.rollout.cache import CacheError
 from gapg.rollout.records import Engine, Oracle, OracleUsage, Sampling
 from gapg.seeding import derive
@@ -34,6 +36,13 @@ class TrainState:
 
     step: int = 0
     empty_steps: int = 0
+    bad_steps: int = 0
+    """Skipped because a number was not finite; and below, how many of the last, idle ones not counted."""
+    bad_in_a_row: int = 0
+    idle_steps: int = 0
+    """Without a group to learn from, skipped ones not counted; and below, by how many they outnumber the others."""
+    idle_excess: int = 0
+    idle_said_at: int = 0
     never_called: int = 0
     always_called: int = 0
     all_unknown: int = 0
@@ -69,10 +78,11 @@ class Run:
             temperature=rollout.temperature if temperature is None else temperature,
             stop=STOP,
             seed=derive(self.config.seed, label, self.state.step),
+            thinking=self.judge.thinking,
         )
 
     def save(self) -> Path:
-        """A checkpoint of this moment; older ones than the last K and the best are deleted."""
+        """A checkpoint of this moment; older ones than the last K and the best are deleted. Raises Diverged."""
         state = {
             **asdict(self.state),
             "queue": {"cursor": self.queue.cursor, "returned": self.queue.returned},
@@ -106,11 +116,13 @@ def build_run(
     model_config = config.model if source is None else config.model.model_copy(update={"path": str(source)})
     tokenizer = load_tokenizer(model_config, task)
     model = load_model(model_config, tokenizer, config.seed)
-    check_supported(model)
+    packed = choose_route(model, config.update.pack, config.rollout.longest)
+    config = config.model_copy(update={"update": config.update.model_copy(update={"pack": packed})})
     reference = _reference(config, tokenizer, model_path, model) if config.loss.kl_coef else None
     if config.model.lora:
         lora.add_adapters(model, config.model.lora, config.seed)
     announce(model, config, model.device)
+    checkpoint.check_saves(root, model, tokenizer)
     optimizer = make_optimizer(model, config.optim)
     oracle = make_oracle(config, task, folder)
     prompts = fitting_prompts(config, task, tokenizer, "train")
@@ -127,7 +139,8 @@ def build_run(
             oracle.restore(OracleUsage(**saved["oracle"]))
         except CacheError as error:
             raise ConfigError(str(error)) from None
-        state = TrainState(**{name: saved[name] for name in asdict(state)})
+        # an older checkpoint lacks what was added since
+        state = TrainState(**{name: saved[name] for name in asdict(state) if name in saved})
         say(f"resuming from step {state.step} ({last})")
     engine = make_engine(config, model, tokenizer, str(source or config.model.path))
     return Run(
@@ -140,7 +153,7 @@ def build_run(
         optimizer=optimizer,
         engine=engine,
         oracle=oracle,
-        judge=Judge(task, oracle, ask_unsolved=config.budget.filter),
+        judge=Judge(task, oracle, ask_unsolved=config.budget.filter, thinking=opens_think(task, tokenizer)),
         queue=queue,
         validation=validation,
         controller=controller,
@@ -167,8 +180,9 @@ def _reference(
     if config.model.lora:
         return lora.frozen_twin(model)
     path = config.model.path if model_path is None else str(model_path)
-    model = load_model(config.model.model_copy(update={"path": path}), tokenizer, config.seed)
-    return model.eval().requires_grad_(False)
+    frozen = load_model(config.model.model_copy(update={"path": path}), tokenizer, config.seed)
+    frozen.set_attn_implementation(model.config._attn_implementation)
+    return frozen.eval().requires_grad_(False)
 
 
 def set_threads(config: RunConfig, side_by_side: int = 1) -> None:

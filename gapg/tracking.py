@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import sys
@@ -18,9 +19,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every parser reads: a number that is not finite, for which JSON has no word, is null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
     with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(to_json(row) + "\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -68,7 +82,7 @@ class Tracker:
         self.path = folder / "metrics.jsonl"
         # steps after the checkpoint are run again: their first rows would be there twice
         kept = [row for row in read_jsonl(self.path) if row["step"] <= resumed_step]
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_whole(self.path, "".join(to_json(row) + "\n" for row in kept))
         self._writers: list[Any] = []
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -17,10 +17,13 @@ from typing import Any
 
 import torch
 
+from gapg import checkpoint, health
 from gapg.batching import Example
 from gapg.filtering import Selection, select
 from gapg.judge import Group, Outcome
+from gapg.kernels.policy_loss import group_advantages
 from gapg.optim import learning_rate
+from gapg.reward import RewardError, group_rewards
 from gapg.run import Run, Validate
 from gapg.seeding import derive
 from gapg.tracking import Display, warn
@@ -35,7 +38,11 @@ class OracleDown(RuntimeError):
 
 
 def train(run: Run, validate: Validate) -> None:
-    """Runs to `config.steps`, checkpointing on the way. Raises OracleDown, after saving, when the oracle stays away."""
+    """Runs to `config.steps`, checkpointing on the way.
+
+    Raises OracleDown, after saving, when the oracle stays away; and Diverged, which leaves the checkpoints as they are,
+    when numbers are not finite or `reward.function` gives something else than rewards.
+    """
     config, state = run.config, run.state
     if state.step == 0 and config.eval.every:
         run.tracker.log({"step": 0, **validate(run)})
@@ -47,17 +54,20 @@ def train(run: Run, validate: Validate) -> None:
             if config.eval.every and (state.step % config.eval.every == 0 or last):
                 with run.phases("evaluate"):
                     row |= validate(run)
-            best = _is_best(run, row)
+            best = not row["skipped"] and _is_best(run, row)
             _warn_if_collapsed(run, row)
             row |= {f"seconds/{name}": seconds for name, seconds in run.phases.take().items()}
             run.tracker.log({"step": state.step, **row})
+            health.check_bad_steps(run, row, checkpoint.latest(run.folder / "checkpoints"))
             lost = state.all_unknown >= UNKNOWN_STEPS
+            due = not row["skipped"] and (state.step % config.checkpoint_every == 0 or last or best)
             # after the row: a kill between the two repeats a step, the other way round its row would be lost
-            if state.step % config.checkpoint_every == 0 or last or best or lost:
+            if due or lost:
                 run.save()
             if lost:
                 raise OracleDown(f"the oracle failed all of {UNKNOWN_STEPS} steps; saved: mend it, then --resume")
             display.advance(
+                f"trained {row['groups/with_gradient']}/{config.rollout.prompts_per_step}  "
                 f"local {row['local_accuracy']:.2f}  called {row['call_fraction']:.2f}  "
                 f"together {row['accuracy']:.2f}  alpha_c {row['alpha_c']:.2f}  "
                 f"log-prob gap {row['logprob_gap']:.0e}"
@@ -65,7 +75,7 @@ def train(run: Run, validate: Validate) -> None:
 
 
 def train_step(run: Run) -> dict[str, Any]:
-    """One update from fresh responses: the method."""
+    """One update from fresh responses: the method. Raises Diverged."""
     config = run.config
     prompts = run.queue.next(config.rollout.prompts_per_step)
     ids_of = {p.id: run.task.render(p, run.tokenizer) for p in prompts}
@@ -85,28 +95,52 @@ def train_step(run: Run) -> dict[str, Any]:
     selection = select(groups, config.budget.exact_rho if config.budget.filter else None, rng)
 
     alpha_c = run.controller.alpha_c if config.budget.controller else config.reward.alpha_c
-    rewards_PG = torch.tensor(
-        [run.reward(g, config.reward.alpha_a, alpha_c, config.reward.alpha_f) for g in selection.kept]
-    )
+    rollout_lost = health.is_lost(groups)
+    kept = [] if rollout_lost else selection.kept
+    rewards_PG = _rewards(run, kept, alpha_c)
     examples = [
         Example(ids_of[g.prompt.id], c.token_ids, rollout_logprobs=c.logprobs, group=p, sample=i)
-        for p, g in enumerate(selection.kept)
+        for p, g in enumerate(kept)
         for i, c in enumerate(g.completions)
     ]
     with run.phases("update"):
         update = policy_update(
             run.model, run.optimizer, config, run.state.step, examples, rewards_PG, run.reference
         )  # fmt: skip
+        if not health.is_finite(run.model, getattr(torch, config.model.dtype)):
+            raise _diverged(run, health.RUINED, "lower optim.lr")
     with run.phases("sync"):
         run.engine.sync(run.model.state_dict())
 
     run.state.empty_steps += not selection.kept
     run.state.all_unknown = run.state.all_unknown + 1 if selection.unknown == len(groups) else 0
-    row = _metrics(run, groups, selection) | update | {"alpha_c": alpha_c}
-    if config.budget.controller:
+    row = _metrics(run, groups, selection) | update | {"alpha_c": alpha_c, "rollout_lost": int(rollout_lost)}
+    row["groups/with_gradient"] = int((rewards_PG != rewards_PG[:, :1]).any(1).sum())
+    row["skipped"] += rollout_lost
+    health.watch(run, row, selection)
+    row["bad_steps"] = run.state.bad_steps
+    if config.budget.controller and not rollout_lost:
         pace = learning_rate(config.optim, run.state.step, config.steps) / config.optim.lr
         run.controller.observe(row["call_fraction"], row["local_accuracy"], pace)
     return row
+
+
+def _rewards(run: Run, kept: list[Group], alpha_c: float) -> torch.Tensor:
+    """What the responses of D are worth, [P, G] float32. Raises Diverged where that is not a finite number."""
+    reward = run.config.reward
+    try:
+        table = [group_rewards(run.reward, g, reward.alpha_a, alpha_c, reward.alpha_f) for g in kept]
+    except RewardError as error:
+        raise _diverged(run, str(error), "mend the function") from error
+    rewards_PG = torch.tensor(table, dtype=torch.float32).reshape(len(kept), run.config.rollout.samples_per_prompt)
+    if not group_advantages(rewards_PG, run.config.loss.advantage).isfinite().all():
+        what = f"the rewards of reward.function={reward.function} overflow float32: up to {rewards_PG.abs().max():.3g}"
+        raise _diverged(run, what, "make them smaller")
+    return rewards_PG
+
+
+def _diverged(run: Run, what: str, fix: str) -> health.Diverged:
+    return health.diverged(f"step {run.state.step + 1}", what, fix, checkpoint.latest(run.folder / "checkpoints"))
 
 
 def _metrics(run: Run, groups: list[Group], selection: Selection) -> dict[str, Any]:

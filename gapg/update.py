@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,19 +28,21 @@ def policy_update(
 ) -> dict[str, Any]:
     """The policy loss over packed micro-batches and one optimizer step an epoch; none at all for an empty D.
 
-    Nothing waits for the device between two micro-batches.
+    A step whose loss or gradient is not finite is skipped. Nothing waits for the device between two packed micro-batches.
 
     Args:
         model: the policy, in training mode.
         optimizer: over its trainable parameters.
         config: `loss`, `update`, `optim`, `token_cap`, `steps`, `model.dtype` and `rollout.temperature` matter here.
+            `update.pack` as `choose_route` found it for this model: "auto" is taken for True.
         step: of the learning-rate schedule.
         examples: all responses of D, whose `group` and `sample` place them in the table.
         rewards_PG: [P, G] float32 on the CPU. P counts all prompts of D.
         reference: the frozen policy of the KL term, when `loss.kl_coef` asks for it.
 
     Returns:
-        The metrics: learning rate, gradient norm, log-prob gap to the engine, the loss's statistics, token counts.
+        The metrics: learning rate, gradient norm, steps skipped, log-prob gap to the engine (NaN: it gave none), the
+        loss's statistics, token counts.
 
     Raises:
         ConfigError: `loss.tis_cap` without the engine's log-probs.
@@ -48,10 +51,11 @@ def policy_update(
     if loss.tis_cap and any(len(e.rollout_logprobs) != len(e.response_ids) for e in examples):
         raise ConfigError("loss.tis_cap needs the log-probs of the rollout engine, which gave none: leave it empty")
     chosen = with_gradient(config, examples, rewards_PG)
-    saving = _sharing(model, chosen)
-    share = {"auto": saving.pays, "always": True, "never": False}[config.update.share_prompts]
+    padded = config.update.pack is False
+    saving = sharing.NOTHING if padded else _sharing(model, chosen)
+    share = not padded and {"auto": saving.pays, "always": True, "never": False}[config.update.share_prompts]
     batches = packed_batches(
-        chosen, config.token_cap, device, share=share, padded=not config.update.pack,
+        chosen, config.token_cap, device, share=share, padded=padded,
         every_position=not config.update.response_positions,
     )  # fmt: skip
     tokens = sum(len(e.response_ids) for e in examples)
@@ -63,30 +67,36 @@ def policy_update(
         ]
     table = rewards_PG.to(device)
     old: list[torch.Tensor | None] = [None] * len(batches)
-    lr, norms, stats, gaps = learning_rate(config.optim, step, config.steps), [0.0], [], [table.new_zeros(())]
+    lr, norms, stats, gaps = learning_rate(config.optim, step, config.steps), [0.0], [], list[torch.Tensor]()
     for epoch in range(loss.epochs if len(rewards_PG) else 0):
         clip = loss.clip if epoch else None  # the first epoch's ratio is 1
         options = PolicyLossOptions(loss.advantage, clip, loss.tis_cap, loss.kl, loss.kl_coef)
+        total = table.new_zeros(())
         for i, batch in enumerate(batches):
             out = response_loss(
                 model, batch, table, denominator, options, **forward, old_logprob=old[i],
                 reference_logprob=reference_logprobs[i], with_entropy=loss.entropy,
             )  # fmt: skip
             out.loss.backward()
+            total += out.loss.detach()
             stats.append(out.stats)
             if epoch == 0:
                 old[i] = out.logprob if loss.epochs > 1 else None
+                given = (batch.target >= 0) & ~batch.rollout_logprob.isnan()
                 gap = (out.logprob - batch.rollout_logprob).abs()
-                gaps.append(torch.where(batch.target >= 0, gap, 0.0).max())
+                gaps.append(torch.where(given, gap, -1.0).max())
         for param in model.parameters():
             if param.requires_grad and param.grad is None:  # every advantage was zero: a step with a zero gradient
                 param.grad = torch.zeros_like(param)
-        norms.append(float(clip_and_step(optimizer, lr, config.optim.grad_clip)))
+        norms.append(float(clip_and_step(optimizer, lr, config.optim.grad_clip, total)))
+    taken = [norm for norm in norms if math.isfinite(norm)]
+    gap_seen = float(torch.stack(gaps).max()) if gaps else 0.0
     return {
         "lr": lr,
         "grad_norm": norms[-1],
-        "clipped": sum(norm > config.optim.grad_clip for norm in norms),
-        "logprob_gap": float(torch.stack(gaps).max()),
+        "skipped": len(norms) - len(taken),
+        "clipped": sum(norm > config.optim.grad_clip for norm in taken),
+        "logprob_gap": math.nan if gap_seen < 0 else gap_seen,
         **_token_counts(config, examples, chosen, batches),
         "sharing/on": int(share),
         "sharing/predicted_speedup": saving.speedup,
@@ -123,7 +133,7 @@ def _token_counts(
         "tokens/computed": computed,
         "tokens/saved_zero_advantage": all_of_d - trained,
         "tokens/saved_shared_prompts": max(0, trained - computed),
-        "tokens/saved_padding": longest * len(chosen) - trained if config.update.pack else 0,
+        "tokens/saved_padding": 0 if config.update.pack is False else longest * len(chosen) - trained,
         "tokens/head": sum(b.target.numel() for b in batches),
     }
 
@@ -132,4 +142,4 @@ def _shown(config: RunConfig) -> set[str]:
     """The loss's statistics that say something; ratio and ess are to the engine's log-probs in a step's first epoch."""
     clip = {"clip_fraction"} if config.loss.clip else set()
     tis = {"tis_fraction"} if config.loss.tis_cap else set()
-    return {"loss", "ratio_min", "ratio_max", "ess", "kl", "entropy"} | clip | tis
+    return {"loss", "ratio_min", "ratio_max", "ess", "rollout_nan_fraction", "kl", "entropy"} | clip | tis

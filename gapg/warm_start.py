@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg import checkpoint
+from gapg import checkpoint, health
 from gapg.batching import Example, packed_batches
 from gapg.config import ConfigError, RunConfig
 from gapg.data import split_validation
+from gapg.endings import opens_think
+from gapg.judge import parse
 from gapg.memory import refuse
 from gapg.model import device, load_model
 from gapg.optim import clip_and_step, learning_rate, make_optimizer
 from gapg.parts import fitting_prompts
-from gapg.policy import response_logprobs
+from gapg.policy import choose_route, response_logprobs
 from gapg.seeding import derive
 from gapg.tasks import load_demonstrations
 from gapg.tasks.base import Demonstrated, Demonstration, Task
@@ -25,7 +28,7 @@ from gapg.tracking import Display, say
 
 
 def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Runs or resumes the warm start under `folder`; returns the model folder. Raises ConfigError.
+    """Runs or resumes the warm start under `folder`; returns the model folder. Raises ConfigError and Diverged.
 
     Loss: mean negative log-prob over the response tokens of a batch.
     """
@@ -39,8 +42,15 @@ def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTraine
         say(f"resuming the warm start from step {begin}")
     model_config = config.model if last is None else config.model.model_copy(update={"path": str(last / "model")})
     model = load_model(model_config, tokenizer, config.seed)
-    whole = config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})  # it trains all weights
+    packed = choose_route(model, config.update.pack, config.rollout.longest)
+    whole = config.model_copy(  # it trains all weights
+        update={
+            "model": config.model.model_copy(update={"lora": None}),
+            "update": config.update.model_copy(update={"pack": packed}),
+        }
+    )
     refuse(model, whole, device())
+    checkpoint.check_saves(folder, model, tokenizer)
     optimizer = make_optimizer(model, settings.optim)
     if last:
         checkpoint.restore_optimizer(last, model, optimizer)
@@ -48,27 +58,46 @@ def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTraine
     prompts = fitting_prompts(config, task, tokenizer, "train")
     unseen = {p.id for p in split_validation(prompts, config.eval.problems, config.seed)[1]}
     batches = _batches(config, task, begin, unseen)
+    bad_in_a_row = 0
     with Display("warm start", settings.steps, begin) as display:
         for step in range(begin, settings.steps):
             examples = [_encode(d, task, tokenizer, config.token_cap) for d in next(batches)]
             tokens = sum(len(e.response_ids) for e in examples)
             total = torch.zeros((), device=device())
-            for batch in packed_batches(examples, config.token_cap, device()):
+            for batch in packed_batches(examples, config.token_cap, device(), padded=not packed):
                 loss = -response_logprobs(model, batch, compute=compute).sum() / tokens
                 loss.backward()
                 total += loss.detach()
             lr = learning_rate(settings.optim, step, settings.steps)
-            clip_and_step(optimizer, lr, settings.optim.grad_clip)
+            norm = float(clip_and_step(optimizer, lr, settings.optim.grad_clip, total))
+            bad_in_a_row = 0 if math.isfinite(norm) else bad_in_a_row + 1
+            _check_health(step + 1, bad_in_a_row, model, compute, checkpoint.latest(folder))
             display.advance(f"loss {float(total):.3f}" if step % 10 == 9 else "")
             done = step + 1
-            if done % settings.checkpoint_every == 0 or done == settings.steps:
+            if done == settings.steps or (done % settings.checkpoint_every == 0 and not bad_in_a_row):
                 checkpoint.save(folder, done, model, tokenizer, optimizer, {"step": done})
                 checkpoint.prune(folder, keep=1, also=set())
     return folder / f"step-{settings.steps}" / "model"
 
 
-def check_demonstrations(config: RunConfig, task: Task) -> None:
-    """Fails early, before the model is made. Raises ConfigError."""
+def _check_health(
+    step: int, bad_in_a_row: int, model: PreTrainedModel, compute: torch.dtype, last: Path | None
+) -> None:
+    """Warns of a step that was skipped. Raises Diverged where the last ones were, and where the weights are ruined."""
+    where, fix = f"warm start, step {step}", "lower warm_start.optim.lr"
+    if bad_in_a_row:
+        health.warn_skipped(where, health.NOT_FINITE, bad_in_a_row)
+    if bad_in_a_row >= health.BAD_STEPS:
+        raise health.diverged(where, f"{health.NOT_FINITE}, {bad_in_a_row} steps in a row", fix, last)
+    if not health.is_finite(model, compute):
+        raise health.diverged(where, health.RUINED, fix, last)
+
+
+def check_demonstrations(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Fails early, before the model is made. Raises ConfigError.
+
+    Where prompts open a think block, a demonstration that does not close it would teach endings that never count.
+    """
     settings = config.warm_start
     if settings is None:
         return
@@ -78,9 +107,14 @@ def check_demonstrations(config: RunConfig, task: Task) -> None:
             'give a jsonl of {"prompt", "response"}, or set --warm-start ""'
         )
     try:
-        _epoch(config, task, 0, set())
+        demonstrations = _epoch(config, task, 0, set())
     except (ValueError, OSError) as error:
         raise ConfigError(f"warm_start.demonstrations: {' '.join(str(error).split())}") from None
+    thinking = opens_think(task, tokenizer)
+    for demo in demonstrations:
+        if parse(demo.response, thinking).kind == "none":
+            why = "the prompt opens a think block that it does not close" if thinking else "it ends in neither ending"
+            raise ConfigError(f"warm_start.demonstrations: that of {demo.prompt.id!r} teaches no ending: {why}")
 
 
 def _batches(config: RunConfig, task: Task, begin: int, unseen: set[str]) -> Iterator[list[Demonstration]]:

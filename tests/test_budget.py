@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given
@@ -78,6 +78,45 @@ def test_the_law() -> None:
     assert control.answered_right == pytest.approx(q) and control.integral == pytest.approx(integral)
     # at half of the learning rate the damping counts twice
     assert control.alpha_c == pytest.approx(2 * q * (integral - 2 * 0.5 * (0.4 - reference)))
+
+
+@pytest.mark.parametrize("right", [0.0, 0.02, 0.05])
+def test_a_price_does_not_fall_while_nobody_calls_and_nothing_is_right(right: float) -> None:
+    """It stays about where the run began, and falls as ever once too many call."""
+    control = controller(0.3, start=0.25)
+    for step in range(300):
+        control.observe(0.0, right, 1 - step / 300)
+        assert control.alpha_c > 0.245
+    for _ in range(20):
+        control.observe(0.9, 0.1 * right, 1.0)
+    assert control.alpha_c == LOW
+
+
+@pytest.mark.parametrize("c", [0.3, 0.5])
+def test_a_weak_model_finds_the_budget_too(c: float) -> None:
+    """Its P(local success) is about .08, far below what a call pays at first: it calls too often, then as it may."""
+    rng, control, calls = random.Random(0), controller(c, start=0.25), 0.0
+    chances = sorted(1 / (1 + math.exp(-rng.gauss(-2.4, 1.2))) for _ in range(1000))
+    for step in range(400):
+        pace = 1 - step / 400
+        calls += (sum(p < control.alpha_c for p in chances) / 1000 - calls) * pace / 12
+        answered = chances[int(1000 * calls) :]
+        f = sum(rng.random() < calls for _ in range(256)) / 256
+        control.observe(f, sum(answered) / len(answered) * (1 - f), pace)
+    assert calls == pytest.approx(c, abs=0.03)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0.3, 1), st.floats(0, 1)), min_size=1, max_size=30))
+def test_the_price_at_the_start_counts_only_where_answers_are_worth_less(steps: list[tuple[float, ...]]) -> None:
+    """While answers are right at least as often as alpha_c / alpha_a at the start, not a bit depends on it."""
+    control, without = controller(0.3, start=0.3), replace(controller(0.3, start=0.3), start=0.0)
+    control.observe(0.2, 0.4, 1.0)
+    without.observe(0.2, 0.4, 1.0)
+    for f, right, pace in steps:
+        for one in (control, without):
+            one.observe(f, right * (1 - f), pace)
+        if control.answered_right is not None and control.answered_right >= 0.3:
+            assert control.alpha_c == without.alpha_c and control.integral == without.integral
 
 
 def test_calls_on_the_budget_change_nothing() -> None:

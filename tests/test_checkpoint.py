@@ -42,7 +42,7 @@ def test_training_goes_on_with_the_same_bits(
     optimizer = make_optimizer(model, config)
     for i in range(3):
         step(model, optimizer, i)
-    state = {"step": 3, "ema": 0.1 + 0.2, "nested": {"returned": ["a"]}, "worst": float("-inf")}
+    state = {"step": 3, "ema": 0.1 + 0.2, "nested": {"returned": ["a"]}, "worst": None}
     path = checkpoint.save(tmp_path, 3, model, tokenizer, optimizer, state)
 
     again = load_model(ModelConfig(path=str(path / "model")), tokenizer, seed=0)

@@ -28,6 +28,13 @@ SMALL = [
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The one line on stderr of a command that exits with 2."""
+    line = refused_words(capsys, *argv)
+    gc.collect()  # a refused start holds its lock until its frames are gone
+    return line
+
+
+def refused_words(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The same where the words alone are refused, before a start."""
     with pytest.raises(SystemExit) as left:
         main(argv)
     assert left.value.code == 2
@@ -36,8 +43,6 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     lines = captured.err.splitlines()
     assert len(lines) == 1, captured.err
     assert lines[0].startswith("gapg: ")
-    del left
-    gc.collect()  # a refused start holds its lock until its frames are gone
     return lines[0]
 
 
@@ -106,7 +111,59 @@ def test_no_prompt_fits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("argv", [["train", "quickstart", "seed", "3"], ["train"], ["tune", "quickstart"], ["eval"]])
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["train", "quickstart", "--optim.lr"], ["--optim.lr: needs a value"]),
+        (["train", "quickstart", "--optim.lr", "--steps", "3"], ["--optim.lr: needs a value"]),
+        (["train", "quickstart", "--steps=", "--compare"], ["--steps: needs a value"]),
+        (["train", "quickstart", "--output-dir"], ["--output-dir: needs a value"]),
+        (["train", "quickstart", "--optim.lr", "-1e-4"], ["optim.lr='-1e-4'", "greater than 0"]),
+        (["train", "quickstart", "--optim.lrr"], ["optim.lrr: unknown key", "optim.lr?"]),
+        (["train", "quickstart", "--resume=yes"], ["--resume: takes no value"]),
+        (["train", "quickstart", "--resume", "yes"], ["'yes': one word too many", "gapg train NAME"]),
+        (["train", "quickstart", "seed", "3"], ["'seed': one word too many", "gapg train NAME"]),
+        (["train", "--compare", "quickstart"], ["usage: gapg train NAME"]),
+        (["eval", "x", "--config"], ["--config: needs a value"]),
+        (["eval", "x", "--config", "--threads", "1"], ["--config: needs a value"]),
+        (["eval", "x", "--config="], ["--config: needs a value"]),
+        (["eval", "x", "--output-dir", "--threads", "1"], ["--output-dir: needs a value"]),
+        (["eval", "x", "--output_dir", "", "--threads", "1"], ["--output_dir: needs a value"]),
+        (["eval", "x", "--config", "quickstart", "--threads"], ["--threads: needs a value"]),
+        (["eval", "--config", "quickstart"], ["usage: gapg eval CHECKPOINT"]),
+        (["calibrate", "--temperature"], ["--temperature: needs a value"]),
+        (["calibrate", "x", "--temperature", "warm"], ["--temperature warm: must be a number"]),
+        (["calibrate", "x", "--temperature", "-1e-4"], ["--temperature -0.0001: must be 0"]),
+        (["calibrate", "x", "--problems", "--accuracy"], ["--problems: needs a value"]),
+        (["experiment", "--seeds", "--jobs", "2"], ["--seeds: needs a value"]),
+        (["experiment", "all", "--jobs", "1.5"], ["--jobs 1.5: must be a whole number"]),
+        (["experiment", "all", "--work-dir", "--jobs", "1"], ["--work-dir: needs a value"]),
+        (["info", "--config"], ["--config: needs a value"]),
+        (["info", "--seed", "3"], ["--seed=3", "--config NAME"]),
+        (["info", "quickstart"], ["'quickstart': one word too many"]),
+    ],
+)
+def test_words_that_do_not_fit_are_one_line(
+    argv: list[str],
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = refused_words(capsys, *argv)
+    assert all(word in line for word in words), line
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_a_value_may_begin_with_dashes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused_words(capsys, "eval", str(tmp_path), "--config=--mine", "--threads", "1")
+    assert "no model" in line
+    main(["config", "show", "quickstart", "--output-dir=--mine"])
+    assert "output_dir: --mine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["train", "--resume"], ["train"], ["tune", "quickstart"], ["eval"]])
 def test_a_wrong_command_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(argv)
@@ -190,6 +247,26 @@ def test_a_finished_run_resumes_to_nothing(trained: Path) -> None:
     main(["train", "quickstart", *SMALL, "--output-dir", str(trained), "--resume", "--warm-start.steps", "4"])
     assert (trained / "metrics.jsonl").read_bytes() == before
     assert checkpoint.steps(trained / "checkpoints") == [1]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return [1.0] * (len(group.outcomes) + 1)", ["returned 3 rewards for 2 responses"]),
+        ("return [float('nan'), 0.0]", ["reward 1 of 2 is nan"]),
+        ("return group.reward", ["raised AttributeError", "mine.py:1"]),
+    ],
+)
+def test_a_reward_function_is_tried_before_anything_slow(
+    body: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    (tmp_path / "mine.py").write_text(f"def reward(group, a, c, f): {body}\n")
+    argv = ["--reward.function", "mine:reward", "--output-dir", str(tmp_path / "run"), "--warm-start", ""]
+    line = refusal(capsys, "train", "quickstart", *SMALL, *argv)
+    assert all(word in line for word in ("reward.function=mine:reward", *words)), line
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_steps_leave_a_model_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gapg.config import ConfigError, RunConfig, dump_config, load_config, parse_overrides, presets
+from gapg.config_keys import keys
 
 
 def error_of(name: str, **overrides: str) -> str:
@@ -68,6 +69,16 @@ def test_the_papers_numbers() -> None:
         ("model.dtype", "float16", ["model.dtype", "float16", "bfloat16"]),
         ("compare", "perhaps", ["compare", "perhaps", "boolean"]),
         ("optim", "5", ["optim"]),
+        ("optim.lr.x", "5", ["optim.lr.x", "unknown key", "optim.lr?"]),
+        ("optim.lr", "", ["optim.lr", "number"]),
+        ("oracle.model", "", ["oracle.model", "string"]),
+        ("output_dir", "", ["output_dir", "path"]),
+        ("update.pack", "maybe", ["update.pack='maybe'", "'auto'", "boolean"]),
+        ("steps", "true", ["steps", "true", "integer"]),
+        ("steps", "1:30", ["steps", "1:30", "integer"]),
+        ("optim", "{lr: true}", ["optim.lr", "True", "needs a value"]),
+        ("optim.betas", "[true, 0.9]", ["optim.betas", "True", "needs a value"]),
+        ("eval", "{every: yes}", ["eval.every", "True", "needs a value"]),
     ],
 )
 def test_a_mistake_is_one_line_with_key_and_fix(key: str, value: str, words: list[str]) -> None:
@@ -75,11 +86,79 @@ def test_a_mistake_is_one_line_with_key_and_fix(key: str, value: str, words: lis
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", ".nan", ".inf", "1e999", "Infinity"])
+@pytest.mark.parametrize("key", ["optim.lr", "budget.gain", "reward.alpha_f", "rollout.temperature"])
+def test_a_number_is_finite(key: str, value: str) -> None:
+    section, _, name = key.partition(".")
+    assert key in error_of("quickstart", **{key: value})
+    assert key in error_of(
+        "quickstart", **{section: f"{{lr: 1, {name}: {value}}}" if section == "optim" else f"{{{name}: {value}}}"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optim.betas", "[1.0, 0.9]"),  # AdamW divides by 1 - beta
+        ("optim.betas", "[0.9, 0.99999999999999999]"),
+        ("optim.betas", "[nan, 0.9]"),
+        ("optim.betas", "[0.9, .nan]"),
+        ("warm_start.optim.betas", "[0.9, 1]"),
+        ("optim.weight_decay", "1e300"),
+        ("warm_start.optim.weight_decay", "1000"),
+        ("rollout.temperature", "1e-300"),
+        ("reward.alpha_a", "1e-323"),  # the controller divides by a part of it
+    ],
+)
+def test_a_number_at_which_training_breaks_at_once_is_refused(key: str, value: str) -> None:
+    assert error_of("quickstart", **{key: value}).startswith(key)
+
+
+def test_numbers_near_those() -> None:
+    near = {"optim.betas": "[0, 0.999999]", "optim.weight_decay": "100", "rollout.temperature": "0.01"}
+    config = load_config("quickstart", near)
+    assert (config.optim.betas, config.optim.weight_decay, config.rollout.temperature) == ((0, 0.999999), 100, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("steps: true", "steps"),
+        ("steps: yes", "steps"),
+        ("token_cap: on", "token_cap"),
+        ("output_dir: true", "output_dir"),
+        ("output_dir: ''", "output_dir"),
+        ("output_dir: [runs]", "output_dir"),
+        ("optim: {lr: true}", "optim.lr"),
+        ("optim: {lr: 1.0e-4, betas: [0.9, true]}", "optim.betas"),
+        ("loss: {epochs: 2, clip: [true, 0.2]}", "loss.clip"),
+        ("loss: {tis_cap: true}", "loss.tis_cap"),
+        ("model: {path: yes}", "model.path"),
+        ("model: {lora: {rank: true}}", "model.lora.rank"),
+        ("oracle: {model: true}", "oracle.model"),
+        ("threads: off", "threads"),
+    ],
+)
+def test_a_truth_value_in_a_file_is_no_number_and_no_name(tmp_path: Path, line: str, key: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"task: countdown\n{line}\n")
+    assert error_of(str(path)).startswith(f"{key}=")
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("1", True), ("on", True), ("0", False), ("no", False)])
+def test_a_truth_value_is_one_in_any_spelling(tmp_path: Path, text: str, value: bool) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"task: countdown\nloss: {{entropy: {text}}}\nupdate: {{pack: {text}}}\n")
+    given = {"loss.entropy": text, "update.pack": text}
+    for config in (load_config(str(path)), load_config("quickstart", given)):
+        assert (config.loss.entropy, config.update.pack) == (value, value)
+
+
 def test_an_unknown_config_lists_the_presets() -> None:
     assert "quickstart" in error_of("quickstrat")
 
 
-@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "just words", "", "steps: 3\n"])
+@pytest.mark.parametrize("text", ["a: [1", "a: 2024-13-45", "- 1\n- 2\n", "just words", "", "steps: 3\n"])
 def test_a_broken_file_is_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
@@ -104,8 +183,23 @@ def test_no_value_ends_in_a_traceback(value: str) -> None:
             assert "\n" not in str(error)
 
 
-def test_a_folder_may_be_a_number(tmp_path: Path) -> None:
-    assert load_config("quickstart", {"output_dir": "2024"}).output_dir == Path("2024")
+@pytest.mark.parametrize("name", ["2024", "0012", "12:30:00", "1_000", "3.10", "1e3", "null", "true", "--x", "~"])
+def test_a_name_is_what_was_written(name: str) -> None:
+    """YAML would read most of them as something else."""
+    config = load_config("quickstart", {"output_dir": name, "oracle.model": name})
+    assert (config.output_dir, config.oracle.model) == (Path(name), name)
+
+
+def test_a_folder_in_a_file_may_be_a_number_or_a_date(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    for name in ("2024", "2024-01-01"):
+        path.write_text(f"task: countdown\noutput_dir: {name}\n")
+        assert load_config(str(path)).output_dir == Path(name)
+
+
+def test_numbers_are_decimal() -> None:
+    config = load_config("quickstart", {"seed": "0012", "steps": "1_000", "threads": "null"})
+    assert (config.seed, config.steps, config.threads) == (12, 1000, None)
 
 
 def test_overrides_are_typed_and_deep() -> None:
@@ -142,8 +236,58 @@ def test_the_command_line_forms() -> None:
     }
     assert parse_overrides(["--optim.lr", "-1"]) == {"optim.lr": "-1"}
     assert parse_overrides(["--warm-start", ""]) == {"warm_start": ""}
+    assert parse_overrides(["--warm-start="]) == {"warm_start": ""}
+    assert parse_overrides(["--output-dir=--x=y"]) == {"output_dir": "--x=y"}
+    bare = parse_overrides(["--update.pack", "--task.args.help-shown"])
+    assert bare == {"update.pack": "true", "task.args.help_shown": "true"}
     with pytest.raises(ConfigError, match=r"'lr'.*--optim\.lr"):
         parse_overrides(["lr", "1"])
+
+
+def test_only_a_truth_value_stands_bare() -> None:
+    bare = {
+        *("model.gradient_checkpointing", "model.liger", "loss.entropy", "update.skip_zero_advantage", "update.pack"),
+        *("update.response_positions", "budget.filter", "budget.controller", "compare", "tensorboard", "wandb"),
+    }
+    for key in keys(RunConfig):
+        option = f"--{key.replace('_', '-')}"
+        for args in ([option], [option, "--seed", "3"], ["--seed=3", option, "--task.args.x"]):
+            if key in bare:
+                assert parse_overrides(args)[key] == "true"
+            else:
+                with pytest.raises(ConfigError, match=rf"^{option}: needs a value.*{option} "):
+                    parse_overrides(args)
+    with pytest.raises(ConfigError, match=r"^optim\.lrr: unknown key; did you mean optim\.lr\?$"):
+        parse_overrides(["--optim.lrr"])
+
+
+@pytest.mark.parametrize("option", ["--optim.lr", "--steps", "--output-dir", "--oracle.model", "--optim", "--compare"])
+def test_an_empty_value_is_none_where_the_key_cannot_be(option: str) -> None:
+    for args in ([f"{option}="], [option, ""]):
+        with pytest.raises(ConfigError, match=f"^{option}: needs a value"):
+            parse_overrides(args)
+
+
+@pytest.mark.parametrize("word", ["lr", "-x", "--", "--=3", "-1"])
+def test_a_word_that_is_no_option(word: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected an option like --optim\.lr 1e-4"):
+        parse_overrides([word])
+
+
+@pytest.mark.parametrize("text", ["-1", "-1e-4", "-.5"])
+def test_a_negative_number_is_a_value(text: str) -> None:
+    overrides = parse_overrides(["--optim.lr", text, "--seed", "3"])
+    assert overrides == {"optim.lr": text, "seed": "3"}
+    with pytest.raises(ConfigError, match=f"optim.lr='{text}': .*greater than 0"):
+        load_config("quickstart", overrides)
+
+
+def test_the_last_of_two_counts() -> None:
+    assert parse_overrides(["--seed", "1", "--compare", "--seed=2"]) == {"compare": "true", "seed": "2"}
+    again = ["--warm-start.steps", "5", "--warm-start", "", "--warm-start.steps", "7"]
+    config = load_config("quickstart", parse_overrides(again))
+    assert config.warm_start is not None
+    assert config.warm_start.steps == 7
 
 
 def test_show_holds_every_key() -> None:

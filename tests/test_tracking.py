@@ -1,13 +1,14 @@
 """What a run writes about itself, whatever a model writes: files cut by a kill, markup in transcripts, step counts."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gapg.tracking import Display, Phases, Tracker, append_jsonl, read_jsonl, say, warn, write_whole
+from gapg.tracking import Display, Phases, Tracker, append_jsonl, read_jsonl, say, to_json, warn, write_whole
 
 
 def tracker(folder: Path, step: int = 0) -> Tracker:
@@ -27,6 +28,36 @@ def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
         # a line is whole once its closing brace is there
         assert len(found) == whole[:cut].count(b"}")
     assert read_jsonl(tmp_path / "missing.jsonl") == []
+
+
+JSON = st.recursive(
+    st.floats() | st.integers() | st.text(max_size=5) | st.booleans() | st.none(),
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=20,
+)
+
+
+@given(JSON, st.sampled_from([None, 1]))
+def test_json_has_no_words_for_what_is_no_number(value: object, indent: int | None) -> None:
+    """Everything else comes back as it was, and what is not finite as null."""
+
+    def same(was: object, now: object) -> bool:
+        if isinstance(was, dict):
+            return isinstance(now, dict) and was.keys() == now.keys() and all(same(was[k], now[k]) for k in was)
+        if isinstance(was, list | tuple):
+            return isinstance(now, list) and len(was) == len(now) and all(map(same, was, now))
+        return now is None if isinstance(was, float) and not math.isfinite(was) else now == was
+
+    text = to_json(value, indent)
+    assert same(value, json.loads(text, parse_constant=lambda word: pytest.fail(word)))
+
+
+def test_a_row_of_metrics_may_hold_what_is_no_number(tmp_path: Path) -> None:
+    log = tracker(tmp_path)
+    log.log({"step": 1, "grad_norm": math.nan, "loss": -math.inf, "lr": 0.5})
+    log.close()
+    tracker(tmp_path, step=1).close()  # which writes the rows again
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "grad_norm": null, "loss": null, "lr": 0.5}\n'
 
 
 def test_steps_that_will_run_again_are_taken_out(tmp_path: Path) -> None:

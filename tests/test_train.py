@@ -22,6 +22,7 @@ from gapg.use.validate import validate
 
 KEYS = {
     *("step", "accuracy", "local_accuracy", "call_fraction", "alpha_c", "lr", "grad_norm", "clipped", "logprob_gap"),
+    *("skipped", "bad_steps", "rollout_lost", "groups/with_gradient", "policy/rollout_nan_fraction"),
     *(
         "outcome/local_correct",
         "outcome/local_wrong",

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from gapg.batching import Example, packed_batches
 from gapg.judge import Group, Judge
 from gapg.policy import response_logprobs
+from gapg.reward import group_rewards
 from gapg.rollout.records import Sampling
 from gapg.run import Run
 from gapg.seeding import derive
@@ -143,8 +144,8 @@ def _responses(run: Run, prompts: Sequence[Prompt], n: int, label: str) -> list[
     """n judged responses a prompt, sampled as in training."""
     rollout = run.config.rollout
     seed = derive(run.config.seed, "gradient variance", label)
-    sampling = Sampling(rollout.max_new_tokens, rollout.temperature, STOP, seed)
-    judge = Judge(run.task, run.oracle, ask_always=True)
+    sampling = Sampling(rollout.max_new_tokens, rollout.temperature, STOP, seed, thinking=run.judge.thinking)
+    judge = Judge(run.task, run.oracle, ask_always=True, thinking=run.judge.thinking)
     ids = [run.task.render(p, run.tokenizer) for p in prompts]
     found = {i: judge.submit(prompts[i], c).result() for i, c in run.engine.generate(ids, n, sampling)}
     return [found[i] for i in range(len(prompts))]
@@ -153,7 +154,7 @@ def _responses(run: Run, prompts: Sequence[Prompt], n: int, label: str) -> list[
 def _rewards(run: Run, group: Group) -> FloatArray:
     config = run.config
     alpha_c = run.controller.alpha_c if config.budget.controller else config.reward.alpha_c
-    return np.array(run.reward(group, config.reward.alpha_a, alpha_c, config.reward.alpha_f))
+    return np.array(group_rewards(run.reward, group, config.reward.alpha_a, alpha_c, config.reward.alpha_f))
 
 
 def _scores(run: Run, group: Group, params: Sequence[torch.nn.Parameter], directions_KD: torch.Tensor) -> FloatArray:

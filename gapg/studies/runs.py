@@ -28,13 +28,14 @@ from gapg import checkpoint
 from gapg.config import ConfigError, RunConfig, load_config
 from gapg.folder import save_config
 from gapg.model import load_tokenizer
-from gapg.parts import check_run, make_task
+from gapg.parts import check_run, make_reward, make_task
+from gapg.reward import try_reward
 from gapg.run import build_run, set_threads
 from gapg.studies.products import PRODUCTS, STANDARD, is_made, make_product
 from gapg.studies.provenance import revision
 from gapg.studies.study import Unit, product_path
 from gapg.tasks import find_object
-from gapg.tracking import read_jsonl, write_whole
+from gapg.tracking import read_jsonl, to_json, write_whole
 from gapg.train import train
 from gapg.use.validate import validate
 from gapg.warm_start import check_demonstrations, warm_start
@@ -130,8 +131,10 @@ def check(places: Iterable[Place]) -> None:
     different = {_hash(_checked(p.config)): p.config for p in places}
     for config in different.values():
         task = make_task(config)
-        check_demonstrations(config, task)
-        check_run(config, task, load_tokenizer(config.model, task))
+        tokenizer = load_tokenizer(config.model, task)
+        check_run(config, task, tokenizer)
+        check_demonstrations(config, task, tokenizer)
+        try_reward(make_reward(config), config, task)
 
 
 def _checked(config: RunConfig) -> dict[str, Any]:
@@ -140,7 +143,8 @@ def _checked(config: RunConfig) -> dict[str, Any]:
         "task": config.task.model_dump(mode="json"),
         "model": config.model.model_dump(mode="json"),
         "demonstrations": config.warm_start and [str(config.warm_start.demonstrations)],
-        "rollout": [config.rollout.engine, config.rollout.max_prompt_tokens, config.rollout.max_new_tokens],
+        "rollout": config.rollout.model_dump(mode="json"),
+        "reward": [config.reward.model_dump(mode="json"), config.budget.controller],
         "token_cap": config.token_cap,
     }
 
@@ -201,7 +205,7 @@ def _write_done(folder: Path, step: int, usage: dict[str, Any], product: str, un
     seconds = sum(value for row in rows for key, value in row.items() if key.startswith("seconds/"))
     now = {"step": step, "seconds": round(seconds, 1), "oracle": usage}
     now |= {"products": products, "product_revisions": revisions}
-    write_whole(path, json.dumps(before | now, indent=1) + "\n")
+    write_whole(path, to_json(before | now, indent=1) + "\n")
 
 
 def _forget_optimizer(path: Path) -> None:

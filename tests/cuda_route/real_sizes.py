@@ -71,7 +71,7 @@ def tensors(values: Any) -> list[torch.Tensor]:
 # --- what must hold of every update ----------------------------------------------------------------------------------
 
 MOVES = ["_to_copy", "view", "_unsafe_view", "t", "transpose", "select", "slice", "unsqueeze", "detach"]
-PRODUCTS = ["mm", "addmm"]  # in 16 bits under either autocast
+PRODUCTS = ["mm", "addmm", "_scaled_dot_product_flash_attention_for_cpu"]  # in 16 bits under either autocast
 UNLISTED = ["add", "mul", "neg", "silu", "_flash_attention_forward", "index_select"]  # they compute in what they get
 EQUAL = ["cat"]  # the CPU's autocast would make different types one; here they are the same
 OURS = {"gapg.linear_logprob", "gapg.fused_policy_loss", "gapg.shared_prompt_attention"}
