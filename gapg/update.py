@@ -28,7 +28,7 @@ def policy_update(
 ) -> dict[str, Any]:
     """The policy loss over packed micro-batches and one optimizer step an epoch; none at all for an empty D.
 
-    A step whose loss or gradient is not finite is skipped. Nothing waits for the device between two packed micro-batches.
+    A step whose loss or gradient is not finite is skipped. Nothing waits for the device between packed micro-batches.
 
     Args:
         model: the policy, in training mode.
