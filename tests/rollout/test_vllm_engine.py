@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_checks import check_stops_outside_thought
 
 from gapg.rollout.records import Completion, Engine, HelpControl, HelpSpelling, Sampling
 
@@ -175,6 +174,8 @@ def test_a_stop_string_of_two_tokens_ends_the_response_and_stays_in_it(engine: A
 
 @pytest.mark.parametrize("thinking", [False, True])
 def test_a_stop_inside_a_think_block_does_not_count(engine: Any, thinking: bool) -> None:
+    from engine_checks import check_stops_outside_thought  # programs of their own import this file, not that one
+
     sampling = Sampling(60, stop=("</answer>",), seed=5, thinking=thinking)
     found = [c for cs in generate(engine, PROMPTS[:3], 150, sampling) for c in cs]
     check_stops_outside_thought(engine._tokenizer, found, {EOS, 4}, "</answer>", thinking)
