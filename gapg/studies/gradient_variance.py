@@ -172,7 +172,7 @@ def _scores(run: Run, group: Group, params: Sequence[torch.nn.Parameter], direct
 def _score(
     model: PreTrainedModel, params: Sequence[torch.nn.Parameter], example: Example, temperature: float
 ) -> torch.Tensor:
-    (batch,) = packed_batches([example], len(example), model.device)
+    (batch,) = packed_batches([example], len(example), model.device, padded=True)
     logprob = response_logprobs(model, batch, temperature).sum()
     return torch.cat([g.reshape(-1) for g in torch.autograd.grad(logprob, list(params))])
 
