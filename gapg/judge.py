@@ -17,9 +17,9 @@ from gapg.rollout.records import Completion, Oracle, OracleAnswer
 from gapg.rollout.text import spoken
 from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_CLOSE, HELP_OPEN, HELP_PHRASE, Prompt, Task, Verdict
 
-# A tokenizer whose tags are special tokens may put one blank more after them.
-_PHRASE = re.compile(" +".join(map(re.escape, HELP_PHRASE.split())))
-_WORD = re.compile(r"\w")
+# A tokenizer whose tags are special tokens may put one blank more beside them, or swallow the one that is there.
+_PHRASE = re.compile(HELP_PHRASE.replace(" ", " +").replace("> +", "> *").replace(" +<", " *<"))
+_WORD = re.compile(r"[^\W_]")
 _SPECIAL_TOKEN = re.compile(r"<(?!/?(?:answer|unknown)>)[^<>\s]{1,64}>|\[[/|]?[A-Za-z_]{1,64}\|?\]")
 
 

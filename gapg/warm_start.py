@@ -113,7 +113,7 @@ def check_demonstrations(config: RunConfig, task: Task, tokenizer: PreTrainedTok
     thinking = opens_think(task, tokenizer)
     for demo in demonstrations:
         if parse(demo.response, thinking).kind == "none":
-            why = "the prompt opens a think block that it does not close" if thinking else "it ends in neither ending"
+            why = "the prompt opens a think block: close it before" if thinking else "it ends in neither ending"
             raise ConfigError(f"warm_start.demonstrations: that of {demo.prompt.id!r} teaches no ending: {why}")
 
 

@@ -89,10 +89,13 @@ def judged(texts, oracle, **options) -> Group:
         ("</answer> 2 <answer>", Parsed("none")),
         ("<answer> 2 </answer> <answer>", Parsed("none")),
         ("<answer> 2 </answer> <unknown>", Parsed("none")),
-        # the blank that some tokenizers put after a special token
+        # the blank that some tokenizers put beside a special token, and others swallow
         ("<unknown>  I need external assistance  </unknown>", Parsed("help", None, True)),
+        ("<unknown>I need external assistance</unknown>", Parsed("help", None, True)),
         ("<unknown>\nI need external assistance </unknown>", Parsed("none")),
-        ("<unknown>I need external assistance</unknown>", Parsed("none")),
+        ("<unknown> I needexternal assistance </unknown>", Parsed("none")),
+        ("<answer> a < b > [2] </answer>", Parsed("answer", "a < b > [2]", True)),
+        ("<answer> 2 </answer>__", ANSWER_2),  # `>_` is a token of many tokenizers
         ("", Parsed("none")),
     ],
 )

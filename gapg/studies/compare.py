@@ -23,7 +23,7 @@ from gapg.seeding import derive
 from gapg.studies.pool import end_with_parent
 from gapg.studies.routers import at_random, by_logprob, logprob_threshold, offload
 from gapg.tasks.base import STOP
-from gapg.tracking import read_jsonl, say, to_json, write_whole
+from gapg.tracking import read_jsonl, say, to_json, warn, write_whole
 from gapg.train import train
 from gapg.use.calibrate import fit_bias, help_control, masked
 from gapg.use.evaluate import Result, mcnemar, prediction, respond
@@ -95,13 +95,17 @@ def assess_task_tuned(run: Run) -> None:
 
 
 def assess_gapg(run: Run) -> float:
-    """As trained, and greedy with the bias fitted on the validation problems; returns the bias."""
+    """As trained, and greedy with the bias fitted on the validation problems; returns the bias, 0 where none fits."""
     control = help_control(run.tokenizer)
     assess(run, "heldout-sampled", run.config.rollout.temperature, control)
     assess(run, "heldout-greedy", 0.0, control)
     rows = assess(run, "validation-masked", 0.0, masked(control))
     margins = [-math.inf if p["help_margin"] is None else p["help_margin"] for p in rows]
-    bias = fit_bias(margins, run.config.budget.cloud_fraction)
+    try:
+        bias = fit_bias(margins, run.config.budget.cloud_fraction)
+    except ValueError as error:
+        warn(f"{error}: the calibrated row is greedy without one")
+        bias = 0.0
     assess(run, "heldout-calibrated", 0.0, replace(control, bias=bias))
     return bias
 

@@ -6,7 +6,7 @@ from datetime import date
 
 from transformers import PreTrainedTokenizerBase
 
-from gapg.config import ConfigError
+from gapg.config import ConfigError, one_line
 from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_PHRASE
 
 ENDINGS = (
@@ -27,12 +27,20 @@ def render_instruction(text: str, tokenizer: PreTrainedTokenizerBase) -> list[in
     """Token ids of one user turn and the assistant's opening; without a chat template, the plain text and a newline.
 
     One user message and no system message: some chat templates refuse the latter. For a template that writes the date
-    (`strftime_now`) it is always `TODAY`. Raises ConfigError, with the template's own words, where the template fails.
+    (`strftime_now`) it is always `TODAY`. Raises ConfigError, with the template's own words, where the template fails,
+    and where it leaves the text out.
     """
     if not getattr(tokenizer, "chat_template", None):
         return encode_prompt(f"{text}\n", tokenizer)
+    rendered = _apply_template(text, tokenizer)
+    # a template may change the text; one for images, say, may look for a list of parts and find none in it
+    if text.strip() not in rendered and rendered == _apply_template(f"? {text}", tokenizer):
+        raise ConfigError(
+            f"model.path: the chat template of {named(tokenizer)} leaves out a message that is plain text; mend the "
+            "template, or delete it"
+        )
     # The template writes its own special tokens, a BOS among them.
-    return list(tokenizer.encode(_apply_template(text, tokenizer), add_special_tokens=False))
+    return list(tokenizer.encode(rendered, add_special_tokens=False))
 
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -46,9 +54,14 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if whole[start : start + len(bare)] == bare:
             return whole[: start + len(bare)]
     raise ConfigError(
-        f"model.path: its tokenizer writes {text[:40]!r} otherwise with its special tokens than without; "
-        "give the tokenizer a chat template"
+        f"model.path: the tokenizer of {named(tokenizer)} writes {text[:40]!r} otherwise with its special tokens than "
+        "without; give it a chat template"
     )
+
+
+def named(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Whose tokenizer it is: the path it came from, or the task that made it."""
+    return tokenizer.name_or_path or "the task"
 
 
 def _apply_template(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -61,8 +74,8 @@ def _apply_template(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
             strftime_now=TODAY.strftime,
         )
     except Exception as error:  # a template is a program, and may raise anything
-        cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ConfigError(
-            f"model.path: its chat template fails on one user message ({cause}); mend the template, or delete it"
+            f"model.path: the chat template of {named(tokenizer)} fails on one user message ({one_line(error)}); mend "
+            "the template, or delete it"
         ) from None
     return str(rendered)

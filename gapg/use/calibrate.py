@@ -67,7 +67,7 @@ def help_control(tokenizer: PreTrainedTokenizerBase) -> HelpControl:
 def _joined(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What the tokenizer joins with the beginning of the phrase in one token, after a letter."""
     ids = sorted(i for token, i in tokenizer.get_vocab().items() if HELP_PHRASE[0] in token)
-    texts = [str(tokenizer.decode([i])) for i in ids]
+    texts = [plain_text(tokenizer, [i]) for i in ids]
     cuts = [(text, text.rfind(HELP_PHRASE[0])) for text in texts]
     return [f"x{text[:cut]}" for text, cut in cuts if cut > 0 and HELP_PHRASE.startswith(text[cut:])]
 

@@ -19,6 +19,7 @@ from gapg.endings import opens_think
 from gapg.judge import oracle_score, parse
 from gapg.parts import fitting_prompts, make_oracle
 from gapg.rollout.records import Completion, Engine, Oracle, Sampling
+from gapg.rollout.text import spoken
 from gapg.seeding import derive
 from gapg.tasks.base import STOP, Prompt, Task, Verdict
 from gapg.tracking import Display, say, to_json, warn, write_whole
@@ -149,6 +150,9 @@ def masked_pass(
     unsteered = sum(row["called_anyway"] for row in rows)
     if unsteered:
         warn(f"{unsteered} responses wrote the help phrase in other tokens than it is steered in; they call always")
+    reasoned = sum(spoken(row["response"], row["thinking"]) != row["response"] for row in rows)
+    if reasoned:
+        warn(f"{reasoned} responses reason in a think block: the bias works in there too, where no call counts")
     odds = [c.help_log_odds or () for c in (done[i] for i in range(len(prompts)))]
     width = max(map(len, odds))
     decoded = MaskedPass(

@@ -181,6 +181,32 @@ def test_a_stop_inside_a_think_block_does_not_count(engine: Any, thinking: bool)
     check_stops_outside_thought(engine._tokenizer, found, {EOS, 4}, "</answer>", thinking)
 
 
+def test_a_token_may_go_on_behind_a_stop_inside_a_think_block() -> None:
+    """`></` is one token in many a tokenizer: vLLM cuts its own text between, and with it the start of `</think>`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+    from gapg.rollout.vllm_engine import _stop_outside_thought
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator(["></ " * 9], trainers.BpeTrainer(vocab_size=258, initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    text = "<think> <answer> 9 </answer></think> <answer> 3 </answer> more"
+    ids = tokenizer.encode(text)
+    assert any("></" in tokenizer.decode([i]) for i in ids)
+    params = SamplingParams(stop=["</answer>"], include_stop_str_in_output=True, skip_special_tokens=False)
+    request = EngineCoreRequest("1", [ids[0]], None, params, None, 0.0, None, None, None)
+    detokenizer = IncrementalDetokenizer.from_new_request(tokenizer, request)
+    _stop_outside_thought(detokenizer, tokenizer, thinking=False)
+    read = next(n for n, token in enumerate(ids, 1) if detokenizer.update([token], False))
+    assert tokenizer.decode(ids[:read]) == text.removesuffix(" more")
+
+
 def test_the_seed_decides_and_the_batch_does_not(engine: Any) -> None:
     sampling = Sampling(20, seed=11)
     all_at_once = generate(engine, PROMPTS, 6, sampling)

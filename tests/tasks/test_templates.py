@@ -90,7 +90,26 @@ def test_a_template_that_fails_is_named_in_one_line(
     byte_tokenizer: PreTrainedTokenizerFast, template: str, cause: str
 ) -> None:
     byte_tokenizer.chat_template = template
-    with pytest.raises(ConfigError, match=r"^model\.path: its chat template fails") as error:
+    with pytest.raises(ConfigError, match=r"^model\.path: the chat template of the task fails") as error:
         render_instruction("1 + 2", byte_tokenizer)
     assert cause in str(error.value)
     assert "\n" not in str(error.value)
+
+
+PARTS = "{% for part in messages[0].content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", ["Hello", " ", "{{ messages[0].content[0].text }} ?", PARTS])
+def test_a_template_that_leaves_the_text_out_is_refused(byte_tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    byte_tokenizer.chat_template = template
+    with pytest.raises(ConfigError, match=r"^model\.path: the chat template of the task leaves out a message"):
+        render_instruction("1 + 2", byte_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "rendered"),
+    [("trim", "1 <b"), ("upper", " 1 <B "), ("replace('b', 'c')", " 1 <c "), ("tojson", '" 1 <b "')],
+)
+def test_a_template_may_change_the_text(byte_tokenizer: PreTrainedTokenizerFast, template: str, rendered: str) -> None:
+    byte_tokenizer.chat_template = f"{{{{ messages[0].content | {template} }}}}"
+    assert byte_tokenizer.decode(render_instruction(" 1 <b ", byte_tokenizer)) == rendered

@@ -12,12 +12,26 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
 
 from gapg.cli import main
 from gapg.config import ConfigError, RunConfig, dump_config
-from gapg.rollout.records import HelpSpelling
+from gapg.rollout.records import HelpSpelling, Sampling
+from gapg.rollout.transformers_engine import TransformersEngine
+from gapg.tasks.base import STOP
+from gapg.tasks.countdown import Countdown
 from gapg.tracking import read_jsonl
-from gapg.use.calibrate import FILE, Calibration, MaskedPass, load_calibration, save_calibration
+from gapg.use.calibrate import (
+    FILE,
+    Calibration,
+    MaskedPass,
+    help_control,
+    load_calibration,
+    masked,
+    save_calibration,
+)
+from gapg.use.calibrate_command import masked_pass
+from gapg.use.evaluate_command import Target
 
 INF = math.inf
 
@@ -67,6 +81,22 @@ def test_a_response_that_calls_in_other_tokens_counts_as_a_call(temperature: flo
     assert one.chances(-100.0) == pytest.approx([1, 0, 0, 0], abs=1e-9)
     assert one.chances(one.fit(0.5)).mean() == pytest.approx(0.5)
     assert one.chances(one.fit(0.25)).mean() == pytest.approx(0.25, abs=1e-6)
+
+
+def test_responses_that_reason_in_a_think_block_are_said(
+    make_model: Callable[..., PreTrainedModel],
+    small_config: Callable[..., RunConfig],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    task = Countdown(max_number=4, max_target=12, style="chat")
+    tokenizer = task.tokenizer()
+    engine = TransformersEngine(make_model(), tokenizer)
+    target = Target(tmp_path, None, small_config(tmp_path), task, tokenizer)
+    for thinking, said in ((False, False), (True, True)):
+        sampling = Sampling(4, 0.0, STOP, help=masked(help_control(tokenizer)), thinking=thinking)
+        masked_pass(engine, target, task.prompts("train")[:2], sampling, None)
+        assert ("2 responses reason in a think block" in capsys.readouterr().err) == said
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
