@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from tyro.conf import Positional, subcommand
+from tyro.conf import FlagCreatePairsOff, Positional, subcommand
 
 from gapg.config import ConfigError, RunConfig, dump_config, load_config, parse_overrides, presets
 from gapg.config_keys import needs_value, take_option
@@ -26,7 +26,7 @@ class Train:
 
     config: Positional[str]
     """A preset (see `gapg config list`) or a YAML file."""
-    resume: bool = False
+    resume: FlagCreatePairsOff[bool] = False
     """Go on from the last checkpoint in the output folder."""
 
 
@@ -57,7 +57,7 @@ class Calibrate:
     """The decoding to calibrate; 0 is greedy."""
     problems: int | None = None
     """How many training problems to calibrate on; empty: all that fit."""
-    accuracy: bool = False
+    accuracy: FlagCreatePairsOff[bool] = False
     """Ask a paid oracle about every calibration problem, for the accuracy together (a solver is always asked).
     The bias needs no oracle."""
     config: str | None = None
@@ -283,6 +283,7 @@ def _train(config: RunConfig, *, resume: bool) -> None:
     try_reward(reward, config, task)
     if config.compare:
         help_control(tokenizer)  # the comparison masks and biases the phrase: a ConfigError where it cannot
+        try_reward(reward, compare.task_tuned_config(config), task)
     with open_folder(config, resume=resume):
         make_oracle(config, task, config.output_dir).close()
         save_config(config)

@@ -18,7 +18,9 @@ from gapg import config_keys
 PRESETS = Path(__file__).parent / "configs"
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Count = Annotated[int, Field(ge=1, le=2**63 - 1)]
+FLOAT32 = 1e38  # most of a number that multiplies or bounds tensors of float32
 
 
 class ConfigError(ValueError):
@@ -48,7 +50,8 @@ class Section(BaseModel):
         allowed = config_keys.kinds(cls.model_fields[info.field_name or ""].annotation)
         items = value if isinstance(value, list | tuple) else [value]
         if bool not in allowed and any(isinstance(item, bool) for item in items):
-            raise PydanticCustomError("truth_value", "needs a value, not true or false")
+            none = "; leave it empty for none" if type(None) in allowed else ""
+            raise PydanticCustomError("truth_value", f"needs a value, not true or false{none}")
         return value
 
 
@@ -106,7 +109,7 @@ class OptimConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest gradient norm; how often it binds is logged as `clipped`."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    warmup_steps: Whole = 10
     flat: Fraction01 = 0.0
     """Part of the run after which the learning rate starts to fall."""
     final_lr: Fraction01 = 0.1
@@ -179,12 +182,12 @@ class LossConfig(Section):
     """`sequence_sum`: log pi of whole responses, the true gradient. `token_mean`: every token alike (DAPO)."""
     epochs: Count = 1
     """Optimizer steps per batch of responses; from the second on the ratio to the policy that sampled counts."""
-    clip: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0)]] | None = None
+    clip: tuple[Fraction01, Annotated[float, Field(ge=0, le=FLOAT32)]] | None = None
     """[low, high]: a token whose ratio leaves [1 - low, 1 + high] the way its advantage pushes has no gradient."""
-    tis_cap: Annotated[float, Field(gt=0)] | None = None
+    tis_cap: Annotated[float, Field(gt=0, le=FLOAT32)] | None = None
     """Truncated importance sampling: weigh tokens by min(pi / pi_engine, cap), for an engine that differs."""
     kl: Literal["k2", "k3"] = "k3"
-    kl_coef: Annotated[float, Field(ge=0)] = 0.0
+    kl_coef: Annotated[float, Field(ge=0, le=FLOAT32)] = 0.0
     """KL penalty to the policy the run started from, which is then kept in memory too."""
     entropy: bool = False
     """Also log the policy's entropy over the tokens trained on."""
@@ -258,7 +261,7 @@ class OracleConfig(Section):
     concurrency: Count = 16
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
     deadline_s: Annotated[float, Field(gt=0)] = 300.0
-    max_retries: Annotated[int, Field(ge=0)] = 5
+    max_retries: Whole = 5
     requests_per_minute: Count | None = None
     tokens_per_minute: Count | None = None
     spending_cap: Annotated[float, Field(ge=0)] | None = None
@@ -284,17 +287,17 @@ class OracleConfig(Section):
 
 
 class EvalConfig(Section):
-    every: Annotated[int, Field(ge=0)] = 50
+    every: Whole = 50
     """Steps between evaluations during training (0: none)."""
     problems: Count = 500
     """Problems kept out of training for these evaluations, and for choosing the best checkpoint."""
-    heldout: Annotated[int, Field(ge=0)] | None = None
+    heldout: Whole | None = None
     """Held-out problems of the final evaluation (empty: all; 0: none)."""
 
 
 class RunConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0
-    steps: Annotated[int, Field(ge=0)] = 200
+    steps: Whole = 200
     output_dir: Path = Path("runs/run")
     task: TaskConfig
     model: ModelConfig = ModelConfig()
@@ -313,7 +316,7 @@ class RunConfig(Section):
     keep_checkpoints: Count = 2
     compare: bool = False
     """Also train the task-tuned baseline and end with the comparison table and plot (needs the transformers engine)."""
-    threads: Count | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Torch threads on a CPU (empty: shared out over the processes that run side by side)."""
     tensorboard: bool = True
     wandb: bool = False
@@ -352,7 +355,7 @@ def load_config(name: str, overrides: Mapping[str, str] | None = None) -> RunCon
             raise ConfigError(f"config {name!r} is neither a file nor a preset; presets: {', '.join(presets())}")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}")
@@ -389,7 +392,8 @@ def _set(tree: dict[str, Any], key: str, text: str) -> None:
         raise ConfigError(config_keys.unknown(RunConfig, key))
     *sections, last = key.split(".")
     for section in sections:
-        if not isinstance(tree.get(section), dict):
-            tree[section] = {}
+        held = tree.get(section)
+        if not isinstance(held, dict):
+            tree[section] = {"name": held} if section == "task" and isinstance(held, str) else {}
         tree = tree[section]
     tree[last] = config_keys.read(text, found)

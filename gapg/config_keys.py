@@ -53,7 +53,7 @@ def read(text: str, found: list[Any]) -> Any:
         return text
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text
     return text if value is None or isinstance(value, date) else value
 

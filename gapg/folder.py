@@ -12,7 +12,7 @@ from gapg.tracking import write_whole
 MAY_CHANGE = (
     "steps", "output_dir", "checkpoint_every", "keep_checkpoints", "threads", "tensorboard", "wandb", "eval.heldout",
     "oracle.", "update.", "rollout.max_rows", "rollout.vllm_args", "warm_start.checkpoint_every", "optim.lr",
-    "optim.grad_clip", "loss.kl_coef", "warm_start.optim.lr", "reward.function",
+    "optim.grad_clip", "loss.kl_coef", "warm_start.optim.lr", "reward.function", "rollout.engine", "model.dtype",
 )  # fmt: skip
 """Keys of a run that a resume may set anew: how it runs and how far, and what a run that diverged has to change."""
 

@@ -92,7 +92,7 @@ def check_bad_steps(run: Run, row: dict[str, Any], last: Path | None) -> None:
     if run.state.bad_in_a_row < BAD_STEPS:
         return
     if row["rollout_lost"]:
-        fix = "look at rollout.engine and model.dtype"
+        fix = "mend the engine, or change rollout.engine or model.dtype"
     else:
         penalty = ", loss.kl_coef" if run.config.loss.kl_coef else ""
         fix = f"lower optim.lr{penalty} or the rewards"

@@ -30,14 +30,18 @@ class RewardError(ValueError):
 
 
 def group_rewards(
-    function: RewardFunction, group: Group, alpha_a: float, alpha_c: float, alpha_f: float
+    function: RewardFunction, path: str, group: Group, alpha_a: float, alpha_c: float, alpha_f: float
 ) -> list[float]:
-    """The function's G rewards of a group, each finite in float32.
+    """The function's G rewards of a group, each finite in float32; `path` is its import path, for the error.
 
     It may return them as a list, a tuple, a generator, a 1-D array or tensor, of any real numbers. Raises RewardError.
     """
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return _call(f"{named.__module__}:{named.__qualname__}", function, group, (alpha_a, alpha_c, alpha_f))
+    size = len(group.outcomes)
+    try:
+        return _numbers(function(group, alpha_a, alpha_c, alpha_f), size)
+    except (Exception, SystemExit) as error:
+        said = " ".join((str(error) if isinstance(error, _Wrong) else f"raised {_raised(error)}").split())
+        raise RewardError(f"reward.function={path}: prompt {group.prompt.id!r:.80}: {said}") from error
 
 
 def try_reward(function: RewardFunction, config: RunConfig, task: Task) -> None:
@@ -45,25 +49,17 @@ def try_reward(function: RewardFunction, config: RunConfig, task: Task) -> None:
 
     Raises ConfigError where it fails, and what `task.prompts` raises.
     """
-    reward, price = config.reward, config.reward.alpha_c
-    moved = (price + reward.alpha_a) / 2 if config.budget.controller else price
-    prices = cycle((price, moved))
-    for group in _made_up(task.prompts("train")[0], config.rollout.samples_per_prompt):
+    reward = config.reward
+    moved = (reward.alpha_c + reward.alpha_a) / 2 if config.budget.controller else reward.alpha_c
+    groups = _made_up(task.prompts("train")[0], config.rollout.samples_per_prompt)
+    for group, price in zip(groups, cycle((reward.alpha_c, moved)), strict=False):
         try:
-            _call(reward.function, function, group, (reward.alpha_a, next(prices), reward.alpha_f))
+            group_rewards(function, reward.function, group, reward.alpha_a, price, reward.alpha_f)
         except RewardError as error:
             raise ConfigError(
-                f"{error} (tried on made-up responses); it is given (group, alpha_a, alpha_c, alpha_f) and must return "
-                "one finite number for each of group.completions"
+                f"{error} (tried on made-up responses, alpha_c={price:g}); it is given (group, alpha_a, alpha_c, "
+                "alpha_f) and must return one finite number for each of group.completions"
             ) from None
-
-
-def _call(path: str, function: RewardFunction, group: Group, alphas: tuple[float, float, float]) -> list[float]:
-    try:
-        return _numbers(function(group, *alphas), len(group.outcomes))
-    except (Exception, SystemExit) as error:
-        said = " ".join((str(error) if isinstance(error, _Wrong) else f"raised {_raised(error)}").split())
-        raise RewardError(f"reward.function={path}: prompt {group.prompt.id!r:.80}: {said}") from error
 
 
 class _Wrong(Exception):

@@ -129,11 +129,14 @@ def _rewards(run: Run, kept: list[Group], alpha_c: float) -> torch.Tensor:
     """What the responses of D are worth, [P, G] float32. Raises Diverged where that is not a finite number."""
     reward = run.config.reward
     try:
-        table = [group_rewards(run.reward, g, reward.alpha_a, alpha_c, reward.alpha_f) for g in kept]
+        table = [group_rewards(run.reward, reward.function, g, reward.alpha_a, alpha_c, reward.alpha_f) for g in kept]
     except RewardError as error:
         raise _diverged(run, str(error), "mend the function") from error
     rewards_PG = torch.tensor(table, dtype=torch.float32).reshape(len(kept), run.config.rollout.samples_per_prompt)
-    if not group_advantages(rewards_PG, run.config.loss.advantage).isfinite().all():
+    advantages_PG = group_advantages(rewards_PG, run.config.loss.advantage)
+    # a standard deviation that overflows makes 0 of all
+    lost_P = (rewards_PG != rewards_PG[:, :1]).any(1) & (advantages_PG == 0).all(1)
+    if lost_P.any() or not advantages_PG.isfinite().all():
         what = f"the rewards of reward.function={reward.function} overflow float32: up to {rewards_PG.abs().max():.3g}"
         raise _diverged(run, what, "make them smaller")
     return rewards_PG

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg import checkpoint
 from gapg.cli import main
-from gapg.config import load_config
+from gapg.config import ConfigError, load_config
 from gapg.folder import open_folder
 from gapg.tracking import read_jsonl
 
@@ -249,12 +249,23 @@ def test_a_finished_run_resumes_to_nothing(trained: Path) -> None:
     assert checkpoint.steps(trained / "checkpoints") == [1]
 
 
+def test_a_resume_changes_what_a_run_does_and_not_what_it_is(trained: Path) -> None:
+    saved = str(trained / "config.yaml")
+    may = {"optim.lr": "1e-7", "model.dtype": "bfloat16", "rollout.engine": "vllm", "loss.kl_coef": "0.1", "steps": "9"}
+    with open_folder(load_config(saved, may), resume=True):
+        pass
+    for key, value in {"optim.betas": "[0.5, 0.5]", "seed": "7", "reward.alpha_c": "0.1", "loss.epochs": "2"}.items():
+        with pytest.raises(ConfigError, match=f"^{key}: .*a resumed run stays the same; drop the option"):
+            open_folder(load_config(saved, {key: value}), resume=True)
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
         ("return [1.0] * (len(group.outcomes) + 1)", ["returned 3 rewards for 2 responses"]),
         ("return [float('nan'), 0.0]", ["reward 1 of 2 is nan"]),
         ("return group.reward", ["raised AttributeError", "mine.py:1"]),
+        ("return [a / c] * 2", ["raised ZeroDivisionError", "alpha_c=0)"]),  # what the baseline pays for a call
     ],
 )
 def test_a_reward_function_is_tried_before_anything_slow(
@@ -263,7 +274,7 @@ def test_a_reward_function_is_tried_before_anything_slow(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     (tmp_path / "mine.py").write_text(f"def reward(group, a, c, f): {body}\n")
-    argv = ["--reward.function", "mine:reward", "--output-dir", str(tmp_path / "run"), "--warm-start", ""]
+    argv = ["--reward.function", "mine:reward", "--output-dir", str(tmp_path / "run"), "--warm-start", "", "--compare"]
     line = refusal(capsys, "train", "quickstart", *SMALL, *argv)
     assert all(word in line for word in ("reward.function=mine:reward", *words)), line
     assert not (tmp_path / "run").exists()
@@ -355,11 +366,12 @@ def test_info_says_what_is_in_use_and_why(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_help_is_there(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv in (["--help"], ["train", "--help"], ["eval", "--help"]):
+    for argv in (["--help"], ["train", "--help"], ["eval", "--help"], ["calibrate", "--help"]):
         with pytest.raises(SystemExit) as left:
             main(argv)
         assert left.value.code == 0
-        assert "usage: gapg" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "usage: gapg" in said and "--no-" not in said, "which is no option"
 
 
 def test_the_key_is_written_nowhere(

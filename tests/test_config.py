@@ -108,10 +108,18 @@ def test_a_number_is_finite(key: str, value: str) -> None:
         ("warm_start.optim.weight_decay", "1000"),
         ("rollout.temperature", "1e-300"),
         ("reward.alpha_a", "1e-323"),  # the controller divides by a part of it
+        ("loss.tis_cap", "1e39"),  # float32 has no such number
+        ("loss.kl_coef", "1e300"),
+        ("optim.warmup_steps", "9" * 400),
+        ("threads", "100000"),
     ],
 )
 def test_a_number_at_which_training_breaks_at_once_is_refused(key: str, value: str) -> None:
     assert error_of("quickstart", **{key: value}).startswith(key)
+
+
+def test_an_upper_clip_that_float32_does_not_hold() -> None:
+    assert error_of("quickstart", **{"loss.epochs": "2", "loss.clip": "[0.2, 1e39]"}).startswith("loss.clip.1=")
 
 
 def test_numbers_near_those() -> None:
@@ -174,6 +182,13 @@ def test_a_value_that_is_no_yaml_is_text(value: str) -> None:
     assert config.model.path == config.task.args["pattern"] == value
 
 
+def test_what_is_nested_too_deep_for_yaml(tmp_path: Path) -> None:
+    deep = "[" * 3000
+    assert load_config("quickstart", {"task.args.pattern": deep}).task.args["pattern"] == deep
+    (tmp_path / "deep.yaml").write_text(deep)
+    assert "not valid YAML" in error_of(str(tmp_path / "deep.yaml"))
+
+
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=12))
 def test_no_value_ends_in_a_traceback(value: str) -> None:
     for key in ("optim.lr", "steps", "output_dir", "rollout.engine", "model.llama"):
@@ -223,6 +238,14 @@ def test_overrides_are_typed_and_deep() -> None:
     assert config.rollout.vllm_args == {"enforce_eager": True}
     assert config.output_dir == Path("runs/x")
     assert load_config("quickstart") != config
+
+
+def test_a_task_that_is_a_name_keeps_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("task: maths\noptim: {lr: 1.0e-4}\n")
+    task = load_config(str(path), {"task.args.limit": "3"}).task
+    assert (task.name, task.args) == ("maths", {"limit": 3})
+    assert load_config("quickstart", {"task": "maths", "task.args.limit": "3"}).task == task
 
 
 def test_the_command_line_forms() -> None:

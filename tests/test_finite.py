@@ -100,6 +100,11 @@ WAYS: dict[str, tuple[dict[str, str], Callable[[Run], None] | None, str]] = {
     "reward inf": ({}, worth_from_step(3, INF), "step 3: reward.function="),
     "reward 1e39, which is inf in float32": ({}, worth_from_step(3, 1e39), "step 3: reward.function="),
     "rewards whose differences overflow": ({}, worth_from_step(3, 1e38), "step 3: the rewards of reward.function="),
+    "rewards whose standard deviation overflows": (
+        {"loss__advantage": "grpo"},
+        worth_from_step(3, 1e30),
+        "step 3: the rewards of reward.function=",
+    ),
     "rewards whose gradient overflows": ({}, worth_from_step(2, 1e36), "step 4: the loss or its gradient"),
     "weights of 1e30": ({"optim__lr": "1e30"}, None, "step 2: the weights"),
     "weights of 1e12, whose forward is NaN": ({"optim__lr": "1e12"}, None, "step 2: the weights"),

@@ -152,9 +152,9 @@ def _responses(run: Run, prompts: Sequence[Prompt], n: int, label: str) -> list[
 
 
 def _rewards(run: Run, group: Group) -> FloatArray:
-    config = run.config
-    alpha_c = run.controller.alpha_c if config.budget.controller else config.reward.alpha_c
-    return np.array(group_rewards(run.reward, group, config.reward.alpha_a, alpha_c, config.reward.alpha_f))
+    reward = run.config.reward
+    alpha_c = run.controller.alpha_c if run.config.budget.controller else reward.alpha_c
+    return np.array(group_rewards(run.reward, reward.function, group, reward.alpha_a, alpha_c, reward.alpha_f))
 
 
 def _scores(run: Run, group: Group, params: Sequence[torch.nn.Parameter], directions_KD: torch.Tensor) -> FloatArray:
