@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from gapg.config import ConfigError, LoraConfig
+from gapg.config import ConfigError, LoraConfig, one_line
 from gapg.seeding import derive
 
 ADAPTER = "default"
@@ -26,10 +26,13 @@ ADAPTER = "default"
 def target_layers(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     """Whole names of the linear layers that `config.targets` means. Raises ConfigError for a name of none.
 
-    Never the LM head: the fused loss reads its weight without calling it.
+    Never the LM head, nor the last of a Mamba layer: the fused loss and Mamba's kernels read their weights without
+    calling them.
     """
-    head = model.get_output_embeddings()
-    linear = [n for n, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head]
+    uncalled = {model.get_output_embeddings()}
+    mamba = (layer for layer in model.modules() if {"A_log", "D"} <= layer._parameters.keys())
+    uncalled |= {layer.get_submodule("out_proj") for layer in mamba}
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m not in uncalled]
     if config.targets is None:
         return linear
     for target in config.targets:
@@ -44,7 +47,7 @@ def target_layers(model: PreTrainedModel, config: LoraConfig) -> list[str]:
 def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     """Freezes the model and adds trainable float32 adapters in place: A random, B zero, so that nothing moves yet.
 
-    Raises ConfigError for unknown targets.
+    Raises ConfigError for unknown targets, and for those that peft does not take.
     """
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
@@ -55,7 +58,10 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
         r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=names, fan_in_fan_out=transposed
     )
     torch.manual_seed(derive(seed, "lora"))
-    inject_adapter_in_model(settings, model, ADAPTER)
+    try:
+        inject_adapter_in_model(settings, model, ADAPTER)
+    except ValueError as error:
+        raise ConfigError(f"model.lora: peft does not take this {model.config.model_type}: {one_line(error)}") from None
     for name in names:
         model.get_submodule(name).register_state_dict_post_hook(_merge)
 

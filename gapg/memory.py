@@ -21,13 +21,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from gapg import attention, lora
+from gapg import lora
 from gapg.config import ConfigError, RunConfig
 from gapg.memory_trace import largest_batch, trace_update
 from gapg.model import device as default_device
-from gapg.model import load_model, load_shape, load_tokenizer
+from gapg.model import load_model, load_tokenizer, unloaded_model
 from gapg.parts import make_task
 from gapg.tracking import console, say
 
@@ -102,13 +102,17 @@ def announce(model: PreTrainedModel, config: RunConfig, device: torch.device) ->
 
 def refuse(model: PreTrainedModel, config: RunConfig, device: torch.device) -> MemoryPlan | None:
     """The plan, unprinted; None for a model that cannot be traced. Raises ConfigError where it cannot fit."""
+    if plan := _plan_if_any(model, config, device):
+        check(plan, model, config, device)
+    return plan
+
+
+def _plan_if_any(model: PreTrainedModel, config: RunConfig, device: torch.device) -> MemoryPlan | None:
     try:
-        plan = plan_memory(model, config, device)
+        return plan_memory(model, config, device)
     except Exception as error:  # a plan is a help: a model whose code asks for values trains without one
         say(f"memory: no plan for {model.config.model_type}: {' '.join(str(error).split())[:120]}")
         return None
-    check(plan, model, config, device)
-    return plan
 
 
 def print_plan(config: RunConfig) -> None:
@@ -116,17 +120,17 @@ def print_plan(config: RunConfig) -> None:
     if config.model.path is None:
         model = load_model(config.model, load_tokenizer(config.model, make_task(config)), config.seed)
     else:
-        attention.register()
-        shape = load_shape(config.model.path)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                shape, attn_implementation=attention.implementation(shape), dtype=torch.float32
-            )
+        model = unloaded_model(config.model)
     if config.model.lora:
         lora.add_adapters(model, config.model.lora, config.seed)
-    plan = plan_memory(model, config, default_device())
-    Console(highlight=False).print(plan.table())
-    check(plan, model, config, default_device())
+    if config.update.pack == "auto":
+        pack = model.config._attn_implementation != "eager"
+        config = config.model_copy(update={"update": config.update.model_copy(update={"pack": pack})})
+        if pack:
+            say("memory: as if this model packs; a run tries it. --update.pack false shows what padded rows need")
+    if plan := _plan_if_any(model, config, default_device()):
+        Console(highlight=False).print(plan.table())
+        check(plan, model, config, default_device())
 
 
 def capacity(device: torch.device) -> int:

@@ -37,6 +37,7 @@ _TO_COPY = torch.ops.aten._to_copy.default
 _HEAD = torch.ops.gapg.fused_policy_loss.default
 _FLASH_BACKWARD = torch.ops.aten._flash_attention_backward.default
 _EMBEDDING_BACKWARD = torch.ops.aten.embedding_dense_backward.default
+_GROUPED_MM = torch.ops.aten._grouped_mm.default
 
 
 class Trace(NamedTuple):
@@ -122,7 +123,7 @@ class _Live(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = _grouped_mm(*args) if func is _GROUPED_MM else func(*args, **(kwargs or {}))
         inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         if func is _EMBEDDING_BACKWARD:
             self._phase = 3
@@ -153,6 +154,12 @@ class _Live(TorchDispatchMode):
         self._seen.discard(key)
         self.live -= size
         self.copies -= copied
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """The product of experts in any type; torch's own shape function has bfloat16 alone."""
+    experts = (len(offsets),) if a.dim() == b.dim() == 2 else ()
+    return a.new_empty(*experts, *a.shape[:-1], b.shape[-1])
 
 
 def largest_batch(config: RunConfig) -> PackedBatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ def make_engine(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrained
 
 def local_folder(path: str) -> str:
     """The folder of a model given by folder or hub name. Raises ConfigError."""
-    if Path(path).is_dir():
-        return path
+    if (folder := Path(path).expanduser()).is_dir():
+        return str(folder)
     try:
         return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
     except (OSError, ValueError) as error:
@@ -122,13 +123,20 @@ def fitting_prompts(config: RunConfig, task: Task, tokenizer: PreTrainedTokenize
 
 
 def render(task: Task, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The prompt's token ids. Raises ConfigError for whatever a chat template or a task's code raises."""
+    """The prompt's token ids. Raises ConfigError for whatever a chat template or a task's code raises or returns."""
     try:
-        return task.render(prompt, tokenizer)
+        ids = task.render(prompt, tokenizer)
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(f"task {task.name!r}: prompt {prompt.id!r} cannot be rendered: {one_line(error)}") from None
+    tokens = ids if isinstance(ids, list | tuple) else []
+    if not tokens or not all(isinstance(token, Integral) and token >= 0 for token in tokens):
+        raise ConfigError(
+            f"task {task.name!r}: render() of prompt {prompt.id!r} returned {repr(ids)[:60]}, not a list of one token "
+            "id or more"
+        )
+    return ids
 
 
 def check_run(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:

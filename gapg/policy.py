@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from inspect import signature
 from typing import Any, Literal, NamedTuple
@@ -109,8 +110,10 @@ def _response_states(model: PreTrainedModel, batch: PackedBatch, compute: torch.
 
 def _body(model: PreTrainedModel) -> torch.nn.Module:
     """The model below its head."""
-    base: torch.nn.Module = model.base_model
-    return model.get_decoder() if base is model else base
+    body: torch.nn.Module = model.base_model
+    if body is model:
+        body = model.get_decoder()
+    return model.get_submodule("model") if body is model else body  # neither of the two knows Llama 4's
 
 
 def _arguments(batch: PackedBatch) -> dict[str, Any]:
@@ -138,6 +141,22 @@ TOLERANCE = 1e-4
 """Of float32 log-probs in nats (of large ones relatively), of hidden states relatively; right models are at 4e-5."""
 
 
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Without TF32, in which a GPU's convolutions compute by default, and round by more than `TOLERANCE`."""
+    cudnn: Any = torch.backends.cudnn
+    settings: list[Any] = [cudnn.conv, torch.backends.cuda.matmul]
+    before = [x.fp32_precision for x in settings]
+    for x in settings:
+        x.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for x, precision in zip(settings, before, strict=True):
+            x.fp32_precision = precision
+
+
+@_exact_products()
 def choose_route(model: PreTrainedModel, pack: Literal["auto"] | bool = "auto", longest: int | None = None) -> bool:
     """Whether updates pack sequences end to end (True) or pad them to rows (False): packed where that is exact.
 
@@ -174,6 +193,7 @@ def choose_route(model: PreTrainedModel, pack: Literal["auto"] | bool = "auto", 
     raise ConfigError(str(refusals[-1]))
 
 
+@_exact_products()
 def check_supported(model: PreTrainedModel, *, padded: bool = False, longest: int | None = None) -> None:
     """Refuses a model whose log-probs here, packed or padded, are not those of its own logits, a sequence at a time.
 
@@ -253,10 +273,10 @@ def _own_rows(model: PreTrainedModel, example: Example) -> tuple[torch.Tensor, t
 
 
 def _check_weights(model: PreTrainedModel) -> None:
-    for name, x in model.state_dict().items():
-        if x.is_floating_point() and not x.isfinite().all():
+    for name, x in model.named_parameters():
+        if not x.sum().isfinite() and not x.isfinite().all():  # the sum alone, which may overflow, takes a tenth
             raise ConfigError(
-                f"model {model.config.model_type}: weight {name} holds NaN or infinity, so the file is damaged or its "
+                f"model.path={model.name_or_path}: weight {name} holds NaN or infinity, so the file is damaged or its "
                 "training diverged; choose another checkpoint"
             )
 
@@ -281,12 +301,14 @@ def _compare_all(model: PreTrainedModel, probes: list[_Probe], padded: bool, lon
     except ConfigError:
         raise
     except Exception as error:  # as above
-        raise ConfigError(f"model {model.config.model_type}: {one_line(error)}") from None
+        route = "padded" if padded else "packed"
+        raise ConfigError(f"model {model.config.model_type}: cannot take {route} rows: {one_line(error)}") from None
 
 
 def _layouts(examples: list[Example], device: torch.device, padded: bool, longest: int | None) -> Iterator[PackedBatch]:
     if padded:
-        yield from packed_batches(examples, len(examples) * max(map(len, examples)), device, padded=True)
+        # the longest beside a shorter one, and the others; all as long as that would take their time
+        yield from packed_batches(examples, 2 * max(map(len, examples)), device, padded=True)
         return
     for order in (examples, examples[::-1]):
         batch = one_batch(order, device)
@@ -298,11 +320,17 @@ def _layouts(examples: list[Example], device: torch.device, padded: bool, longes
 @torch.no_grad()
 def _compare(model: PreTrainedModel, batch: PackedBatch, probes: list[_Probe]) -> None:
     name, route = model.config.model_type, "padded" if batch.padded else "packed"
-    why = "rotary frequencies follow the longest of a batch" if batch.padded else "layers carry state along a row"
+    why = (
+        "rotary frequencies follow the longest of a batch, or that look ahead"
+        if batch.padded
+        else "layers carry state along a row"
+    )
     hidden_RH = _response_states(model, batch, torch.float32)
     logprob_R = _head_logprobs(model, hidden_RH, batch.target)
     for probe in probes:
         rows = (batch.group == probe.example.group) & (batch.sample == probe.example.sample)
+        if not rows.any():  # it is in another batch
+            continue
         off = (hidden_RH[rows] - probe.hidden).norm(dim=-1) / probe.hidden.norm(dim=-1)
         if not (off <= TOLERANCE).all():
             raise ConfigError(

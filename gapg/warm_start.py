@@ -19,7 +19,7 @@ from gapg.judge import parse
 from gapg.memory import refuse
 from gapg.model import device, load_model
 from gapg.optim import clip_and_step, learning_rate, make_optimizer
-from gapg.parts import fitting_prompts
+from gapg.parts import fitting_prompts, make_engine
 from gapg.policy import choose_route, response_logprobs
 from gapg.seeding import derive
 from gapg.tasks import load_demonstrations
@@ -51,6 +51,10 @@ def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTraine
     )
     refuse(model, whole, device())
     checkpoint.check_saves(folder, model, tokenizer)
+    if config.rollout.engine == "transformers":
+        make_engine(
+            config, model, tokenizer, ""
+        ).close()  # a model that it cannot decode is refused before it is paid for
     optimizer = make_optimizer(model, settings.optim)
     if last:
         checkpoint.restore_optimizer(last, model, optimizer)

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from gapg.rollout.records import Completion, Sampling
-from gapg.rollout.text import has_stopped, response_text
+from gapg.rollout.text import has_stopped, plain_text, response_text
 from gapg.rollout.vllm_weights import FileLayout, load_weights, skeleton
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
     from vllm import LLM, SamplingParams
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -95,7 +96,7 @@ class VLLMEngine:
         self._device = "cpu" if on_cpu else "cuda"
         self._max_model_len = self._llm.llm_engine.model_config.max_model_len
         self._tokenizer = self._llm.get_tokenizer()
-        self._stop_ids = _end_tokens(self._model_dir)
+        self._stop_ids = _end_tokens(self._model_dir, self._llm.llm_engine.model_config.get_vocab_size())
         self._end_ids = {*self._stop_ids, self._tokenizer.eos_token_id}
         (self._modules,) = self._llm.apply_model(lambda model: {name for name, _ in model.named_modules()})
         self._calls = 0
@@ -132,7 +133,8 @@ class VLLMEngine:
             for name, (index, sample) in names.items():
                 params = self._params(sampling, index, sample, index * each + sample)
                 request = engine.add_request(name, {"prompt_token_ids": list(prompt_token_ids[index])}, params)
-                _stop_outside_thought(engine.output_processor.request_states[request].detokenizer, sampling.thinking)
+                detokenizer = engine.output_processor.request_states[request].detokenizer
+                _stop_outside_thought(detokenizer, self._tokenizer, sampling.thinking)
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if not output.finished:
@@ -257,13 +259,17 @@ class VLLMEngine:
         return Completion(token_ids, logprobs, text, reason, margin, log_odds)
 
 
-def _stop_outside_thought(detokenizer: Any, thinking: bool) -> None:
+def _stop_outside_thought(detokenizer: Any, tokenizer: PreTrainedTokenizerBase, thinking: bool) -> None:
     """Makes a request go on where vLLM found a stop string in a think block: it would stop at one anywhere."""
     update = detokenizer.update
 
     def found(*new: Any) -> str | None:
         stop: str | None = update(*new)
-        return stop if stop is None or has_stopped(detokenizer.output_text, [stop], thinking) else None
+        if stop is None:
+            return None
+        # vLLM cuts its own text behind the stop string, and the token may go on, as `></` does
+        text = plain_text(tokenizer, detokenizer.output_token_ids)
+        return stop if has_stopped(text, [stop], thinking) else None
 
     detokenizer.update = found
 
@@ -312,11 +318,20 @@ def _check_head_size(model_dir: Path) -> None:
         )
 
 
-def _end_tokens(model_dir: Path) -> list[int]:
-    """The end tokens that generation_config.json adds to the tokenizer's own (chat models have several)."""
+def _end_tokens(model_dir: Path, vocab: int) -> list[int]:
+    """The end tokens that the folder adds to the tokenizer's own (chat models have several), as transformers reads it.
+
+    Some folders name one that the model has no embedding for, such as -1.
+    """
     path = model_dir / "generation_config.json"
-    ids = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    if path.is_file():
+        settings = json.loads(path.read_text())
+    else:
+        settings = json.loads((model_dir / "config.json").read_text())
+        settings = settings.get("text_config", settings)
+    ids = settings.get("eos_token_id")
+    listed = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return [token for token in listed if 0 <= token < vocab]
 
 
 def _weight_names(model_dir: Path) -> set[str]:

@@ -10,7 +10,14 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    Mamba2Config,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+)
 
 from gapg import attention, checkpoint
 from gapg.batching import Example, PackedBatch, packed_batches
@@ -245,6 +252,20 @@ def test_targets_are_linear_layers_by_name(make_model: MakeModel) -> None:
     assert {name.rpartition(".")[2] for name in every} == set(LLAMA) and len(every) == 2 * len(LLAMA)
     some = target_layers(model, LoraConfig(rank=1, targets=("q_proj", "layers.1.mlp.up_proj")))
     assert [name.split(".", 2)[2] for name in some] == ["0.self_attn.q_proj", "1.self_attn.q_proj", "1.mlp.up_proj"]
+
+
+def test_the_last_layer_of_mamba_is_no_target(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Its kernels read that layer's weight without calling it; peft refuses it too, with an error of its own."""
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "expand": 2, "n_groups": 1}
+    config = Mamba2Config(**size, num_heads=4, head_dim=16, state_size=8)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    add_adapters(model, LoraConfig(rank=2), seed=0)
+    assert {name.split(".")[4] for name in adapter_tensors(model)} == {"in_proj"}
+    config.save_pretrained(tmp_path)
+    lora = LoraConfig(rank=2, targets=("in_proj", "out_proj"))
+    with pytest.raises(ConfigError, match=r"no linear layer .* is called 'out_proj'; choose from in_proj$"):
+        check_model(ModelConfig(path=str(tmp_path), lora=lora), tokenizer)
 
 
 @pytest.mark.parametrize("target", ["qq_proj", "lm_head", "embed_tokens", "proj", "norm"])

@@ -10,7 +10,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Lfm2Config,
+    OPTConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
 
 from gapg import attention, lora, memory
 from gapg.batching import PackedBatch
@@ -19,7 +27,7 @@ from gapg.config import ConfigError, RunConfig, load_config
 from gapg.kernels import flash
 from gapg.kernels.policy_loss import PolicyLossOptions
 from gapg.memory import ROOM, announce, check, fitting_token_cap, plan_memory, suggestions
-from gapg.memory_trace import largest_batch, trace_layers, trace_update
+from gapg.memory_trace import _grouped_mm, largest_batch, trace_layers, trace_update
 from gapg.model import load_tokenizer
 from gapg.optim import clip_and_step, make_optimizer
 from gapg.parts import make_task
@@ -278,6 +286,42 @@ def test_a_plan_without_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     main(["info", "--config", "quickstart", "--token-cap", "4096"])
     shown = capsys.readouterr().out
     assert "micro-batches of 4066 tokens" in shown and "total" in shown and "optimizer" in shown
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (Qwen3MoeConfig, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+        (Lfm2Config, {"layer_types": ["conv", "full_attention"]}),
+        (BloomConfig, {}),  # whose own attention packs nothing
+    ],
+)
+def test_a_plan_of_a_folder_without_weights(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: Any, settings: dict[str, Any]
+) -> None:
+    size = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    kind(**size, num_attention_heads=2, num_key_value_heads=2, head_dim=16, **settings).save_pretrained(tmp_path)
+    main(["info", "--config", "quickstart", "--model.path", str(tmp_path), "--token-cap", "1024"])
+    shown = capfd.readouterr()
+    assert "activations" in shown.out and "total" in shown.out
+    assert ("as if this model packs" in shown.err) == (kind is not BloomConfig)
+    assert len(shown.err.splitlines()) <= 1  # nothing of torch's own about a trace
+
+
+def test_a_model_that_cannot_be_traced_has_no_plan(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2).save_pretrained(
+        tmp_path
+    )
+    main(["info", "--config", "quickstart", "--model.path", str(tmp_path)])
+    assert "memory: no plan for opt: " in capfd.readouterr().err
+
+
+def test_the_shapes_of_the_products_of_experts() -> None:
+    """Those of forward and of both gradients, as torch's own in the type that it has one for."""
+    x, w, offsets = torch.ones(6, 8), torch.ones(3, 8, 16), torch.tensor([1, 4, 6], dtype=torch.int32)
+    for a, b in ((x, w), (torch.ones(6, 16), w.mT), (x.mT, torch.ones(6, 16))):
+        want = torch._grouped_mm(a.bfloat16(), b.bfloat16(), offsets)
+        assert _grouped_mm(a, b, offsets).shape == want.shape
 
 
 def test_the_warm_start_is_refused_before_it_begins(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DbrxConfig,
     GenerationConfig,
     GPT2Config,
     Lfm2Config,
@@ -25,14 +26,17 @@ from transformers import (
 from gapg import checkpoint, policy
 from gapg.cli import main
 from gapg.config import ConfigError, ModelConfig, RunConfig
-from gapg.model import load_model, load_tokenizer
+from gapg.model import FILE, end_ids, load_model, load_shape, load_tokenizer
 from gapg.optim import make_optimizer
-from gapg.parts import check_run, fitting_prompts, make_task
+from gapg.parts import check_run, fitting_prompts, make_task, render
 from gapg.policy import choose_route
+from gapg.rollout.transformers_engine import TransformersEngine
 from gapg.tasks.countdown import Countdown
 from gapg.tracking import read_jsonl
 
 Folder = Callable[..., Path]
+DBRX_ATTENTION = {"kv_n_heads": 2, "attn_pdrop": 0.5, "rope_theta": 1e4, "clip_qkv": 8.0}
+DBRX_EXPERTS = {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": 0.5}
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
@@ -91,7 +95,38 @@ def test_weights_of_another_shape_are_refused(folder: Folder, tokenizer: PreTrai
     path = folder()
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
-    refused(path, tokenizer)
+    assert "layers.0.mlp.down_proj.weight has [32, 64], not [32, 48]" in refused(path, tokenizer)
+
+
+@pytest.mark.parametrize("more", ["q_proj.bias", "q_proj.lora_A.weight", "q_proj.weight_scale_inv"])
+@pytest.mark.parametrize("prefix", ["model.", ""])  # the second is that of files without a head
+def test_what_would_change_a_layer_and_has_no_place_in_it_is_refused(
+    folder: Folder, tokenizer: PreTrainedTokenizerBase, more: str, prefix: str
+) -> None:
+    path = folder(tie_word_embeddings=True)
+    name = f"{prefix}layers.1.self_attn.{more}"
+    rewrite(path, lambda w: {n.replace("model.", prefix): x for n, x in w.items()} | {name: torch.ones(32)})
+    assert f"its files hold {name}, " in refused(path, tokenizer)
+
+
+def test_what_else_has_no_place_is_said(
+    folder: Folder, tokenizer: PreTrainedTokenizerBase, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, without the report of transformers."""
+    path = folder()
+    rewrite(path, lambda weights: weights | {"score.weight": torch.ones(2, 32)})
+    load_model(ModelConfig(path=str(path)), tokenizer, seed=0)
+    said = f"model.path={path}: 1 weights of its files are not the model's, such as score.weight"
+    assert "".join(capfd.readouterr()).split("\n") == [said, ""]
+
+
+def test_a_head_of_its_own_in_files_of_a_tied_model_is_refused(
+    folder: Folder, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """transformers would train that head, and an engine would tie it and sample from another model."""
+    path = folder(tie_word_embeddings=True)
+    rewrite(path, lambda weights: weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1})
+    assert "config.json ties lm_head.weight" in refused(path, tokenizer)
 
 
 def test_old_buffers_and_a_tied_head_are_not_missed(folder: Folder, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -141,6 +176,21 @@ BREAKAGES: dict[str, Callable[[Path], object]] = {
         (p / "tokenizer.json").unlink(),
         _edit(p / "tokenizer_config.json", tokenizer_class="MagicTokenizer"),
     ),
+    "weights in pickles": lambda p: (p / "model.safetensors").rename(p / "pytorch_model.bin"),
+    "adapters": lambda p: (p / "adapter_config.json").write_text("{}"),
+    "a shard that is not there": lambda p: (
+        (p / "model.safetensors").rename(p / "model-00001-of-00002.safetensors"),
+        (p / "model.safetensors.index.json").write_text(
+            '{"metadata": {}, "weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}'
+        ),
+    ),
+    "quantized weights": lambda p: _edit(p / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+    "no causal language model": lambda p: (p / "config.json").write_text('{"model_type": "t5"}'),
+    "generation config cut short": lambda p: (p / FILE).write_text('{"eos_token_id": 1'),
+    "an end token in words": lambda p: (p / FILE).write_text('{"eos_token_id": "</s>"}'),
+    "end tokens in lists": lambda p: (p / FILE).write_text('{"eos_token_id": [[1]]}'),
+    "an end token that is true": lambda p: (p / FILE).write_text('{"eos_token_id": true}'),
+    "a generation config that cannot be read": lambda p: ((p / FILE).unlink(), (p / FILE).mkdir()),
     "code of its own": lambda p: _edit(p / "config.json", model_type="mine", auto_map={"AutoConfig": "mine.Config"}),
 }
 
@@ -163,6 +213,26 @@ def test_whatever_a_folder_makes_transformers_raise_is_one_line(
         assert "git lfs pull" in str(error.value)
 
 
+def test_a_path_that_is_no_folder_is_one_line(folder: Folder, tokenizer: PreTrainedTokenizerBase) -> None:
+    assert "this is a file" in refused(folder() / "config.json", tokenizer)
+    for path, why in (("~nobody_such/model", "home directory"), ("/" + "x" * 5000, "File name too long")):
+        with pytest.raises(ConfigError, match=why):
+            load_shape(path)
+
+
+def test_end_tokens_without_embedding_are_dropped(folder: Folder, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Some folders have -1, or one of another tokenizer. A folder without a generation config has its config's."""
+    path, end = folder(), tokenizer.eos_token_id
+    config = ModelConfig(path=str(path))
+    for given, left in (([end, 3, -1, 9999], {end, 3}), (-1, {end}), ([], {end}), (None, {end}), (3, {end, 3})):
+        (path / FILE).write_text(json.dumps({"eos_token_id": given}))
+        assert end_ids(config, tokenizer) == left
+        assert TransformersEngine(load_model(config, tokenizer, seed=0), tokenizer).eos_ids == tuple(sorted(left))
+    (path / FILE).unlink()
+    _edit(path / "config.json", eos_token_id=[3, 4])
+    assert end_ids(config, tokenizer) == {end, 3, 4}
+
+
 @pytest.mark.parametrize(
     "generation",
     [
@@ -170,6 +240,7 @@ def test_whatever_a_folder_makes_transformers_raise_is_one_line(
         {"do_sample": False, "top_k": 5, "min_p": 0.1, "eos_token_id": [1, 2]},
         {"num_beams": 1, "num_return_sequences": 4, "do_sample": False, "eos_token_id": 1},
         {"num_beams": 1, "length_penalty": 2.0, "early_stopping": True, "eos_token_id": 1},
+        {"do_sample": True, "temperature": float("nan"), "pad_token_id": "none", "eos_token_id": 1},
         {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 1},
     ],
 )
@@ -184,7 +255,8 @@ def test_a_generation_config_that_cannot_be_saved_is_mended(
     saved = checkpoint.save(tmp_path, 1, model, tokenizer, make_optimizer(model, _optim()), {"step": 1})
     kept = GenerationConfig.from_pretrained(saved / "model")
     assert kept.eos_token_id == generation["eos_token_id"]
-    if generation.get("do_sample"):
+    assert "NaN" not in (saved / "model" / FILE).read_text()
+    if "top_p" in generation and generation["do_sample"]:
         assert (kept.do_sample, kept.temperature, kept.top_p) == (True, 0.6, 0.9)
 
 
@@ -211,6 +283,7 @@ def test_what_cannot_be_saved_is_known_before_the_first_step(
         (GPT2Config, {"resid_pdrop": 0.3, "attn_pdrop": 0.3, "embd_pdrop": 0.3, "n_positions": 64}),
         (OPTConfig, {"dropout": 0.3, "layerdrop": 0.5, "ffn_dim": 64, "word_embed_proj_dim": 32}),
         (PhimoeConfig, {"router_jitter_noise": 0.5, "input_jitter_noise": 0.5}),
+        (DbrxConfig, {"d_model": 32, "attn_config": DBRX_ATTENTION, "ffn_config": DBRX_EXPERTS}),
     ],
 )
 def test_what_is_trained_is_what_sampled(
@@ -223,6 +296,12 @@ def test_what_is_trained_is_what_sampled(
     ids = torch.arange(3, 13)[None]
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_what_a_config_asks_to_return_does_not_matter(folder: Folder, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = folder()
+    _edit(path / "config.json", return_dict=False, output_attentions=True, output_hidden_states=True)
+    assert choose_route(load_model(ModelConfig(path=str(path)), tokenizer, seed=0))
 
 
 # --- what hangs on the longest sequence ------------------------------------------------------------------------------
@@ -297,6 +376,17 @@ def test_a_task_that_cannot_render_is_one_line(
     with pytest.raises(ConfigError, match=f"cannot be rendered: {type(error).__name__}") as refusal:
         fitting_prompts(small_config(tmp_path), countdown, tokenizer, "train")
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "ids", [[], None, "abc", [1.5], [-1], [[1, 2]], {"input_ids": [1]}, torch.tensor([1]), [torch.tensor(1)]]
+)
+def test_a_task_that_renders_something_else_is_one_line(
+    countdown: Countdown, tokenizer: PreTrainedTokenizerBase, ids: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(countdown, "render", lambda *_: ids)
+    with pytest.raises(ConfigError, match=r"render\(\) of prompt .* returned .*, not a list of one token id or more"):
+        render(countdown, countdown.prompts("train")[0], tokenizer)
 
 
 # --- a whole run -----------------------------------------------------------------------------------------------------

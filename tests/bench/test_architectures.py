@@ -48,6 +48,7 @@ def test_the_page_shows_what_is_committed() -> None:
         "gpt_oss",
         "deepseek_v32",
         "mistral (window of 16)",
+        "llama4_text (chunk of 16)",
         "phi3 (longrope over 16)",
     ],
 )

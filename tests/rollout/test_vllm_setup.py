@@ -51,9 +51,17 @@ def test_head_sizes(tmp_path: Path, config: dict[str, object], fits: bool) -> No
 
 
 @pytest.mark.parametrize(
-    ("stored", "ids"), [(None, []), ({}, []), ({"eos_token_id": 3}, [3]), ({"eos_token_id": [3, 4]}, [3, 4])]
+    ("stored", "ids"),
+    [
+        (None, [7]),
+        ({}, []),
+        ({"eos_token_id": 3}, [3]),
+        ({"eos_token_id": [3, 4]}, [3, 4]),
+        ({"eos_token_id": [3, 32, -1]}, [3]),
+    ],
 )
 def test_end_tokens(tmp_path: Path, stored: dict[str, object] | None, ids: list[int]) -> None:
+    (tmp_path / "config.json").write_text('{"text_config": {"eos_token_id": 7}}')
     if stored is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(stored))
-    assert _end_tokens(tmp_path) == ids
+    assert _end_tokens(tmp_path, 32) == ids
