@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg.config import ConfigError, RunConfig, one_line
 from gapg.endings import check_endings
-from gapg.model import check_model, end_ids, load_shape
+from gapg.model import check_model, end_ids
+from gapg.model_folder import load_shape
 from gapg.reward import RewardFunction
 from gapg.rollout.cache import CacheError
 from gapg.rollout.records import Engine, Oracle

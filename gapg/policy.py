@@ -19,7 +19,7 @@ from gapg.config import ConfigError, one_line
 from gapg.kernels.fused_policy_loss import FusedLoss, fused_policy_loss
 from gapg.kernels.linear_logprob import linear_logprob
 from gapg.kernels.policy_loss import PolicyLossOptions
-from gapg.tracking import say
+from gapg.tracking import say_once
 
 
 def response_logprobs(
@@ -185,7 +185,7 @@ def choose_route(model: PreTrainedModel, pack: Literal["auto"] | bool = "auto", 
             continue
         if pads:
             reason = f"packing is not exact: {refusals[0]}" if packed else "update.pack=false"
-            _say_once(model, f"updates pad their sequences instead of packing them; {reason}")
+            say_once(f"updates pad their sequences instead of packing them; {reason}", about="padding")
         return not pads
     model.set_attn_implementation(before)
     if pack is True:
@@ -291,7 +291,7 @@ def _check_positions(model: PreTrainedModel, longest: int | None) -> None:
     what = f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens, and this {model.config.model_type}"
     if learned or tables:
         raise ConfigError(f"{what} model has positions for {most}: lower one of the two")
-    _say_once(model, f"{what} model was made for {most}: beyond them its answers may be poor")
+    say_once(f"{what} model was made for {most}: beyond them its answers may be poor")
 
 
 def _compare_all(model: PreTrainedModel, probes: list[_Probe], padded: bool, longest: int | None) -> None:
@@ -343,13 +343,3 @@ def _compare(model: PreTrainedModel, batch: PackedBatch, probes: list[_Probe]) -
                 f"model {name}: its logits are not its last hidden states times its LM head, as with softcapping or a "
                 f"layer between, which is not supported (log-probs differ by {float(gap.max()):.0e} nats)"
             )
-
-
-_SAID = set[str]()
-
-
-def _say_once(model: PreTrainedModel, message: str) -> None:
-    """A run loads its model several times, and the figures in a message differ."""
-    if (about := f"{model.config.model_type} {message[:40]}") not in _SAID:
-        _SAID.add(about)
-        say(message)

@@ -163,6 +163,16 @@ def say(message: str) -> None:
     console.print(message, markup=False)
 
 
+_SAID = set[str]()
+
+
+def say_once(message: str, about: str | None = None) -> None:
+    """What a process says once, however often it loads a model; `about`: what makes two messages the same."""
+    if (about or message) not in _SAID:
+        _SAID.add(about or message)
+        say(message)
+
+
 def warn(message: str) -> None:
     """Something the user must not miss."""
     console.print(f"warning: {message}", markup=False, style="bold red")

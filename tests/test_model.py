@@ -23,10 +23,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gapg import checkpoint, policy
+from gapg import checkpoint, tracking
 from gapg.cli import main
 from gapg.config import ConfigError, ModelConfig, RunConfig
-from gapg.model import FILE, end_ids, load_model, load_shape, load_tokenizer
+from gapg.model import end_ids, load_model, load_tokenizer
+from gapg.model_folder import FILE, load_shape
 from gapg.optim import make_optimizer
 from gapg.parts import check_run, fitting_prompts, make_task, render
 from gapg.policy import choose_route
@@ -61,7 +62,7 @@ def folder(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Folder:
 
 @pytest.fixture
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "_SAID", set())
+    monkeypatch.setattr(tracking, "_SAID", set())
 
 
 def refused(path: Path, tokenizer: PreTrainedTokenizerBase) -> str:
