@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,14 +111,24 @@ def prune(root: Path, keep: int, also: set[int]) -> None:
 
 
 def restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Loads the optimizer state of checkpoint `path`, whose `model/` the caller has loaded; returns the saved state."""
-    tensors = load_file(path / "optimizer.safetensors")
+    """Loads the optimizer state of checkpoint `path`, whose `model/` the caller has loaded; returns the saved state.
+
+    Raises ConfigError where a file is missing, damaged, or holds what is not finite.
+    """
+    fix = "delete this checkpoint and go on from the one before"
+    try:
+        tensors = load_file(path / "optimizer.safetensors")
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{path}: cannot be resumed: {one_line(error)}; {fix}") from None
+    if name := next((n for n, tensor in tensors.items() if not tensor.isfinite().all()), None):
+        raise ConfigError(f"{path}: {name} in optimizer.safetensors is not finite; {fix}")
     params = dict(model.named_parameters())
     for key, value in tensors.items():
         name, _, slot = key.rpartition("/")
         # the fused AdamW keeps its step counter where the parameter is
         optimizer.state[params[name]][slot] = value.to(params[name].device)
-    return json.loads((path / "state.json").read_text())
+    return state
 
 
 def restore_adapters(path: Path, model: nn.Module) -> None:

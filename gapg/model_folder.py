@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
+from torch.nn import ModuleList
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -149,11 +150,13 @@ def check_loaded(path: str, model: PreTrainedModel, info: dict[str, Any], tokeni
         found += map(str, info.get("error_msgs", ()))
         raise ConfigError(f"model.path={path}: weights do not fit config.json: {found[0]}; save both from one model")
     layers = tuple(f"{n}." for n, layer in model.named_modules() if layer._parameters and not layer._modules)
+    if not getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0):  # those stand behind the last layer
+        layers += tuple(f"{n}.{len(part)}." for n, part in model.named_modules() if isinstance(part, ModuleList))
     bare = f"{model.base_model_prefix}."  # which files of a model without its head leave out
     if spoilt := [n for n in strange if n.startswith(layers) or f"{bare}{n}".startswith(layers)]:
         raise ConfigError(
             f"model.path={path}: its files hold {spoilt[0]}, for which the model that config.json describes has no "
-            "place, as with adapters, biases or quantized weights: save the plain model with save_pretrained"
+            "place, as with more layers, adapters, biases, quantized weights: save the plain model with save_pretrained"
         )
     if strange:
         say_once(f"model.path={path}: {len(strange)} weights of its files are not the model's, such as {strange[0]}")

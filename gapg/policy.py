@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from gapg import attention
+from gapg import attention, health
 from gapg.batching import Example, PackedBatch, one_batch, packed_batches
 from gapg.config import ConfigError, one_line
 from gapg.kernels.fused_policy_loss import FusedLoss, fused_policy_loss
@@ -236,7 +236,22 @@ def _probes(model: PreTrainedModel, longest: int | None) -> list[_Probe]:
             raise ConfigError(f"model {name}: {one_line(error)}") from None
     if not all(p.logprob.isfinite().all() for p in probes):
         raise ConfigError(f"model {name}: its log-probs are not finite; choose another model")
+    if not (_in_range(model) and all(p.hidden.any(-1).all() for p in probes)):
+        raise ConfigError(
+            f"model.path={model.name_or_path}: its weights or hidden states overflow float32, or are all 0, so the "
+            "file is damaged or its training diverged; choose another checkpoint"
+        )
     return probes
+
+
+def _in_range(model: PreTrainedModel) -> bool:
+    """Whether the model begins as every step must leave it."""
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        return health.is_finite(model, torch.float32)
+    finally:
+        model.set_attn_implementation(implementation)
 
 
 def _borders(config: dict[str, Any]) -> Iterator[int]:
@@ -286,7 +301,7 @@ def _check_positions(model: PreTrainedModel, longest: int | None) -> None:
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is None or not isinstance(most, int) or longest <= most:
         return
-    learned = [n for n, _ in model.named_parameters() if re.search(r"pos(ition)?s?_|wpe", n)]
+    learned = [n for n, _ in model.named_parameters() if re.search(r"pos(ition)?s?[_.]|wpe", n)]
     tables = [n for n, x in model.named_buffers() if x.dim() > 1 and most in x.shape]
     what = f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens, and this {model.config.model_type}"
     if learned or tables:

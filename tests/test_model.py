@@ -316,6 +316,37 @@ def test_learned_positions_end(folder: Folder, tokenizer: PreTrainedTokenizerBas
         choose_route(model, longest=41)
 
 
+def test_opts_positions_end_too(folder: Folder, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Its table is a module of another name, with two rows more."""
+    path = folder(OPTConfig, max_position_embeddings=24, ffn_dim=64, word_embed_proj_dim=32)
+    model = load_model(ModelConfig(path=str(path)), tokenizer, seed=0)
+    assert choose_route(model, longest=24)
+    with pytest.raises(ConfigError, match="this opt model has positions for 24"):
+        choose_route(model, longest=48)
+
+
+@pytest.mark.parametrize(
+    "name_and_factor", [("lm_head", 1e30), ("model.layers.0.mlp.down_proj", 1e30), ("model.norm", 0.0)]
+)
+def test_a_model_that_overflows_or_is_nothing_is_refused_for_that(
+    folder: Folder, tokenizer: PreTrainedTokenizerBase, name_and_factor: tuple[str, float]
+) -> None:
+    name, factor = name_and_factor
+    path = folder()
+    rewrite(path, lambda weights: weights | {f"{name}.weight": weights[f"{name}.weight"] * factor})
+    with pytest.raises(ConfigError, match=r"overflow float32, or are all 0, so the file is damaged"):
+        choose_route(load_model(ModelConfig(path=str(path)), tokenizer, seed=0))
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_a_model_of_fewer_layers_than_its_files_is_refused(
+    folder: Folder, tokenizer: PreTrainedTokenizerBase, layers: int
+) -> None:
+    path = folder()
+    _edit(path / "config.json", num_hidden_layers=layers)
+    assert f"its files hold model.layers.{layers}." in refused(path, tokenizer)
+
+
 @pytest.mark.usefixtures("nothing_said")
 def test_rotary_positions_go_on(
     folder: Folder, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
