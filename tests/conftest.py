@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
-from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from gapg import tracking
 from gapg.config import RunConfig, load_config
 from gapg.model import load_tokenizer
 from gapg.parts import make_task
@@ -45,8 +46,6 @@ def make_model(tokenizer: PreTrainedTokenizerBase) -> Callable[..., PreTrainedMo
 
     Weights are four times the usual size, so that its distributions are far from uniform.
     """
-    from transformers import LlamaConfig
-
     from gapg import attention
 
     def make(seed: int = 0, **settings: object) -> PreTrainedModel:
@@ -68,6 +67,30 @@ def make_model(tokenizer: PreTrainedTokenizerBase) -> Callable[..., PreTrainedMo
         return LlamaForCausalLM._from_config(config, attn_implementation=attention.NAME).train()
 
     return make
+
+
+@pytest.fixture
+def folder(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Callable[..., Path]:
+    """`folder(kind=LlamaConfig, **settings)`: a tiny random model saved with the tokenizer of Countdown."""
+
+    def make(kind: Any = LlamaConfig, **settings: Any) -> Path:
+        path = tmp_path / "model"
+        size: dict[str, Any] = dict(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, head_dim=16, max_position_embeddings=64, initializer_range=0.2, pad_token_id=0,
+            bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(kind(**{**size, **settings})).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "_SAID", set())
 
 
 SMALL_RUN = {
