@@ -289,7 +289,7 @@ def _own_rows(model: PreTrainedModel, example: Example) -> tuple[torch.Tensor, t
 
 def _check_weights(model: PreTrainedModel) -> None:
     for name, x in model.named_parameters():
-        if not x.sum().isfinite() and not x.isfinite().all():  # the sum alone, which may overflow, takes a tenth
+        if not x.sum().isfinite() and not x.isfinite().all():  # the sum makes no mask, but may overflow
             raise ConfigError(
                 f"model.path={model.name_or_path}: weight {name} holds NaN or infinity, so the file is damaged or its "
                 "training diverged; choose another checkpoint"
