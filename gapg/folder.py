@@ -7,7 +7,7 @@ import time
 from typing import IO, Any
 
 from gapg.config import ConfigError, RunConfig, dump_config, load_config
-from gapg.tracking import write_whole
+from gapg.files import write_whole
 
 MAY_CHANGE = (
     "steps", "output_dir", "checkpoint_every", "keep_checkpoints", "threads", "tensorboard", "wandb", "eval.heldout",

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from gapg import attention, lora
-from gapg.config import ConfigError, ModelConfig, one_line
+from gapg.config import ConfigError, one_line
+from gapg.config_sections import ModelConfig
 from gapg.model_folder import check_folder, check_loaded, generation_config, load_shape
 from gapg.seeding import derive
 from gapg.tasks.base import Task, Tokenized

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import secrets
 import sys
 import time
@@ -16,44 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from gapg.files import write_whole
+from gapg.jsonl import append_jsonl, read_jsonl, to_json
+
 console = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON that every parser reads: a number that is not finite, for which JSON has no word, is null."""
-    return json.dumps(_finite(value), indent=indent, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(to_json(row) + "\n")
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a jsonl; a last line cut short by a kill is left out."""
-    rows: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return rows
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file in one go, so that a reader or a kill never sees half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 class Phases:

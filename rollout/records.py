@@ -103,7 +103,11 @@ class OracleQuestion:
 
 @dataclass(frozen=True, slots=True)
 class OracleAnswer:
-    """One sampled answer. `text is None` means the oracle failed (see `error`): unknown, never wrong."""
+    """One sampled answer. `text is None` means the oracle failed (see `error`): unknown, never wrong.
+
+    permanent: it failed for what waiting does not mend (the key, the account, the spending cap), so no other question
+    will be answered either.
+    """
 
     text: str | None
     error: str | None = None
@@ -111,6 +115,7 @@ class OracleAnswer:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
+    permanent: bool = False
 
 
 @dataclass(frozen=True, slots=True)

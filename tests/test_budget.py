@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gapg.budget import APPROACH, HIGH, LOW, MEMORY, BudgetController
-from gapg.config import BudgetConfig
+from gapg.config_sections import BudgetConfig
 
 
 def controller(c: float, alpha_a: float = 1.0, start: float = 0.3) -> BudgetController:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg import checkpoint
-from gapg.config import ConfigError, ModelConfig, OptimConfig
+from gapg.config import ConfigError
+from gapg.config_sections import ModelConfig, OptimConfig
 from gapg.model import load_model
 from gapg.optim import clip_and_step, make_optimizer
 from gapg.rollout.records import Sampling
@@ -215,7 +216,7 @@ import sys
 from pathlib import Path
 from transformers import AutoTokenizer
 from gapg import checkpoint
-from gapg.config import ModelConfig, OptimConfig
+from gapg.config_sections import ModelConfig, OptimConfig
 from gapg.model import load_model
 from gapg.optim import make_optimizer
 start, root = Path(sys.argv[1]), Path(sys.argv[2])

@@ -15,7 +15,7 @@ from gapg import checkpoint
 from gapg.cli import main
 from gapg.config import ConfigError, load_config
 from gapg.folder import open_folder
-from gapg.tracking import read_jsonl
+from gapg.jsonl import read_jsonl
 
 SMALL = [
     *("--task.args", "{max_number: 6, max_target: 24}"),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gapg.config import BudgetConfig
+from gapg.config_sections import BudgetConfig
 from gapg.filtering import select
 from gapg.judge import Group, Outcome
 from gapg.rollout.records import Completion

@@ -15,16 +15,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg import checkpoint, health
 from gapg.cli import main
-from gapg.config import OptimConfig, RunConfig
+from gapg.config import RunConfig
+from gapg.config_sections import OptimConfig
 from gapg.filtering import Selection
 from gapg.health import BAD_STEPS, IDLE_STEPS, Diverged
+from gapg.jsonl import read_jsonl
 from gapg.judge import Group, rewards
 from gapg.model import load_tokenizer
 from gapg.optim import clip_and_step, make_optimizer
 from gapg.parts import make_task
 from gapg.rollout.records import Completion, Sampling
 from gapg.run import Run, TrainState, build_run
-from gapg.tracking import read_jsonl
 from gapg.train import train
 from gapg.use.validate import validate
 from gapg.warm_start import warm_start

@@ -24,7 +24,8 @@ from transformers import (
 
 from gapg import attention
 from gapg.batching import Example, packed_batches
-from gapg.config import ConfigError, LoraConfig, ModelConfig, load_config
+from gapg.config import ConfigError, load_config
+from gapg.config_sections import LoraConfig, ModelConfig
 from gapg.kernels.policy_loss import PolicyLossOptions
 from gapg.lora import adapter_tensors, add_adapters
 from gapg.model import apply_liger, load_model

@@ -21,7 +21,9 @@ from transformers import (
 
 from gapg import attention, checkpoint
 from gapg.batching import Example, PackedBatch, packed_batches
-from gapg.config import ConfigError, LoraConfig, ModelConfig, OptimConfig, RunConfig, load_config
+from gapg.config import ConfigError, RunConfig, load_config
+from gapg.config_sections import LoraConfig, ModelConfig, OptimConfig
+from gapg.jsonl import read_jsonl
 from gapg.kernels.policy_loss import PolicyLossOptions
 from gapg.lora import adapter_tensors, add_adapters, frozen_twin, target_layers
 from gapg.model import check_model, load_tokenizer
@@ -32,7 +34,6 @@ from gapg.rollout.records import Sampling
 from gapg.rollout.transformers_engine import TransformersEngine
 from gapg.rollout.vllm_engine import _weight_names
 from gapg.run import Run
-from gapg.tracking import read_jsonl
 from gapg.train import train
 from gapg.use.validate import validate
 from gapg.warm_start import warm_start

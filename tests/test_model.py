@@ -18,12 +18,13 @@ from transformers import (
 )
 
 from gapg.cli import main
-from gapg.config import ConfigError, ModelConfig, RunConfig
+from gapg.config import ConfigError, RunConfig
+from gapg.config_sections import ModelConfig
+from gapg.jsonl import read_jsonl
 from gapg.model import load_model, load_tokenizer
 from gapg.parts import check_run, fitting_prompts, make_task, render
 from gapg.policy import choose_route
 from gapg.tasks.countdown import Countdown
-from gapg.tracking import read_jsonl
 
 Folder = Callable[..., Path]
 

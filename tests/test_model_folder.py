@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from gapg import checkpoint
-from gapg.config import ConfigError, ModelConfig
+from gapg.config import ConfigError
+from gapg.config_sections import ModelConfig
 from gapg.model import end_ids, load_model, load_tokenizer
 from gapg.model_folder import FILE, load_shape
 from gapg.optim import make_optimizer
@@ -231,7 +232,7 @@ def test_a_generation_config_that_cannot_be_saved_is_mended(
 
 
 def _optim() -> Any:
-    from gapg.config import OptimConfig
+    from gapg.config_sections import OptimConfig
 
     return OptimConfig(lr=1e-3)
 

@@ -23,7 +23,8 @@ from transformers import (
 
 from gapg import attention
 from gapg.batching import Example, packed_batches
-from gapg.config import ConfigError, ModelConfig
+from gapg.config import ConfigError
+from gapg.config_sections import ModelConfig
 from gapg.kernels.policy_loss import PolicyLossOptions, group_advantages
 from gapg.model import load_model
 from gapg.policy import check_supported, response_logprobs, response_loss

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gapg import checkpoint
-from gapg.tracking import read_jsonl
+from gapg.jsonl import read_jsonl
 
 ARGS = [
     *("train", "quickstart", "--compare", "false", "--threads", "1", "--tensorboard", "false"),

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gapg.tracking import Display, Phases, Tracker, append_jsonl, read_jsonl, say, to_json, warn, write_whole
+from gapg.files import write_whole
+from gapg.jsonl import append_jsonl, read_jsonl, to_json
+from gapg.tracking import Display, Phases, Tracker, say, warn
 
 
 def tracker(folder: Path, step: int = 0) -> Tracker:

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from gapg import checkpoint, tracking
+from gapg.jsonl import read_jsonl
 from gapg.judge import Judge
 from gapg.rollout.records import OracleAnswer, OracleQuestion, OracleUsage
 from gapg.run import Run
-from gapg.tracking import read_jsonl
 from gapg.train import COLLAPSED_AFTER, UNKNOWN_STEPS, OracleDown, _warn_if_collapsed, train, train_step
 from gapg.use.validate import validate
 

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from gapg.config import RunConfig
+from gapg.files import write_whole
 from gapg.folder import open_folder, save_config
+from gapg.jsonl import read_jsonl, to_json
 from gapg.judge import Judge
 from gapg.parts import fitting_prompts, make_oracle, make_task, oracle_account
 from gapg.rollout.records import HelpControl, Sampling
@@ -23,7 +25,7 @@ from gapg.seeding import derive
 from gapg.studies.pool import end_with_parent
 from gapg.studies.routers import at_random, by_logprob, logprob_threshold, offload
 from gapg.tasks.base import STOP
-from gapg.tracking import read_jsonl, say, to_json, warn, write_whole
+from gapg.tracking import say, warn
 from gapg.train import train
 from gapg.use.calibrate import fit_bias, help_control, masked
 from gapg.use.evaluate import Result, mcnemar, prediction, respond

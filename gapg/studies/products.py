@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gapg.endings import opens_think
+from gapg.files import write_whole
+from gapg.jsonl import read_jsonl, to_json
 from gapg.judge import Judge
 from gapg.parts import fitting_prompts, make_oracle
 from gapg.rollout.records import HelpControl, Oracle, Sampling
@@ -15,7 +17,7 @@ from gapg.seeding import derive
 from gapg.studies.study import product_path
 from gapg.tasks import find_object
 from gapg.tasks.base import STOP, Prompt, Task
-from gapg.tracking import read_jsonl, to_json, warn, write_whole
+from gapg.tracking import warn
 from gapg.use.calibrate import help_control, masked
 from gapg.use.evaluate import prediction, respond
 

@@ -21,7 +21,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gapg.config import ConfigError, OptimConfig
+from gapg.config import ConfigError
+from gapg.config_sections import OptimConfig
+from gapg.jsonl import read_jsonl
 from gapg.model import device
 from gapg.optim import clip_and_step, learning_rate
 from gapg.parts import fitting_prompts
@@ -31,7 +33,7 @@ from gapg.studies.curves import FloatArray
 from gapg.studies.products import make_product
 from gapg.studies.study import product_path
 from gapg.tasks.base import Prompt, Task
-from gapg.tracking import Display, read_jsonl, say
+from gapg.tracking import Display, say
 
 PRODUCT = "gapg.studies.prompt_router:prompt_router"
 """What a unit names in `products` to get the scores of a router trained on its model's failures."""

@@ -26,7 +26,9 @@ from safetensors.torch import save_file
 
 from gapg import checkpoint
 from gapg.config import ConfigError, RunConfig, load_config
+from gapg.files import write_whole
 from gapg.folder import save_config
+from gapg.jsonl import read_jsonl, to_json
 from gapg.model import load_tokenizer
 from gapg.parts import check_run, make_reward, make_task
 from gapg.reward import try_reward
@@ -35,7 +37,6 @@ from gapg.studies.products import PRODUCTS, STANDARD, is_made, make_product
 from gapg.studies.provenance import revision
 from gapg.studies.study import Unit, product_path
 from gapg.tasks import find_object
-from gapg.tracking import read_jsonl, to_json, write_whole
 from gapg.train import train
 from gapg.use.validate import validate
 from gapg.warm_start import check_demonstrations, warm_start

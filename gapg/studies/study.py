@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gapg.config import RunConfig
-from gapg.tracking import read_jsonl
+from gapg.jsonl import read_jsonl
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

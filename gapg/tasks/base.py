@@ -1,7 +1,7 @@
 """What a task is: problems, how a model is asked, and when an answer is right. Bring your own by import path.
 
 Anything with the four members of `Task` can be trained on (`task: {name: mypkg.mytask:MyTask}` in a config).
-`Solvable`, `Demonstrated` and `Tokenized` are what a task may add.
+`Solvable`, `Budgeted`, `Demonstrated` and `Tokenized` are what a task may add.
 """
 
 from __future__ import annotations
@@ -74,6 +74,14 @@ class Solvable(Protocol):
 
     def solve(self, question_id: str) -> str:
         """A right answer to the prompt with this id, as the oracle would reply."""
+
+
+@runtime_checkable
+class Budgeted(Protocol):
+    """Bounds the time that verifying takes, from one `start_step` to the next."""
+
+    def start_step(self) -> None:
+        """Called before every training step and every evaluation: the time budget begins anew."""
 
 
 @runtime_checkable

@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gapg.config import ConfigError
+from gapg.files import write_whole
+from gapg.jsonl import to_json
 from gapg.judge import parse
 from gapg.rollout.records import HelpControl, HelpSpelling
 from gapg.rollout.text import plain_text
 from gapg.tasks.base import ANSWER_OPEN, HELP_PHRASE
-from gapg.tracking import to_json, write_whole
 
 FILE = "help_calibration.json"
 """Beside a model's weights."""

@@ -16,13 +16,15 @@ from rich.table import Table
 
 from gapg.config import ConfigError, RunConfig
 from gapg.endings import opens_think
+from gapg.files import write_whole
+from gapg.jsonl import to_json
 from gapg.judge import oracle_score, parse
 from gapg.parts import fitting_prompts, make_oracle
 from gapg.rollout.records import Completion, Engine, Oracle, Sampling
 from gapg.rollout.text import spoken
 from gapg.seeding import derive
 from gapg.tasks.base import STOP, Prompt, Task, Verdict
-from gapg.tracking import Display, say, to_json, warn, write_whole
+from gapg.tracking import Display, say, warn
 from gapg.use.calibrate import LIMIT, Calibration, MaskedPass, help_control, masked, save_calibration
 from gapg.use.evaluate_command import Target, open_target
 from gapg.use.report import BLUE, GREEN, GREY

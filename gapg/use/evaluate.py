@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from gapg.config import RewardConfig
+from gapg.config_sections import RewardConfig
 from gapg.judge import Group, Judge, Outcome, rewards
 from gapg.rollout.records import Completion, Engine, Sampling
 from gapg.tasks.base import Prompt, Task

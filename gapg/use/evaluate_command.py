@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from gapg import checkpoint
 from gapg.config import ConfigError, RunConfig, load_config
 from gapg.endings import opens_think
+from gapg.files import write_whole
+from gapg.jsonl import to_json
 from gapg.judge import Judge
 from gapg.model import load_model, load_tokenizer
 from gapg.parts import check_run, fitting_prompts, make_engine, make_oracle, make_task
@@ -19,7 +21,7 @@ from gapg.rollout.records import Engine, HelpControl, Oracle, Sampling
 from gapg.run import set_threads
 from gapg.seeding import derive
 from gapg.tasks.base import STOP, Task
-from gapg.tracking import say, to_json, write_whole
+from gapg.tracking import say
 from gapg.use.calibrate import FILE, help_control, load_calibration
 from gapg.use.evaluate import as_result, prediction, respond
 from gapg.use.report import print_table

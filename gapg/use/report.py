@@ -10,7 +10,7 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
-from gapg.tracking import read_jsonl
+from gapg.jsonl import read_jsonl
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt

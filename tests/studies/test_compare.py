@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from gapg.jsonl import read_jsonl
 from gapg.rollout.records import Completion, Sampling
 from gapg.run import Run
 from gapg.studies.compare import assess_gapg
-from gapg.tracking import read_jsonl
 
 
 def test_a_policy_that_never_comes_near_the_phrase_is_compared_without_a_bias(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gapg.config import RewardConfig
+from gapg.config_sections import RewardConfig
 from gapg.judge import Judge
 from gapg.rollout.oracle_solver import SolverOracle
 from gapg.rollout.records import Completion

@@ -18,11 +18,11 @@ import pytest
 
 from gapg.cli import main
 from gapg.config import ConfigError, RunConfig
+from gapg.jsonl import read_jsonl
 from gapg.studies.catalog import STUDIES
 from gapg.studies.experiment import Order, experiment, list_studies, parse_seeds
 from gapg.studies.runs import place
 from gapg.studies.study import Finished, Report, Study, Unit, product_path
-from gapg.tracking import read_jsonl
 
 HERE = Path(__file__).parent
 STANDARD = {"heldout-sampled", "heldout-masked", "train-masked"}

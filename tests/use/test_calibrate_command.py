@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from gapg.cli import main
 from gapg.config import ConfigError, RunConfig, dump_config
+from gapg.jsonl import read_jsonl
 from gapg.rollout.records import HelpSpelling, Sampling
 from gapg.rollout.transformers_engine import TransformersEngine
 from gapg.tasks.base import STOP
 from gapg.tasks.countdown import Countdown
-from gapg.tracking import read_jsonl
 from gapg.use.calibrate import (
     FILE,
     Calibration,

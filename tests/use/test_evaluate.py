@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg.config import RewardConfig
+from gapg.config_sections import RewardConfig
 from gapg.judge import Group, Judge, Outcome
 from gapg.rollout.oracle_solver import SolverOracle
 from gapg.rollout.records import Completion, Sampling

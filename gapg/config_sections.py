@@ -1,0 +1,280 @@
+"""The sections of a run's settings: task, model, warm start, rollout, reward, loss, budget, oracle, and the rest."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from importlib.util import find_spec
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from gapg import config_keys
+
+Fraction01 = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Whole = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Count = Annotated[int, Field(ge=1, le=2**63 - 1)]
+FLOAT32 = 1e38  # most of a number that multiplies or bounds tensors of float32
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_merely_true(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python's True is the number 1; a truth value itself may be written 1 and 0, yes and no, on and off."""
+        allowed = config_keys.kinds(cls.model_fields[info.field_name or ""].annotation)
+        items = value if isinstance(value, list | tuple) else [value]
+        if bool not in allowed and any(isinstance(item, bool) for item in items):
+            none = "; leave it empty for none" if type(None) in allowed else ""
+            raise PydanticCustomError("truth_value", f"needs a value, not true or false{none}")
+        return value
+
+
+class TaskConfig(Section):
+    name: str
+    """`countdown`, `maths`, or the import path of your own: `mypkg.mytask:MyTask`."""
+    args: dict[str, Any] = {}
+    """Keyword arguments of the task."""
+
+
+class LlamaConfig(Section):
+    """A Llama made from scratch, for tasks that bring their own tokenizer."""
+
+    hidden_size: Count = 96
+    num_layers: Count = 3
+    num_heads: Count = 3
+    intermediate_size: Count = 256
+    max_positions: Count = 128
+
+
+class LoraConfig(Section):
+    """Low-rank adapters, which the policy gradient trains instead of the weights. The warm start trains the weights."""
+
+    rank: Count
+    alpha: Count = 32
+    """The adapters' product counts alpha / rank times."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Names of linear layers, such as [q_proj, v_proj]; empty: all below the LM head, which stays frozen."""
+
+
+class ModelConfig(Section):
+    path: str | None = None
+    """A Hugging Face folder or hub name. Leave empty to make `llama` from scratch."""
+    llama: LlamaConfig = LlamaConfig()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the model computes in. Weights and optimizer are float32 always: bfloat16 weights lose small updates."""
+    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    """Train adapters (`--model.lora.rank 16`), which want a larger `optim.lr`; checkpoints hold merged weights."""
+    liger: bool = False
+    """RMSNorm, SwiGLU and RoPE by liger-kernel's Triton kernels; needs a GPU."""
+
+    @model_validator(mode="after")
+    def _installed(self) -> ModelConfig:
+        if self.lora is not None and find_spec("peft") is None:
+            raise ValueError("model.lora: peft is not installed; pip install 'gapg[lora]'")
+        if self.liger and find_spec("liger_kernel") is None:
+            raise ValueError("model.liger=true: liger-kernel is not installed; pip install 'gapg[liger]'")
+        return self
+
+
+class OptimConfig(Section):
+    lr: Annotated[float, Field(gt=0)]
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest gradient norm; how often it binds is logged as `clipped`."""
+    warmup_steps: Whole = 10
+    flat: Fraction01 = 0.0
+    """Part of the run after which the learning rate starts to fall."""
+    final_lr: Fraction01 = 0.1
+    """Learning rate at the last step, as a part of `lr`."""
+
+    @field_validator("weight_decay")
+    @classmethod
+    def _shrinks(cls, value: float, info: ValidationInfo) -> float:
+        if value * info.data.get("lr", 0.0) >= 1:
+            raise PydanticCustomError(
+                "no_decay", "weight_decay times lr must be below 1, or a step turns the sign of every weight"
+            )
+        return value
+
+
+class WarmStartConfig(Section):
+    """Supervised steps on demonstrations before the policy gradient."""
+
+    steps: Count = 1000
+    batch_size: Count = 64
+    demonstrations: str | None = None
+    """A jsonl of {"prompt" or "id", "response"}; empty: the task makes its own."""
+    optim: OptimConfig = OptimConfig(lr=3e-3, warmup_steps=30, flat=0.4, final_lr=0.02)
+    checkpoint_every: Count = 250
+
+
+class RolloutConfig(Section):
+    engine: Literal["transformers", "vllm"] = "transformers"
+    prompts_per_step: Count = 32
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
+    """G. The estimator's baseline needs two or more."""
+    max_prompt_tokens: Count = 256
+    max_new_tokens: Count = 720
+    temperature: Annotated[float, Field(ge=0.01)] = 1.0
+    """1 is the policy itself; another value trains the policy at that temperature. vLLM takes 0.01 to 2."""
+    max_rows: Count = 2048
+    """Responses that the transformers engine decodes at once."""
+    vllm_args: dict[str, Any] = {}
+    """Further arguments of the vLLM engine (`gpu_memory_utilization`, `max_model_len`, `enforce_eager`, …)."""
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt and its response."""
+        return self.max_prompt_tokens + self.max_new_tokens
+
+
+class RewardConfig(Section):
+    alpha_a: Annotated[float, Field(ge=1e-6)] = 1.0
+    """Reward of a right local answer."""
+    alpha_c: Annotated[float, Field(ge=0)] = 0.25
+    """Reward of a call the cloud answers rightly; where the controller starts. 0 is task-tuning only."""
+    alpha_f: Annotated[float, Field(ge=0)] = 0.0
+    """Added for exactly one terminal ending."""
+    function: str = "gapg.judge:rewards"
+    """Import path of a function (group, alpha_a, alpha_c, alpha_f) -> one reward a response."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RewardConfig:
+        if self.alpha_c >= self.alpha_a:
+            raise ValueError(f"reward.alpha_c={self.alpha_c} must be below reward.alpha_a={self.alpha_a}")
+        return self
+
+
+class LossConfig(Section):
+    """The policy loss; the defaults are the paper's estimator, everything else is an option from GRPO's family."""
+
+    advantage: Literal["gapg", "grpo"] = "gapg"
+    """`gapg`: reward less the mean of the group's others. `grpo`: divided by the group's standard deviation."""
+    aggregation: Literal["sequence_sum", "token_mean"] = "sequence_sum"
+    """`sequence_sum`: log pi of whole responses, the true gradient. `token_mean`: every token alike (DAPO)."""
+    epochs: Count = 1
+    """Optimizer steps per batch of responses; from the second on the ratio to the policy that sampled counts."""
+    clip: tuple[Fraction01, Annotated[float, Field(ge=0, le=FLOAT32)]] | None = None
+    """[low, high]: a token whose ratio leaves [1 - low, 1 + high] the way its advantage pushes has no gradient."""
+    tis_cap: Annotated[float, Field(gt=0, le=FLOAT32)] | None = None
+    """Truncated importance sampling: weigh tokens by min(pi / pi_engine, cap), for an engine that differs."""
+    kl: Literal["k2", "k3"] = "k3"
+    kl_coef: Annotated[float, Field(ge=0, le=FLOAT32)] = 0.0
+    """KL penalty to the policy the run started from, which is then kept in memory too."""
+    entropy: bool = False
+    """Also log the policy's entropy over the tokens trained on."""
+
+    @model_validator(mode="after")
+    def _useful(self) -> LossConfig:
+        if self.clip is not None and self.epochs == 1:
+            raise ValueError("loss.clip does nothing in one epoch, whose ratio is 1: set loss.epochs to 2 or more")
+        return self
+
+
+class UpdateConfig(Section):
+    """What an update need not compute. None of it changes the gradient; each can be turned off to see what it saves."""
+
+    skip_zero_advantage: bool = True
+    """Responses of zero advantage stay out (all, when every reward of a group is equal), unless there is a KL term."""
+    response_positions: bool = True
+    """Only positions that predict a response token go through the LM head."""
+    pack: Literal["auto"] | bool = "auto"
+    """Sequences end to end; off: padded rows. `auto`: packed where a check of the model finds that it is exact."""
+    share_prompts: Literal["auto", "always", "never"] = "auto"
+    """One copy of a prompt for its responses; `auto`: where the cost model says that it pays."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> UpdateConfig:
+        if self.pack is False and self.share_prompts == "always":
+            raise ValueError(
+                "update.pack=false pads each response with a prompt of its own: set update.share_prompts=auto"
+            )
+        return self
+
+
+class BudgetConfig(Section):
+    cloud_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Part of the problems that may go to the cloud. (The filter's rho, calls per local answer, follows from it.)"""
+    filter: bool = True
+    """Adaptive prompt filtering."""
+    controller: bool = True
+    """Moves alpha_c so that the training call fraction meets `cloud_fraction`."""
+    rho: Annotated[float, Field(ge=0)] | None = None
+    """Overrides the filter's rho = c / (1 - c)."""
+    gain: Annotated[float, Field(gt=0)] = 0.05
+    """Integral gain of the controller, per step."""
+    damping: Annotated[float, Field(ge=0)] = 0.75
+    """Proportional gain of the controller."""
+
+    @property
+    def exact_rho(self) -> Fraction:
+        """rho as an exact fraction (0.6/0.4 in floats would lose a prompt)."""
+        if self.rho is not None:
+            return Fraction(str(self.rho))
+        c = Fraction(str(self.cloud_fraction))
+        return c / (1 - c)
+
+
+class OracleConfig(Section):
+    kind: Literal["solver", "openai"] = "solver"
+    """`openai`: any OpenAI-compatible server. `solver`: the task's own exact solver, a stand-in for a cloud model."""
+    accuracy: Fraction01 = 0.95
+    """solver: how often it is right."""
+    base_url: str = "https://api.openai.com/v1"
+    model: str = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Name of the environment variable with the key; the key itself is never stored."""
+    samples: Count = 1
+    temperature: Annotated[float, Field(ge=0)] | None = 0.0
+    """Empty leaves it out of the request, for models that refuse it."""
+    max_tokens: Count = 1024
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the server calls the limit; reasoning models of OpenAI want `max_completion_tokens`."""
+    concurrency: Count = 16
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    deadline_s: Annotated[float, Field(gt=0)] = 300.0
+    max_retries: Whole = 5
+    requests_per_minute: Count | None = None
+    tokens_per_minute: Count | None = None
+    spending_cap: Annotated[float, Field(ge=0)] | None = None
+    """No new request is sent that could take the run's cost over this; needs both prices."""
+    price_per_million_prompt: Annotated[float, Field(ge=0)] | None = None
+    price_per_million_completion: Annotated[float, Field(ge=0)] | None = None
+    local_share: Fraction01 = 0.01
+    """What a response of the device model costs, as a part of one cloud call; for studies' accounts of money."""
+    cache: str | None = None
+    """SQLite file of paid answers, shared by runs; empty: `oracle.sqlite` in the output folder."""
+    account: str | None = None
+    """Runs that share a cache and this name share one spending cap (empty: each run its own)."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> OracleConfig:
+        if self.spending_cap is not None and None in (self.price_per_million_prompt, self.price_per_million_completion):
+            raise ValueError(
+                "oracle.spending_cap needs oracle.price_per_million_prompt and oracle.price_per_million_completion"
+            )
+        if self.kind == "openai" and not self.model:
+            raise ValueError("oracle.model is empty: name the cloud model, e.g. --oracle.model gpt-5-mini")
+        return self
+
+
+class EvalConfig(Section):
+    every: Whole = 50
+    """Steps between evaluations during training (0: none)."""
+    problems: Count = 500
+    """Problems kept out of training for these evaluations, and for choosing the best checkpoint."""
+    heldout: Whole | None = None
+    """Held-out problems of the final evaluation (empty: all; 0: none)."""
