@@ -1,9 +1,12 @@
-// gapg._csrc: the numpy face of packing.h. Arguments are checked for shape here and for meaning in gapg/packing.py.
+// gapg._csrc: the numpy face of packing.h and layout.h. Whatever the arguments, and whatever other threads write to the
+// arrays during a call, a call is right or raises; with arrays that change it may be right for neither state.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <memory>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "layout.h"
@@ -13,24 +16,52 @@ namespace py = pybind11;
 
 namespace {
 
-using Int64s = py::array_t<int64_t, py::array::c_style>;
-using Int32s = py::array_t<int32_t, py::array::c_style>;
-using Floats = py::array_t<float, py::array::c_style>;
-
+// Pointers into numpy's memory are only held with the GIL, under which no array can be resized. Values may change all
+// the same: numpy and torch write without it.
 template <typename T>
-std::span<const T> view(const py::array_t<T, py::array::c_style>& array, const char* name) {
-  if (array.ndim() != 1) throw std::invalid_argument(std::string(name) + " must have one dimension");
-  return {array.data(), static_cast<size_t>(array.size())};
+std::span<T> view(const py::object& value, const char* name) {
+  using Array = py::array_t<std::remove_const_t<T>, py::array::c_style>;
+  if (Array::check_(value)) {
+    auto array = py::reinterpret_borrow<Array>(value);
+    const bool aligned = array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+    if (array.ndim() == 1 && aligned && (std::is_const_v<T> || array.writeable())) {
+      return {const_cast<T*>(array.data()), static_cast<size_t>(array.size())};
+    }
+  }
+  const auto dtype = py::str(py::dtype::of<std::remove_const_t<T>>()).template cast<std::string>();
+  throw std::invalid_argument(std::string(name) + " must have one dimension and be an aligned, contiguous" +
+                              (std::is_const_v<T> ? "" : ", writeable") + " array of " + dtype + ": numpy.require(" +
+                              name + ", '" + dtype + "', 'CA" + (std::is_const_v<T> ? "" : "W") + "') makes one");
 }
 
-// A caller's buffer of exactly `size` elements, written through.
+// The caller's buffer of exactly `size` elements.
 template <typename T>
-std::span<T> buffer(py::array_t<T, py::array::c_style>& array, int64_t size, const char* name) {
-  if (array.ndim() != 1 || array.size() != size) {
+std::span<T> buffer(const py::object& value, int64_t size, const char* name) {
+  const std::span<T> whole = view<T>(value, name);
+  if (static_cast<int64_t>(whole.size()) != size) {
     throw std::invalid_argument(std::string(name) + " must have shape [" + std::to_string(size) + "]");
   }
-  return {array.mutable_data(), static_cast<size_t>(size)};
+  return whole;
 }
+
+std::span<const int64_t> int64s(const py::object& value, const char* name) { return view<const int64_t>(value, name); }
+
+// Out of the reach of other threads, which may write to the array.
+std::vector<int64_t> copied(const py::object& value, const char* name) {
+  const auto all = int64s(value, name);
+  return {all.begin(), all.end()};
+}
+
+// Any integer; one that is too large becomes the largest, which is out of every range here.
+int64_t whole(const py::object& value) {
+  const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+  if (!number) throw py::error_already_set();
+  int overflow = 0;
+  const long long found = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
+  return overflow == 0 ? found : overflow > 0 ? INT64_MAX : INT64_MIN;
+}
+
+using Int64s = py::array_t<int64_t, py::array::c_style>;
 
 // Hands a vector's memory to numpy without a copy.
 Int64s to_numpy(std::vector<int64_t>&& values) {
@@ -40,11 +71,13 @@ Int64s to_numpy(std::vector<int64_t>&& values) {
   return Int64s(static_cast<py::ssize_t>(raw->size()), raw->data(), owner);
 }
 
-// Runs packer(order) without the GIL; it fills `order` [count] and returns the offsets.
+// Runs packer(order) without the GIL: it finds the lengths in `order`, fills it and returns the offsets. So the lengths
+// are a copy too, in memory that is needed anyway.
 template <typename Packer>
-std::pair<Int64s, Int64s> packed(size_t count, const Packer& packer) {
-  Int64s order(static_cast<py::ssize_t>(count));
-  const std::span<int64_t> order_view{order.mutable_data(), count};
+std::pair<Int64s, Int64s> packed(std::span<const int64_t> lengths, const Packer& packer) {
+  Int64s order(static_cast<py::ssize_t>(lengths.size()));
+  const std::span<int64_t> order_view{order.mutable_data(), lengths.size()};
+  std::ranges::copy(lengths, order_view.begin());
   std::vector<int64_t> offsets;
   {
     py::gil_scoped_release unlocked;
@@ -53,80 +86,82 @@ std::pair<Int64s, Int64s> packed(size_t count, const Packer& packer) {
   return {std::move(order), to_numpy(std::move(offsets))};
 }
 
-std::pair<Int64s, Int64s> pack(const Int64s& lengths, int64_t cap, int64_t ranks, double linear, double quadratic) {
-  const auto all = view(lengths, "lengths");
-  return packed(all.size(), [&](std::span<int64_t> order) {
-    return gapg::pack(all, cap, ranks, {linear, quadratic}, order);
+std::pair<Int64s, Int64s> pack(const py::object& lengths, const py::object& cap, const py::object& ranks,
+                               double linear, double quadratic) {
+  const int64_t most = whole(cap), parts = whole(ranks);
+  const gapg::Cost cost(linear, quadratic);
+  return packed(int64s(lengths, "lengths"),
+                [&](std::span<int64_t> order) { return gapg::pack(order, most, parts, cost, order); });
+}
+
+std::pair<Int64s, Int64s> pack_groups(const py::object& lengths, const py::object& prompts, const py::object& groups,
+                                      const py::object& cap, const py::object& ranks, double linear,
+                                      double quadratic) {
+  const int64_t most = whole(cap), parts = whole(ranks);
+  const gapg::Cost cost(linear, quadratic);
+  const auto shared = copied(prompts, "prompts"), ids = copied(groups, "groups");
+  return packed(int64s(lengths, "lengths"), [&](std::span<int64_t> order) {
+    return gapg::pack_groups(order, shared, ids, most, parts, cost, order);
   });
 }
 
-std::pair<Int64s, Int64s> pack_groups(const Int64s& lengths, const Int64s& prompts, const Int64s& groups, int64_t cap,
-                                      int64_t ranks, double linear, double quadratic) {
-  const auto all = view(lengths, "lengths"), shared = view(prompts, "prompts"), ids = view(groups, "groups");
-  return packed(all.size(), [&](std::span<int64_t> order) {
-    return gapg::pack_groups(all, shared, ids, cap, ranks, {linear, quadratic}, order);
-  });
+gapg::Sequences sequences(const py::object& tokens, const py::object& starts, const py::object& prompts,
+                          const py::object& coefficients) {
+  return {int64s(tokens, "tokens"), int64s(starts, "starts"), int64s(prompts, "prompts"),
+          view<const float>(coefficients, "coefficients")};
 }
 
-gapg::Sequences sequences(const Int64s& tokens, const Int64s& starts, const Int64s& prompts,
-                          const Floats& coefficients) {
-  return {view(tokens, "tokens"), view(starts, "starts"), view(prompts, "prompts"), view(coefficients, "coefficients")};
-}
-
-std::pair<int64_t, int64_t> measure(const Int64s& tokens, const Int64s& starts, const Int64s& prompts,
-                                    const Floats& coefficients, const Int64s& members) {
+std::pair<int64_t, int64_t> measure(const py::object& tokens, const py::object& starts, const py::object& prompts,
+                                    const py::object& coefficients, const py::object& members) {
   const auto all = sequences(tokens, starts, prompts, coefficients);
-  const auto chosen = view(members, "members");
-  py::gil_scoped_release unlocked;
-  const gapg::Sizes sizes = gapg::measure(all, chosen);
+  const gapg::Sizes sizes = gapg::measure(gapg::read_members(all, int64s(members, "members")));
   return {sizes.tokens, sizes.responses};
 }
 
-void lay_out(const Int64s& tokens, const Int64s& starts, const Int64s& prompts, const Floats& coefficients,
-             const Int64s& members, Int64s input_ids, Int64s position_ids, Int32s cu_seqlens, Int64s response_index,
-             Int64s targets, Int64s sequence_ids, Floats response_coefficients) {
+void lay_out(const py::object& tokens, const py::object& starts, const py::object& prompts,
+             const py::object& coefficients, const py::object& members, const py::object& input_ids,
+             const py::object& position_ids, const py::object& cu_seqlens, const py::object& response_index,
+             const py::object& targets, const py::object& sequence_ids, const py::object& response_coefficients) {
   const auto all = sequences(tokens, starts, prompts, coefficients);
-  const auto chosen = view(members, "members");
-  const gapg::Sizes sizes = gapg::measure(all, chosen);
-  const gapg::Layout out{buffer(input_ids, sizes.tokens, "input_ids"),
-                         buffer(position_ids, sizes.tokens, "position_ids"),
-                         buffer(cu_seqlens, static_cast<int64_t>(chosen.size()) + 1, "cu_seqlens"),
-                         buffer(response_index, sizes.responses, "response_index"),
-                         buffer(targets, sizes.responses, "targets"),
-                         buffer(sequence_ids, sizes.responses, "sequence_ids"),
-                         buffer(response_coefficients, sizes.responses, "response_coefficients")};
-  py::gil_scoped_release unlocked;
-  gapg::lay_out(all, chosen, out);
+  const auto chosen = gapg::read_members(all, int64s(members, "members"));
+  const gapg::Sizes sizes = gapg::measure(chosen);
+  gapg::lay_out(all.tokens, chosen,
+                {buffer<int64_t>(input_ids, sizes.tokens, "input_ids"),
+                 buffer<int64_t>(position_ids, sizes.tokens, "position_ids"),
+                 buffer<int32_t>(cu_seqlens, static_cast<int64_t>(chosen.size()) + 1, "cu_seqlens"),
+                 buffer<int64_t>(response_index, sizes.responses, "response_index"),
+                 buffer<int64_t>(targets, sizes.responses, "targets"),
+                 buffer<int64_t>(sequence_ids, sizes.responses, "sequence_ids"),
+                 buffer<float>(response_coefficients, sizes.responses, "response_coefficients")});
 }
 
-std::tuple<int64_t, int64_t, int64_t> measure_shared(const Int64s& tokens, const Int64s& starts, const Int64s& prompts,
-                                                     const Floats& coefficients, const Int64s& groups,
-                                                     const Int64s& members) {
+std::tuple<int64_t, int64_t, int64_t> measure_shared(const py::object& tokens, const py::object& starts,
+                                                     const py::object& prompts, const py::object& coefficients,
+                                                     const py::object& groups, const py::object& members) {
   const auto all = sequences(tokens, starts, prompts, coefficients);
-  const auto groups_view = view(groups, "groups"), chosen = view(members, "members");
-  py::gil_scoped_release unlocked;
-  const gapg::SharedSizes sizes = gapg::measure_shared(all, groups_view, chosen);
+  const auto chosen = gapg::read_members(all, int64s(groups, "groups"), int64s(members, "members"));
+  const gapg::SharedSizes sizes = gapg::measure_shared(all.tokens, chosen);
   return {sizes.tokens, sizes.responses, sizes.prompts};
 }
 
-void lay_out_shared(const Int64s& tokens, const Int64s& starts, const Int64s& prompts, const Floats& coefficients,
-                    const Int64s& groups, const Int64s& members, Int64s input_ids, Int64s position_ids,
-                    Int32s cu_segments, Int32s cu_responses, Int64s response_index, Int64s targets, Int64s sequence_ids,
-                    Floats response_coefficients) {
+void lay_out_shared(const py::object& tokens, const py::object& starts, const py::object& prompts,
+                    const py::object& coefficients, const py::object& groups, const py::object& members,
+                    const py::object& input_ids, const py::object& position_ids, const py::object& cu_segments,
+                    const py::object& cu_responses, const py::object& response_index, const py::object& targets,
+                    const py::object& sequence_ids, const py::object& response_coefficients) {
   const auto all = sequences(tokens, starts, prompts, coefficients);
-  const auto groups_view = view(groups, "groups"), chosen = view(members, "members");
-  const gapg::SharedSizes sizes = gapg::measure_shared(all, groups_view, chosen);
+  const auto chosen = gapg::read_members(all, int64s(groups, "groups"), int64s(members, "members"));
+  const gapg::SharedSizes sizes = gapg::measure_shared(all.tokens, chosen);
   const auto segments = sizes.prompts + static_cast<int64_t>(chosen.size());
-  const gapg::SharedLayout out{buffer(input_ids, sizes.tokens, "input_ids"),
-                               buffer(position_ids, sizes.tokens, "position_ids"),
-                               buffer(cu_segments, segments + 1, "cu_segments"),
-                               buffer(cu_responses, sizes.prompts + 1, "cu_responses"),
-                               buffer(response_index, sizes.responses, "response_index"),
-                               buffer(targets, sizes.responses, "targets"),
-                               buffer(sequence_ids, sizes.responses, "sequence_ids"),
-                               buffer(response_coefficients, sizes.responses, "response_coefficients")};
-  py::gil_scoped_release unlocked;
-  gapg::lay_out_shared(all, groups_view, chosen, sizes.prompts, out);
+  gapg::lay_out_shared(all.tokens, chosen, sizes.prompts,
+                       {buffer<int64_t>(input_ids, sizes.tokens, "input_ids"),
+                        buffer<int64_t>(position_ids, sizes.tokens, "position_ids"),
+                        buffer<int32_t>(cu_segments, segments + 1, "cu_segments"),
+                        buffer<int32_t>(cu_responses, sizes.prompts + 1, "cu_responses"),
+                        buffer<int64_t>(response_index, sizes.responses, "response_index"),
+                        buffer<int64_t>(targets, sizes.responses, "targets"),
+                        buffer<int64_t>(sequence_ids, sizes.responses, "sequence_ids"),
+                        buffer<float>(response_coefficients, sizes.responses, "response_coefficients")});
 }
 
 }  // namespace
@@ -134,21 +169,20 @@ void lay_out_shared(const Int64s& tokens, const Int64s& starts, const Int64s& pr
 PYBIND11_MODULE(_csrc, m, py::mod_gil_not_used()) {
   using py::arg;
   m.doc() = "Sequence packing in C++; use it through gapg.packing, which says what everything means.";
-  const auto array = [](const char* name) { return arg(name).noconvert(); };
-  m.def("pack", &pack, array("lengths"), arg("cap"), arg("ranks") = 1, arg("linear") = 1.0, arg("quadratic") = 0.0,
+  m.def("pack", &pack, arg("lengths"), arg("cap"), arg("ranks") = 1, arg("linear") = 1.0, arg("quadratic") = 0.0,
         "int64 lengths [n] -> (order int64 [n], offsets int64 [bins + 1]); ValueError on lengths outside 1..cap.");
-  m.def("pack_groups", &pack_groups, array("lengths"), array("prompts"), array("groups"), arg("cap"), arg("ranks"),
+  m.def("pack_groups", &pack_groups, arg("lengths"), arg("prompts"), arg("groups"), arg("cap"), arg("ranks"),
         arg("linear"), arg("quadratic"), "pack, where sequences of one group share one copy of their prompt.");
-  m.def("measure", &measure, array("tokens"), array("starts"), array("prompts"), array("coefficients"),
-        array("members"), "The bin's (tokens T, response tokens R): the sizes of the buffers that lay_out fills.");
-  m.def("lay_out", &lay_out, array("tokens"), array("starts"), array("prompts"), array("coefficients"),
-        array("members"), array("input_ids"), array("position_ids"), array("cu_seqlens"), array("response_index"),
-        array("targets"), array("sequence_ids"), array("response_coefficients"),
-        "Fills the caller's buffers with one bin's arrays.");
-  m.def("measure_shared", &measure_shared, array("tokens"), array("starts"), array("prompts"), array("coefficients"),
-        array("groups"), array("members"), "measure where prompts are shared: (T, R, prompts P).");
-  m.def("lay_out_shared", &lay_out_shared, array("tokens"), array("starts"), array("prompts"), array("coefficients"),
-        array("groups"), array("members"), array("input_ids"), array("position_ids"), array("cu_segments"),
-        array("cu_responses"), array("response_index"), array("targets"), array("sequence_ids"),
-        array("response_coefficients"), "lay_out with one copy of each prompt.");
+  m.def("measure", &measure, arg("tokens"), arg("starts"), arg("prompts"), arg("coefficients"), arg("members"),
+        "The bin's (tokens T, response tokens R): the sizes of the buffers that lay_out fills.");
+  m.def("lay_out", &lay_out, arg("tokens"), arg("starts"), arg("prompts"), arg("coefficients"), arg("members"),
+        arg("input_ids"), arg("position_ids"), arg("cu_seqlens"), arg("response_index"), arg("targets"),
+        arg("sequence_ids"), arg("response_coefficients"),
+        "Fills the caller's buffers, which overlap no other array, with one bin's arrays.");
+  m.def("measure_shared", &measure_shared, arg("tokens"), arg("starts"), arg("prompts"), arg("coefficients"),
+        arg("groups"), arg("members"), "measure where prompts are shared: (T, R, prompts P).");
+  m.def("lay_out_shared", &lay_out_shared, arg("tokens"), arg("starts"), arg("prompts"), arg("coefficients"),
+        arg("groups"), arg("members"), arg("input_ids"), arg("position_ids"), arg("cu_segments"), arg("cu_responses"),
+        arg("response_index"), arg("targets"), arg("sequence_ids"), arg("response_coefficients"),
+        "lay_out with one copy of each prompt.");
 }

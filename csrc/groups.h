@@ -1,6 +1,7 @@
 // Groups of sequences that share a prompt, as parts that fit the cap.
 #pragma once
 
+#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -13,6 +14,17 @@ namespace gapg {
 // and of each response what it adds to the prompt's.
 struct Cost {
   double linear = 1, quadratic = 0;
+
+  Cost() = default;
+  // Throws std::invalid_argument on weights that are no cost. The scale changes nothing, so no sum need overflow.
+  Cost(double per_token, double per_square) {
+    if (!std::isfinite(per_token) || !std::isfinite(per_square) || std::min(per_token, per_square) < 0 ||
+        per_token + per_square == 0) {
+      throw std::invalid_argument("linear and quadratic must be finite and at least 0, and one of them above 0");
+    }
+    const double largest = std::max(per_token, per_square);
+    linear = per_token / largest, quadratic = per_square / largest;
+  }
 
   double operator()(int64_t n) const {
     const auto tokens = static_cast<double>(n);
@@ -43,20 +55,38 @@ inline std::pair<std::vector<int32_t>, int32_t> numbered(std::span<const int64_t
   return {std::move(number), static_cast<int32_t>(known.size())};
 }
 
+// Throws std::invalid_argument, naming the sequence, unless each prompt lies in 1..length and is as long as the others
+// of its group.
+inline void check_prompts(std::span<const int64_t> lengths, std::span<const int64_t> prompts,
+                          std::span<const int64_t> groups, std::span<const int32_t> number, int32_t count) {
+  std::vector<size_t> first(count, SIZE_MAX);  // sequence of each group
+  for (size_t i = 0; i < lengths.size(); ++i) {
+    size_t& other = first[number[i]];
+    if (other == SIZE_MAX) other = i;
+    if (prompts[i] >= 1 && prompts[i] <= lengths[i] && prompts[i] == prompts[other]) continue;
+    const auto text = [](auto n) { return std::to_string(n); };
+    const std::string found = "sequence " + text(i) + " has a prompt of " + text(prompts[i]) + " tokens";
+    if (prompts[i] < 1 || prompts[i] > lengths[i]) {
+      throw std::invalid_argument(found + "; it must lie in 1.." + text(lengths[i]) + ", its length");
+    }
+    throw std::invalid_argument(found + ", but sequence " + text(other) + " of the same group (" + text(groups[i]) +
+                                ") one of " + text(prompts[other]) + ": give different prompts different groups");
+  }
+}
+
 // Every group as one part, or where prompt and responses are over the cap as parts found by best-fit decreasing of the
 // responses under cap - prompt. No two parts of a group fit one bin: best fit opens a part for a response only when no
 // open part holds it. O(n + cap).
-inline Parts split_groups(const Items& items, std::span<const int64_t> prompts, std::span<const int64_t> groups,
-                          int64_t cap) {
+inline Parts split_groups(const Items& items, std::span<const int64_t> lengths, std::span<const int64_t> prompts,
+                          std::span<const int64_t> groups, int64_t cap) {
   const size_t n = items.count();
-  if (prompts.size() != n || groups.size() != n) throw std::invalid_argument("want a prompt length and a group each");
   const auto [number, count] = numbered(groups);
+  check_prompts(lengths, prompts, groups, number, count);
+  cap = std::min(cap, items.total());  // a cap above the sum changes nothing but the memory
   std::vector<int64_t> prompt(count, 0), total(count, 0), start(count + 1, 0);
   for (size_t k = 0; k < n; ++k) {
     const int64_t i = items.source(k);
     const int32_t g = number[i];
-    if (prompts[i] < 1 || prompts[i] > items.size(k)) throw std::invalid_argument("a prompt outside 1..length");
-    if (prompt[g] != 0 && prompt[g] != prompts[i]) throw std::invalid_argument("a group with two prompt lengths");
     prompt[g] = prompts[i];
     total[g] += items.size(k) - prompts[i];
     ++start[g + 1];

@@ -15,9 +15,24 @@ namespace gapg {
 namespace detail {
 
 inline void check_limits(size_t count, int64_t cap, int64_t ranks) {
-  if (cap < 1 || cap > INT32_MAX) throw std::invalid_argument("the cap must lie in 1..2^31-1");
-  if (ranks < 1 || ranks > 1 << 20) throw std::invalid_argument("ranks must lie in 1..2^20");
-  if (count > INT32_MAX) throw std::invalid_argument("at most 2^31-1 sequences");
+  if (cap < 1 || cap > INT32_MAX) {
+    throw std::invalid_argument("the token cap is " + std::to_string(cap) +
+                                "; it must lie in 1..2^31-1 (set token_cap)");
+  }
+  if (ranks < 1 || ranks > 1 << 20) {
+    throw std::invalid_argument("ranks is " + std::to_string(ranks) + "; it must lie in 1..2^20");
+  }
+  if (count > INT32_MAX) throw std::invalid_argument("pack at most 2^31-1 sequences at once");
+}
+
+// Names the first length that is not in 1..cap, and the fix.
+[[noreturn]] inline void refuse_length(std::span<const int64_t> lengths, int64_t cap) {
+  const auto wrong = std::ranges::find_if(lengths, [&](int64_t length) { return length < 1 || length > cap; });
+  const std::string found = "sequence " + std::to_string(wrong - lengths.begin()) + " has " + std::to_string(*wrong) +
+                            " tokens";
+  if (*wrong < 1) throw std::invalid_argument(found + "; drop empty sequences before packing");
+  throw std::invalid_argument(found + ", more than the cap of " + std::to_string(cap) +
+                              ": raise token_cap or lower rollout.max_new_tokens");
 }
 
 // Throws std::invalid_argument unless every length lies in 1..cap.
@@ -29,7 +44,7 @@ inline Items sorted_items(std::span<const int64_t> lengths, int64_t cap) {
     largest = std::max(largest, length);
     total += static_cast<uint64_t>(length);
   }
-  if (smallest < 1 || largest > cap) throw std::invalid_argument("every length must lie in 1..cap");
+  if (smallest < 1 || largest > cap) refuse_length(lengths, cap);
   return Items(lengths, largest, static_cast<int64_t>(total));
 }
 
@@ -83,7 +98,8 @@ std::vector<int64_t> pack_items(const Items& items, int64_t cap, int64_t ranks, 
 // Writes every sequence index once to `order` [n]; bin b is order[offsets[b] .. offsets[b + 1]], with the offsets that
 // are returned. Sequences in a bin come by decreasing length, ties by index. With one rank, bins come by decreasing
 // cost; with more, see Balancer. The same input gives the same output everywhere. O(n + cap) time and memory.
-// Throws std::invalid_argument unless 1 <= every length <= cap < 2^31, n < 2^31 and 1 <= ranks <= 2^20.
+// Throws std::invalid_argument unless 1 <= every length <= cap < 2^31, n < 2^31 and 1 <= ranks <= 2^20. `order` is
+// written last: it may be where the lengths are. Else the input must not change during the call.
 inline std::vector<int64_t> pack(std::span<const int64_t> lengths, int64_t cap, int64_t ranks, const Cost& cost,
                                  std::span<int64_t> order) {
   detail::check_limits(lengths.size(), cap, ranks);
@@ -103,7 +119,11 @@ inline std::vector<int64_t> pack_groups(std::span<const int64_t> lengths, std::s
                                         std::span<const int64_t> groups, int64_t cap, int64_t ranks, const Cost& cost,
                                         std::span<int64_t> order) {
   detail::check_limits(lengths.size(), cap, ranks);
-  const Parts parts = split_groups(detail::sorted_items(lengths, cap), prompts, groups, cap);
+  if (prompts.size() != lengths.size() || groups.size() != lengths.size()) {
+    throw std::invalid_argument(std::to_string(lengths.size()) + " lengths, but " + std::to_string(groups.size()) +
+                                " groups and " + std::to_string(prompts.size()) + " prompt_lengths");
+  }
+  const Parts parts = split_groups(detail::sorted_items(lengths, cap), lengths, prompts, groups, cap);
   Items items = detail::sorted_items(parts.tokens, cap);
   if (cost.quadratic > 0) {
     items.price([&](size_t k) {

@@ -12,7 +12,6 @@ Packing is best-fit decreasing (Johnson 1974) in linear time; csrc/best_fit.h sa
 is promised is no more bins than textbook best-fit decreasing, never "optimal".
 """
 
-import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,9 +22,6 @@ import gapg._csrc as _csrc
 Int64s = NDArray[np.int64]
 Int32s = NDArray[np.int32]
 Floats = NDArray[np.float32]
-
-_LARGEST_CAP = 2**31 - 1  # cu_seqlens is int32, in every varlen attention kernel
-_MOST_RANKS = 2**20
 
 
 @dataclass(frozen=True)
@@ -175,12 +171,14 @@ def pack(
             length than its group's (each names the sequence and the fix); arguments of the wrong type or shape;
             ranks outside 1..2^20.
     """
+    weights = (1.0, 0.0) if cost is None else (cost.linear, cost.quadratic)
+    array = _integers(lengths, "lengths")
     if groups is None and prompt_lengths is None:
-        try:  # C++ refuses all that is wrong, or is not int64: only then is it worth looking at
-            return Packing(*_csrc.pack(lengths, cap, ranks, *_weights(cost)))  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            pass
-    return _pack_checked(lengths, cap, ranks, groups, prompt_lengths, cost)
+        return Packing(*_csrc.pack(array, cap, ranks, *weights))
+    if groups is None or prompt_lengths is None:
+        raise ValueError("give groups and prompt_lengths together: only groups share prompts")
+    prompts, ids = _integers(prompt_lengths, "prompt_lengths"), _integers(groups, "groups")
+    return Packing(*_csrc.pack_groups(array, prompts, ids, cap, ranks, *weights))
 
 
 def lay_out(
@@ -251,58 +249,20 @@ def lay_out_shared(
     return arrays
 
 
-def _pack_checked(
-    lengths: ArrayLike,
-    cap: int,
-    ranks: int,
-    groups: ArrayLike | None,
-    prompt_lengths: ArrayLike | None,
-    cost: Cost | None,
-) -> Packing:
-    """`pack`, with every argument converted, and every error in the caller's terms."""
-    array = _integers(lengths, "lengths")
-    cap, ranks = operator.index(cap), operator.index(ranks)
-    if not 1 <= cap <= _LARGEST_CAP:
-        raise ValueError(f"the token cap is {cap}; it must lie in 1..2^31-1 (set token_cap)")
-    if not 1 <= ranks <= _MOST_RANKS:
-        raise ValueError(f"ranks is {ranks}; it must lie in 1..2^20")
-    if (groups is None) != (prompt_lengths is None):
-        raise ValueError("give groups and prompt_lengths together: only groups share prompts")
-    if groups is None or prompt_lengths is None:
-        try:
-            return Packing(*_csrc.pack(array, cap, ranks, *_weights(cost)))
-        except ValueError as error:
-            raise ValueError(_misfit(array, cap) or str(error)) from None
-    ids, prompts = _integers(groups, "groups"), _integers(prompt_lengths, "prompt_lengths")
-    if not len(ids) == len(prompts) == len(array):
-        raise ValueError(f"{len(array)} lengths, but {len(ids)} groups and {len(prompts)} prompt_lengths")
-    try:
-        return Packing(*_csrc.pack_groups(array, prompts, ids, cap, ranks, *_weights(cost)))
-    except ValueError as error:
-        raise ValueError(_misfit(array, cap) or _odd_prompt(array, prompts, ids) or str(error)) from None
-
-
 def _sequences(
     tokens: ArrayLike, offsets: ArrayLike, prompt_lengths: ArrayLike, coefficients: ArrayLike
 ) -> tuple[Int64s, Int64s, Int64s, Floats]:
+    weights = np.asarray(coefficients, dtype=np.float32)
     return (
         _integers(tokens, "tokens"),
         _integers(offsets, "offsets"),
         _integers(prompt_lengths, "prompt_lengths"),
-        np.ascontiguousarray(coefficients, dtype=np.float32),
+        weights if _in_order(weights) else weights.copy(),
     )
 
 
-def _weights(cost: Cost | None) -> tuple[float, float]:
-    """Linear and quadratic weight, scaled so that no sum overflows."""
-    if cost is None:
-        return 1.0, 0.0
-    largest = max(cost.linear, cost.quadratic)
-    return cost.linear / largest, cost.quadratic / largest
-
-
 def _integers(values: ArrayLike, name: str) -> Int64s:
-    """As a contiguous one-dimensional int64 array; without a copy when it is one already."""
+    """As a contiguous, aligned one-dimensional int64 array; without a copy when it is one already."""
     array = np.asarray(values)
     if array.ndim != 1:
         raise ValueError(f"{name} must have one dimension, not shape {array.shape}")
@@ -310,38 +270,10 @@ def _integers(values: ArrayLike, name: str) -> Int64s:
         return np.empty(0, np.int64)  # an empty list arrives as float64
     if array.dtype.kind not in "iu":
         raise ValueError(f"{name} must be integers, not {array.dtype}")
-    return np.ascontiguousarray(array, dtype=np.int64)
+    integers: Int64s = array.astype(np.int64, copy=False)
+    return integers if _in_order(integers) else integers.copy()
 
 
-def _misfit(lengths: Int64s, cap: int) -> str | None:
-    """What is wrong with the first length outside 1..cap, or None when all fit."""
-    wrong = np.flatnonzero((lengths < 1) | (lengths > cap))
-    if len(wrong) == 0:
-        return None
-    index, length = int(wrong[0]), int(lengths[wrong[0]])
-    if length < 1:
-        return f"sequence {index} has {length} tokens; drop empty sequences before packing"
-    return (
-        f"sequence {index} has {length} tokens, more than the cap of {cap}: "
-        "raise token_cap or lower rollout.max_new_tokens"
-    )
-
-
-def _odd_prompt(lengths: Int64s, prompts: Int64s, groups: Int64s) -> str | None:
-    """What is wrong with the first prompt that is not its group's or not in 1..length, or None."""
-    outside = np.flatnonzero((prompts < 1) | (prompts > lengths))
-    if len(outside) > 0:
-        index = int(outside[0])
-        return (
-            f"sequence {index} has a prompt of {prompts[index]} tokens; it must lie in 1..{lengths[index]}, its length"
-        )
-    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
-    odd = np.flatnonzero(prompts != prompts[first[group]])
-    if len(odd) == 0:
-        return None
-    index = int(odd[0])
-    other = int(first[group[index]])
-    return (
-        f"sequence {index} has a prompt of {prompts[index]} tokens, but sequence {other} of the same group "
-        f"({groups[index]}) one of {prompts[other]}: give different prompts different groups"
-    )
+def _in_order(array: Int64s | Floats) -> bool:
+    """Whether C++ can read it where it lies in memory."""
+    return array.flags.c_contiguous and array.flags.aligned

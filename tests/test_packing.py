@@ -193,6 +193,18 @@ def test_errors_name_the_sequence_and_the_fix(arguments: tuple[Any, int], messag
         pack(*arguments)
 
 
+def test_integers_are_read_in_whatever_form_they_come() -> None:
+    plain = np.array([3, 7, 5])
+    shifted = np.zeros(25, np.uint8)
+    shifted[1:] = plain.view(np.uint8)
+    forms = [plain.tolist(), plain.astype(np.uint8), plain.astype(">i8"), plain.repeat(2)[::2], plain[::-1][::-1]]
+    for lengths in (*forms, shifted[1:].view(np.int64)):
+        assert pack(lengths, np.int64(9)).order.tolist() == [2, 0, 1]
+        tokens = np.arange(15)
+        arrays = lay_out(tokens, [0, 3, 10, 15], lengths, np.ones(3, ">f8"), [1])
+        assert arrays.input_ids.tolist() == tokens[3:10].tolist()
+
+
 @pytest.mark.parametrize("ranks", [0, -1, 2**20 + 1])
 def test_ranks_must_be_sensible(ranks: int) -> None:
     with pytest.raises(ValueError, match=f"ranks is {ranks}"):

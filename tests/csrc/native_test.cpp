@@ -1,5 +1,6 @@
 // The algorithms of csrc without Python, for sanitizers: `make test-native`. Every array has exactly the size that is
 // promised to be enough, so a step outside is seen. Exits with 1 and the failed check's line.
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -62,9 +63,9 @@ void check_bins(const Ints& order, const Ints& offsets, size_t n, int64_t ranks)
 }
 
 void check_plain(const Ints& lengths, int64_t cap, int64_t ranks, const gapg::Cost& cost) {
-  Ints order(lengths.size(), -1), again(lengths.size(), -1);
+  Ints order(lengths.size(), -1), again = lengths;
   const Ints offsets = gapg::pack(lengths, cap, ranks, cost, order);
-  CHECK(gapg::pack(lengths, cap, ranks, cost, again) == offsets && again == order);
+  CHECK(gapg::pack(again, cap, ranks, cost, again) == offsets && again == order);
   check_bins(order, offsets, lengths.size(), ranks);
   const size_t bins = offsets.size() - 1, least = textbook(lengths, cap);
   CHECK(bins < least + ranks);
@@ -132,13 +133,14 @@ Batch batch(Random& random) {
 }
 
 void check_shared_bin(const Batch& all, std::span<const int64_t> members, int64_t cap) {
-  const auto sizes = gapg::measure_shared(all.sequences(), all.groups, members);
+  const auto read = gapg::read_members(all.sequences(), all.groups, members);
+  const auto sizes = gapg::measure_shared(all.tokens, read);
   CHECK(sizes.tokens <= cap);
   Ints ids(sizes.tokens, -1), positions(sizes.tokens, -1), index(sizes.responses, -1), targets(sizes.responses, -1),
       sequence(sizes.responses, -1);
   std::vector<int32_t> segments(sizes.prompts + members.size() + 1, -1), responses(sizes.prompts + 1, -1);
   std::vector<float> coefficients(sizes.responses, -1);
-  gapg::lay_out_shared(all.sequences(), all.groups, members, sizes.prompts,
+  gapg::lay_out_shared(all.tokens, read, sizes.prompts,
                        {ids, positions, segments, responses, index, targets, sequence, coefficients});
   CHECK(segments.back() == sizes.tokens && responses.back() == sizes.responses);
   CHECK(std::ranges::is_sorted(segments) && std::ranges::is_sorted(responses));
@@ -148,12 +150,12 @@ void check_shared_bin(const Batch& all, std::span<const int64_t> members, int64_
     CHECK(positions[index[r]] + 1 == positions[segments[sizes.prompts] + r]);
   }
   // the same sequences with their own prompts
-  const auto apart = gapg::measure(all.sequences(), members);
+  const auto apart = gapg::measure(read);
   CHECK(apart.responses == sizes.responses && apart.tokens >= sizes.tokens);
   Ints plain_ids(apart.tokens, -1), plain_positions(apart.tokens, -1), plain_index(apart.responses, -1),
       plain_targets(apart.responses, -1), plain_sequence(apart.responses, -1);
   std::vector<int32_t> seqlens(members.size() + 1, -1);
-  gapg::lay_out(all.sequences(), members,
+  gapg::lay_out(all.tokens, read,
                 {plain_ids, plain_positions, seqlens, plain_index, plain_targets, plain_sequence, coefficients});
   CHECK(plain_targets == targets && plain_sequence == sequence && seqlens.back() == apart.tokens);
 }
@@ -164,17 +166,17 @@ void shared() {
     const Batch all = batch(random);
     const int64_t longest = all.lengths.empty() ? 1 : std::ranges::max(all.lengths);
     const int64_t cap = longest + random.from(0, round % 2 == 0 ? 20 : 400), ranks = random.from(1, 5);
-    Ints order(all.lengths.size(), -1), again(order);
+    Ints order(all.lengths.size(), -1), again = all.lengths;
     const auto& cost = costs[round % 3];
     const Ints offsets = gapg::pack_groups(all.lengths, all.prompts, all.groups, cap, ranks, cost, order);
-    CHECK(gapg::pack_groups(all.lengths, all.prompts, all.groups, cap, ranks, cost, again) == offsets && again == order);
+    CHECK(gapg::pack_groups(again, all.prompts, all.groups, cap, ranks, cost, again) == offsets && again == order);
     check_bins(order, offsets, order.size(), ranks);
     for (size_t b = 0; b + 1 < offsets.size(); ++b) {
       const auto members = std::span<const int64_t>(order).subspan(offsets[b], offsets[b + 1] - offsets[b]);
       check_shared_bin(all, members, cap);
       std::map<int64_t, int> runs;
       for (size_t m = 0; m < members.size(); ++m) {
-        if (!gapg::shares_prompt(all.groups, members, m)) CHECK(++runs[all.groups[members[m]]] == 1);
+        if (m == 0 || all.groups[members[m]] != all.groups[members[m - 1]]) CHECK(++runs[all.groups[members[m]]] == 1);
       }
     }
   }
@@ -191,19 +193,41 @@ void refused_layouts() {
   const Ints tokens{1, 2, 3, 1, 5}, starts{0, 3, 5}, prompts{1, 1}, groups{0, 0};
   const std::vector<float> coefficients{0, 1};
   const gapg::Sequences good{tokens, starts, prompts, coefficients};
-  CHECK(gapg::measure_shared(good, groups, Ints{0, 1}).tokens == 4);
+  const auto shared = [](const gapg::Sequences& all, const Ints& groups, const Ints& members) {
+    return gapg::measure_shared(all.tokens, gapg::read_members(all, groups, members)).tokens;
+  };
+  CHECK(shared(good, groups, {0, 1}) == 4);
   for (const int64_t member : {int64_t{-1}, int64_t{2}, INT64_MAX, INT64_MIN}) {
-    CHECK(refuses([&] { gapg::measure(good, Ints{member}); }));
-    CHECK(refuses([&] { gapg::measure_shared(good, groups, Ints{0, member}); }));
+    CHECK(refuses([&] { gapg::read_members(good, Ints{member}); }));
+    CHECK(refuses([&] { shared(good, groups, {0, member}); }));
   }
   for (const Ints& wrong : {Ints{0, 3, 6}, Ints{-1, 3, 5}, Ints{4, 3, 5}, Ints{0, 3}, Ints{0, 3, INT64_MAX}}) {
-    CHECK(refuses([&] { gapg::measure({tokens, wrong, prompts, coefficients}, Ints{0, 1}); }));
+    CHECK(refuses([&] { gapg::read_members({tokens, wrong, prompts, coefficients}, Ints{0, 1}); }));
   }
   for (const Ints& wrong : {Ints{0, 1}, Ints{4, 1}, Ints{1}}) {
-    CHECK(refuses([&] { gapg::measure({tokens, starts, wrong, coefficients}, Ints{0, 1}); }));
+    CHECK(refuses([&] { gapg::read_members({tokens, starts, wrong, coefficients}, Ints{0, 1}); }));
   }
-  CHECK(refuses([&] { gapg::measure_shared({tokens, starts, Ints{2, 2}, coefficients}, groups, Ints{0, 1}); }));
-  CHECK(refuses([&] { gapg::measure_shared(good, Ints{0}, Ints{0, 1}); }));
+  CHECK(refuses([&] { shared({tokens, starts, Ints{2, 2}, coefficients}, groups, {0, 1}); }));
+  CHECK(refuses([&] { shared(good, {0}, {0, 1}); }));
+  const Ints many(size_t{1} << 21, 0);  // 2^21 times 2^11 tokens
+  const Ints long_one(2048, 7), around{0, 2048}, one{1};
+  CHECK(refuses([&] { gapg::measure(gapg::read_members({long_one, around, one, std::vector<float>{0}}, many)); }));
+}
+
+void refused_costs() {
+  const double nan = std::nan(""), inf = INFINITY;
+  for (const double bad : {nan, inf, -inf, -1.0, -1e-300}) {
+    CHECK(refuses([&] { gapg::Cost(bad, 1); }) && refuses([&] { gapg::Cost(1, bad); }));
+  }
+  CHECK(refuses([] { gapg::Cost(0, 0); }) && refuses([] { gapg::Cost(-0.0, 0); }));
+  const int64_t cap = 1 << 20;
+  Ints lengths{cap, 1, cap}, order(3);
+  for (const double weight : {5e-324, 1e-300, 1e300, 1.7e308}) {
+    for (const gapg::Cost& cost : {gapg::Cost(weight, weight), gapg::Cost(0, weight), gapg::Cost(weight, 0)}) {
+      CHECK(cost.linear <= 1 && cost.quadratic <= 1 && std::max(cost.linear, cost.quadratic) == 1);
+      for (const int64_t ranks : {1, 4}) gapg::pack(lengths, cap, ranks, cost, order);
+    }
+  }
 }
 
 }  // namespace
@@ -212,5 +236,6 @@ int main() {
   plain();
   shared();
   refused_layouts();
+  refused_costs();
   std::puts("csrc: all checks hold");
 }

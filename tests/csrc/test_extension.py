@@ -1,7 +1,10 @@
-"""What the extension itself guarantees, whoever calls it: it stays inside every buffer and computes without the GIL."""
+"""What the extension itself guarantees, whoever calls it: it stays inside every buffer and packs without the GIL."""
 
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,10 +44,60 @@ def test_groups_refuse_what_would_leave_their_tables(
         _csrc.pack_groups(int64s(*lengths), int64s(*prompts), int64s(*groups), 8, 1, 1.0, 0.0)
 
 
-@pytest.mark.parametrize("lengths", [np.array([1, 2], np.int32), np.array([1.0]), [1, 2]])
+@pytest.mark.parametrize("cap", [2**64, -(2**64)])
+def test_integers_of_any_size_are_compared_with_the_range(cap: int) -> None:
+    with pytest.raises(ValueError, match=r"must lie in 1\.\.2\^31-1"):
+        _csrc.pack(int64s(1), cap)
+    with pytest.raises(ValueError, match=r"must lie in 1\.\.2\^20"):
+        _csrc.pack(int64s(1), 8, cap)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan"), -1.0])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_costs_that_are_no_numbers_are_refused(bad: float, ranks: int) -> None:
+    lengths, prompts = int64s(*range(1, 100)), np.ones(99, np.int64)
+    for weights in ((bad, 1.0), (1.0, bad), (0.0, 0.0)):
+        with pytest.raises(ValueError, match="linear and quadratic must be finite and at least 0"):
+            _csrc.pack(lengths, 100, ranks, *weights)
+        with pytest.raises(ValueError, match="linear and quadratic must be finite and at least 0"):
+            _csrc.pack_groups(lengths, prompts, lengths, 100, ranks, *weights)
+
+
+def test_the_largest_costs_do_not_overflow() -> None:
+    lengths = np.random.default_rng(0).integers(1, 10_000, 500)
+    for ranks in (1, 8):
+        expected = _csrc.pack(lengths, 20_000, ranks, 1.0, 0.5)
+        for scale in (1.7e308, 1e-300):
+            found = _csrc.pack(lengths, 20_000, ranks, scale, scale / 2)
+            assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [1, 2],
+        None,
+        np.array([1, 2], np.int32),
+        np.array([1.0]),
+        np.array([1, 2], ">i8"),
+        np.array(1),
+        np.array([[1, 2]]),
+        np.arange(1, 9)[::2],
+        np.broadcast_to(int64s(1), 4),
+        np.frombuffer(bytes(17), np.int64, offset=1),
+    ],
+    ids=["list", "None", "int32", "float64", "swapped", "0-d", "2-d", "strided", "broadcast", "unaligned"],
+)
 def test_arguments_are_never_copied_silently(lengths: object) -> None:
-    with pytest.raises(TypeError):
+    with pytest.raises(
+        ValueError, match=r"^lengths must have one dimension .*: numpy\.require\(lengths, 'int64', 'CA'"
+    ):
         _csrc.pack(lengths, 8, 1)
+
+
+def test_the_message_says_how_to_make_it_right() -> None:
+    order, _ = _csrc.pack(np.require(np.array([1, 2, 3], ">i8")[::-1], "int64", "CA"), 8)
+    assert order.tolist() == [0, 1, 2]
 
 
 # sequences (10, 11, 12) and (13, 14), prompts of 1 and 2
@@ -106,7 +159,7 @@ def test_read_only_buffers_are_not_written() -> None:
     buffer = np.zeros(2, np.int64)
     buffer.flags.writeable = False
     empty = [np.zeros(0, np.int64)] * 3
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"input_ids must .*, writeable array"):
         _csrc.lay_out(
             *BATCH, int64s(1), buffer, np.zeros(2, np.int64), np.zeros(2, np.int32), *empty, np.zeros(0, np.float32)
         )
@@ -128,3 +181,11 @@ def test_packing_lets_other_threads_run() -> None:
         time.sleep(0.001)
     worker.join()
     assert ticks > 20
+
+
+@pytest.mark.parametrize("arguments", [("arguments", "60"), ("threads", "1")], ids=["arguments", "threads"])
+def test_nothing_ends_the_process(arguments: tuple[str, str]) -> None:
+    """Arrays of every wrong kind, and arrays that other threads write to during the calls."""
+    script = Path(__file__).with_name("hostile.py")
+    done = subprocess.run([sys.executable, "-W", "ignore", str(script), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
