@@ -7,37 +7,64 @@ knows no names. The rest of the defence bounds what is left, the arithmetic itse
 never end. So this process has limits on memory, CPU time per answer and file size, no environment to leak, one line
 of JSON in and one word out, and a parent that kills it.
 
-A line `{"gold": …, "answer": …}` on stdin is answered by `correct`, `wrong` or `limit` on stdout.
+Both texts are brought into one notation first (`_mathreading.py`), and math-verify's comparison of numbers is replaced
+by `equal_numbers`.
+
+A line `{"gold": …, "answer": …, "seconds": …}` on stdin is answered by `correct`, `wrong`, `limit` (memory, depth) or
+`timeout` (CPU time) on stdout.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib.util
+import itertools
 import json
 import logging
+import os
 import re
 import resource
 import signal
 import sys
-import time
-from collections.abc import Iterator
 from functools import lru_cache
-from types import FrameType
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import math_verify
+import math_verify.grader
 import math_verify.parser
 import sympy
 import sympy.parsing.sympy_parser
+import sympy.physics.units  # sympy's simplify imports it, and that takes the `parse_expr` which is replaced here
+from math_verify.grader import get_pct_val
+
+
+def _beside(name: str) -> ModuleType:
+    """A module of this folder by its path: the package, which loads torch, is not imported here."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+notation = _beside("_mathreading")
 
 MAX_DIGITS = 400
 """A longer number in a plain expression is refused."""
 MAX_BLOCK = 400
 """A longer text is taken for a whole reply, in which math-verify looks for the answer, not for an expression."""
 
-_NUMBER = re.compile(r"[-+]?[$€£]?\s*(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.?\d+)?\s*\\?%?\.?")
-_DIGITS = re.compile(r"\d[\d,]*(?:\.\d+)?")
-_ALGEBRA = re.compile(r"[\\^_{]|\d[A-Za-z]\b")
+APPROXIMATE = sympy.Rational(1, 10**6)
+"""Relative error up to which a decimal number stands for an irrational one."""
+DIGITS_COMPARED = 40
+
+_NUMBERS = re.compile(r"\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+_ALGEBRA = re.compile(r"[\\^_{]|\d[A-Za-z]\b|\d ?/ ?[A-Za-z]\b|(?:^|[\s(=+*-])[A-Za-z] ?[-+*/]|[-+*] ?[A-Za-z]\b")
+_FRACTION = re.compile(r"\\frac\{(\d+)\}\{(\d+)\}")
+_UNIT_POWER = re.compile(r"(?<=\d)( m| ?[a-z]{2,})\^ ?\{?[23]\}?\Z")
+_BOUND = re.compile(r"[<>](?![A-Za-z/])|\\(?:[lg]eq?|neq?|[lg]t)(?![A-Za-z])")
 _OPERATORS: dict[type[ast.operator], Any] = {
     ast.Add: lambda a, b: sympy.Add(a, b, evaluate=False),
     ast.Sub: lambda a, b: sympy.Add(a, sympy.Mul(-1, b, evaluate=False), evaluate=False),
@@ -45,10 +72,6 @@ _OPERATORS: dict[type[ast.operator], Any] = {
     ast.Div: lambda a, b: sympy.Mul(a, sympy.Pow(b, -1, evaluate=False), evaluate=False),
     ast.Pow: lambda a, b: sympy.Pow(a, b, evaluate=False),
 }
-
-
-class Deadline(BaseException):
-    """Not an Exception: sympy and math-verify catch those."""
 
 
 def read_expression(text: str, *_: object, **__: object) -> sympy.Expr:
@@ -73,19 +96,49 @@ def _build(node: ast.expr, text: str) -> sympy.Expr:
     raise SyntaxError(f"{type(node).__name__} is no arithmetic")
 
 
+def equal_numbers(a: Any, b: Any, *precision: int) -> bool:
+    """In place of math-verify's comparison of numbers, which rounds to six decimals, so that 0.0000001 is 0.
+
+    Exact numbers are equal when they are: fractions by value, surds to 40 digits. A decimal number may differ from a
+    fraction by the noise of a computation, and stands for an irrational number that it is near.
+    """
+    if isinstance(a, sympy.MatrixBase | sympy.MatrixExpr) and isinstance(b, sympy.MatrixBase | sympy.MatrixExpr):
+        return bool(_equal_matrices(a, b, *precision))
+    if not (getattr(a, "is_number", False) and getattr(b, "is_number", False)):
+        return False  # left to sympy's algebra
+    return _near(a, b) or _near(get_pct_val(a, a), get_pct_val(b, b))  # 50% is 0.5, and 50
+
+
+def _near(a: sympy.Expr, b: sympy.Expr) -> bool:
+    decimal = a.has(sympy.Float) or b.has(sympy.Float)
+    a, b = (x.xreplace({f: sympy.Rational(str(f)) for f in x.atoms(sympy.Float)}).doit() for x in (a, b))
+    if a.is_Rational and b.is_Rational:
+        return bool(notation.near(a, b, notation.NOISE if decimal and not (a.is_Integer and b.is_Integer) else 0))
+    a, b = (sympy.N(x, DIGITS_COMPARED) for x in (a, b))
+    if not (a.is_finite and b.is_finite):
+        return bool(a == b)
+    return bool(notation.near(a, b, APPROXIMATE if decimal else sympy.Rational(1, 10 ** (DIGITS_COMPARED - 5))))
+
+
+# Each of the two looks the other up in math-verify's module, where the elements of sets and matrices are compared too.
+_equal_matrices = math_verify.grader.sympy_numeric_eq
+math_verify.grader.sympy_numeric_eq = equal_numbers
+
+
 def _readings(text: str, plain: bool) -> list[Any]:
     """What math-verify finds in a text: an expression and the text it came from.
 
-    Its LaTeX rules need a `$…$` or `\\boxed{…}` around, which an answer block seldom has, so a short text is read as
-    LaTeX first. Only where a plain number is expected and the text holds just one (`72 dollars`) is that one taken:
-    picking a number out of several would find a 1 in `8n^2 + 4n + 1`.
+    Its LaTeX rules need a `$…$` around, which an answer block seldom has, so a short text is read as LaTeX first. Only
+    where a plain number is expected is the one number of a text taken (`72 dollars`).
     """
-    text = text.replace("\\$", "").replace("\\!", "")  # a currency sign and a thin space, which it fails to read
-    lone = plain and len(_DIGITS.findall(text)) == 1 and not _ALGEBRA.search(text)
-    if len(text) > MAX_BLOCK or "\n" in text or "\\boxed" in text or "$" in text[1:]:
+    if _BOUND.match(text):
+        return []  # `> 5` is not 5
+    text = text.replace("\\$", "")  # a currency sign, which it fails to read
+    lone = _with_one_number(text) if plain else None
+    if len(text) > MAX_BLOCK or "\n" in text or "$" in text[1:]:
         forms = [text]
     else:
-        forms = [text, f"${text}$"] if lone else [f"${text}$", text]
+        forms = [f"${text}$", text] if lone is None else [lone, f"${lone}$"]
     found: list[Any] = []
     for form in forms:
         found = math_verify.parse(form, parsing_timeout=None, raise_on_error=True) or found
@@ -94,24 +147,51 @@ def _readings(text: str, plain: bool) -> list[Any]:
     return found
 
 
+def _with_one_number(text: str) -> str | None:
+    """The text if it holds just one number and no algebra: to pick one would find a 1 in `8n^2 + 4n + 1`."""
+    text = _UNIT_POWER.sub(r"\1", _FRACTION.sub(r"\1/\2", text))
+    return text if len(_NUMBERS.findall(text)) == 1 and not _ALGEBRA.search(text) else None
+
+
 @lru_cache(maxsize=16)
 def _gold_readings(gold: str, plain: bool) -> list[Any]:
     return _readings(gold, plain)
 
 
 def judge(gold: str, answer: str) -> str:
-    """The verdict's word; `limit` when memory or recursion ran out (time is the caller's)."""
-    plain = _NUMBER.fullmatch(gold.strip()) is not None
-    verdict = "wrong"
+    """The verdict's word; `limit` when memory or recursion ran out (time is the caller's).
+
+    Both are brought into one notation. What is the same then is right, two plain numbers are compared as such, and
+    math-verify decides on the rest.
+    """
+    gold, answer = notation.reading(gold), notation.reading(answer)
+    if notation.has_base(gold) != notation.has_base(answer):  # one of them leaves the base out
+        gold, answer = notation.without_base(gold), notation.without_base(answer)
+    if gold == answer:
+        return "correct" if gold else "wrong"
+    if notation.is_based(gold) and notation.is_based(answer):
+        return "wrong"
+    expected, got = notation.value(gold), notation.value(answer)
+    if expected is not None and got is not None:
+        return "correct" if expected.equals(got) else "wrong"
+    plain = expected is not None or got is not None
     try:
-        golds, found = _gold_readings(gold, plain), _readings(answer, plain)
+        return _compare(_gold_readings(gold, plain), _readings(answer, plain))
     except (MemoryError, RecursionError):
         return "limit"
     except Exception:  # math-verify raises of all kinds on text that is no mathematics
-        return "correct" if gold.strip() == answer.strip() else "wrong"
-    for expected, got in ((g, f) for g in golds for f in found):
+        return "wrong"
+
+
+def _compare(golds: list[Any], found: list[Any]) -> str:
+    if golds and found and not isinstance(golds[0], str) and not isinstance(found[0], str):
+        golds, found = golds[:1], found[:1]  # the texts that follow are for what could not be read
+    verdict = "wrong"
+    for expected, got in itertools.product(golds, found):
         try:
-            if math_verify.verify(expected, got, timeout_seconds=None, raise_on_error=True):
+            if math_verify.verify(
+                expected, got, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True
+            ):
                 return "correct"
         except (MemoryError, RecursionError):
             verdict = "limit"
@@ -120,41 +200,42 @@ def judge(gold: str, answer: str) -> str:
     return verdict
 
 
-def _expire(_: int, __: FrameType | None) -> None:
-    raise Deadline
+_ENDINGS = {1: "limit", -signal.SIGPROF: "timeout", -signal.SIGABRT: "limit", -signal.SIGSEGV: "limit"}
+"""The word for an answer by the exit code of the process that it ended."""
 
 
-def _requests() -> Iterator[tuple[str, str]]:
+def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
-        yield request["gold"], request["answer"]
+        # CPU time, so that a busy machine changes no verdict. Nobody handles the signal, so the kernel ends this
+        # process, in a C call that would not return too, and even when the parent is gone.
+        signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+        word = judge(request["gold"], request["answer"])
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(word, flush=True)
 
 
-def main(seconds: float, memory_bytes: int) -> None:
-    """Answers requests until stdin closes."""
+def main(memory_bytes: int) -> None:
+    """Answers requests in a fork of this process, and in another when an answer ended that one, until stdin closes.
+
+    A fork takes milliseconds, where a new process would take longer to import math-verify than most answers may take.
+    """
     logging.disable(logging.CRITICAL)
     for module in (sympy.parsing.sympy_parser, math_verify.parser):
         module.parse_expr = read_expression
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGPROF, _expire)
-    judge("1/2", "\\frac{1}{2}")  # compiles regexes and the grammar's tables, on nobody's time
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    judge("x + 1/2", "\\frac{1}{2} + y")  # compiles regexes and the grammar's tables, on nobody's time
     print("ready", flush=True)
-    for gold, answer in _requests():
-        # CPU time, so that a busy machine changes no verdict. The timer ends Python code; the limit ends this process
-        # where a C call would not return, even when the parent is gone and nobody is left to kill it.
-        cpu_limit = int(time.process_time() + 2 * seconds) + 2
-        resource.setrlimit(resource.RLIMIT_CPU, (cpu_limit, resource.RLIM_INFINITY))
-        try:
-            signal.setitimer(signal.ITIMER_PROF, seconds)
-            word = judge(gold, answer)
-        except Deadline:
-            word = "limit"
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
+    while child := os.fork():
+        word = _ENDINGS.get(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        if word is None:  # stdin closed, or somebody killed it: then the parent sees this process end
+            return
         print(word, flush=True)
+    _serve()
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]))

@@ -1,0 +1,280 @@
+"""One way of writing for what people write in many: answers and golds in ASCII and LaTeX, plain numbers as values.
+
+`reading` is applied to gold and answer alike, before anything is compared. It changes the notation and never a value;
+what it does not know it leaves as it is. Its patterns take linear time in practice, since a model wrote the text.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+
+MAX_DIGITS = 400
+"""A longer number is no plain number."""
+NOISE = Fraction(1, 10**13)
+"""Relative error of decimals that a program computed: 0.30000000000000004 is 0.3."""
+
+# --- unicode ---
+
+_COMMANDS = {
+    **{"∞": "infty", "≤": "le", "≥": "ge", "⩽": "le", "⩾": "ge", "≠": "ne", "≈": "approx", "±": "pm", "∓": "mp"},
+    **{"×": "times", "·": "cdot", "⋅": "cdot", "∙": "cdot", "∗": "cdot", "÷": "div", "∪": "cup", "∩": "cap"},
+    **{"∈": "in", "∉": "notin", "∅": "emptyset", "∖": "setminus", "⊂": "subset", "⊆": "subseteq", "→": "to"},
+    **{"α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "θ": "theta", "λ": "lambda"},
+    **{"μ": "mu", "π": "pi", "ρ": "rho", "σ": "sigma", "τ": "tau", "φ": "phi", "ϕ": "phi", "ω": "omega"},
+}
+_UNICODE = str.maketrans(
+    {char: f"\\{name} " for char, name in _COMMANDS.items()}
+    | {char: f"\\mathbb{{{letter}}}" for char, letter in zip("ℝℤℚℕℂ", "RZQNC", strict=True)}
+    | dict.fromkeys("−–—‒―‐‑⁃", "-")
+    | dict.fromkeys("“”„", '"')
+    | dict.fromkeys("‘’‚", "'")
+    | dict.fromkeys("⁄∕", "/")
+    | dict.fromkeys("°º˚∘", "^\\circ ")
+    | {"٫": ".", "٬": ","}
+)
+_VULGAR = re.compile("[¼-¾⅐-⅞↉]")
+_SUPERSCRIPT = re.compile("[⁰¹²³ⁱ⁴-ⁿ]+")
+_SUBSCRIPT = re.compile("[₀-₎]+")
+
+
+def _ascii(text: str) -> str:
+    """`2⅔` as `2\\frac{2}{3}`, `x²` as `x^{2}`, `１２` and `١٢` as `12`, `π` as `\\pi`; letters of alphabets stay."""
+    text = _VULGAR.sub(lambda found: "\\frac{{{}}}{{{}}}".format(*_compatible(found[0]).split("⁄")), text)
+    text = _SUPERSCRIPT.sub(lambda found: f"^{{{_compatible(found[0])}}}", text)
+    text = _SUBSCRIPT.sub(lambda found: f"_{{{_compatible(found[0])}}}", text)
+    # Before and after: the compatible form of º is o, and that of ℃ holds a °. The root signs have none.
+    text = _compatible(text.translate(_UNICODE)).translate(_UNICODE)
+    return "".join(str(unicodedata.decimal(char, char)) for char in text if unicodedata.category(char) != "Cf")
+
+
+def _compatible(text: str) -> str:
+    return unicodedata.normalize("NFKC", text)
+
+
+# --- brackets: boxes and roots ---
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
+_CONCLUSION = re.compile(r"\banswer(?: is)?:? ([^\n$]{1,100})\Z", re.IGNORECASE)
+_UNBRACED = re.compile(r"[^\s$]*")
+_WRITTEN_ROOT = re.compile(r"\\sqrt(?=\s*\()|(?<![\\A-Za-z])sqrt(?=\s*[\d({])")
+_ROOTS = {"√": "\\sqrt", "∛": "\\sqrt[3]", "∜": "\\sqrt[4]"}
+_MAX_ROOTS = 100
+_RADICAND = re.compile(r"-?\d+(?:\.\d+)?|[A-Za-z]|\\[A-Za-z]+(?:\[\d\])?")
+
+
+def conclusion(text: str) -> str:
+    """What the last box holds; else what the last line says the answer is, where that is no words and no `$…$`."""
+    if (boxed := last_box(text)) is not None:
+        return boxed
+    said = _CONCLUSION.search(text)
+    return said[1] if said and not _WORD.search(said[1]) else text
+
+
+def last_box(text: str) -> str | None:
+    """What the last `\\boxed` or `\\fbox` holds, to the end if it is open."""
+    boxes = list(_BOX.finditer(text))
+    if not boxes:
+        return None
+    start = boxes[-1].end()
+    if text[start : start + 1] != "{":
+        bare = _UNBRACED.match(text, start)
+        return bare[0].rstrip(".,;") if bare else ""
+    return text[start + 1 : _closing(text, start)].strip()
+
+
+def _closing(text: str, opening: int) -> int:
+    """Where the bracket is closed that opens at `opening`; the text's length where it is not."""
+    opens, depth = text[opening], 0
+    closes = {"{": "}", "(": ")"}[opens]
+    for at in range(opening, len(text)):
+        depth += (text[at] == opens) - (text[at] == closes)
+        if depth == 0:
+            return at
+    return len(text)
+
+
+def _roots(text: str) -> str:
+    """`√2`, `√(2)` and `sqrt(2)` as `\\sqrt{2}`, the last first, so that what a root holds is written already."""
+    text = _WRITTEN_ROOT.sub("√", text)
+    for _ in range(_MAX_ROOTS):
+        at = max(map(text.rfind, _ROOTS))
+        if at < 0:
+            break
+        start = at + 1 + len(text[at + 1 :]) - len(text[at + 1 :].lstrip())
+        if text[start : start + 1] in ("(", "{"):
+            end = _closing(text, start)
+            inner, rest = text[start + 1 : end], text[end + 1 :]
+        else:
+            found = _RADICAND.match(text, start)
+            end = found.end() if found else start
+            while text[end : end + 1] == "{":  # a command's arguments
+                end = _closing(text, end) + 1
+            inner, rest = text[start:end], text[end:]
+        text = f"{text[:at]}{_ROOTS[text[at]]}{{{inner}}}{rest}"
+    return text
+
+
+# --- numbers ---
+
+_BASE = re.compile(r"N_\{(\w+(?:\.\w+)?)b\d+\}")
+_BASE_NAMES = {
+    **{"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9},
+    **{"ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16},
+}
+
+
+def _digits(found: re.Match[str]) -> str:
+    """`1.5e3` as `1500`."""
+    return format(Decimal(found[0]), "f")
+
+
+def _repeating(found: re.Match[str]) -> str:
+    """`0.1\\overline{6}` as `\\frac{15}{90}`."""
+    whole, fixed, repeated = found.groups()
+    shift = 10 ** len(repeated)
+    top = int(whole + fixed + repeated) - int(whole + fixed or "0")
+    return f"\\frac{{{top}}}{{{10 ** len(fixed) * (shift - 1)}}}"
+
+
+def _mixed(found: re.Match[str]) -> str:
+    """`2 2/3` as `8/3` and `2\\frac{2}{3}` as `\\frac{8}{3}`. With an improper fraction it is a product."""
+    written, over, under = found.groups()
+    whole, top, bottom = int(written.replace(",", "")), int(over), int(under)
+    is_frac = "\\frac" in found[0]
+    if top >= bottom:
+        return f"{whole} \\cdot \\frac{{{over}}}{{{under}}}" if is_frac else found[0]
+    top += whole * bottom
+    return f"\\frac{{{top}}}{{{bottom}}}" if is_frac else f"{top}/{bottom}"
+
+
+def _based(found: re.Match[str]) -> str:
+    """`1011_2` as the symbol `N_{1011b2}`: a number in a base is equal to no other way of writing its value."""
+    digits, name = (part for part in found.groups() if part is not None)
+    base = int(name) if name.isdecimal() else _BASE_NAMES.get(name.lower(), 0)
+    # letters alone are digits only where they are digits of that base: `A_{16}`, and not `P_2`
+    if not 2 <= base <= 36 or not (
+        digits[0].isdecimal() or all(int(digit, 36) < base for digit in digits.replace(".", ""))
+    ):
+        return found[0]
+    return f"N_{{{digits.upper()}b{base}}}"
+
+
+_START = r"(?<![\w.^}/)\\])"
+_INTEGER = r"(\d{1,3}(?:,\d{3}){1,5}|\d{1,15})"
+_IN_BASE = r"([0-9A-Z][0-9A-Za-z]{0,60}(?:\.[0-9A-Za-z]{1,60})?)"
+_TEXT_BASE = r"\\(?:text|mathrm) ?\{ ?(?:base[ -]?)?(\w{1,8}) ?\}"
+_FRACTION = r"\\[dtc]?frac *(?:\{ *(\d{1,15}) *\}|(\d)) *(?:\{ *(\d{1,15}) *\}|(\d))"
+
+_NOTATION: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    # `\[…\]` around all of it, and blanks
+    (r"\A\s*\\[(\[]((?:(?!\\[()\[\]])[^$])*)\\[)\]][\s.]*\Z", r"\1"),
+    (r"\\!\s*", ""),
+    (r"(?<!\\)\\(?:[,;:> ]|q?quad(?![A-Za-z]))|~(?!=)", " "),
+    (r"\\(?:left|right) *(?=[()])", ""),
+    # percent, powers, digits that repeat
+    (r"(?<=[\d)}$]) {0,3}(?:\\(?:text|mbox|mathrm) ?\{ ?per ?cent ?\}|per ?cent\b)", r"\\%"),
+    (r"(?<=[\w)}])(?:\*\*| \*\* )(?=[-\d(])", "^"),
+    (r"\*\*", ""),  # bold, in Markdown
+    (r"(?<![\w.])(\d{0,40})\.(\d{0,40})\\overline ?\{(\d{1,40})\}", _repeating),
+    # numbers in a base
+    (r"\\(?:text|math)(?:rm|bf)?\{([0-9A-F]+)\}(?=\w*_)", r"\1"),
+    (rf"(?<![\w.\\])(?:{_IN_BASE}|\( ?{_IN_BASE} ?\)) ?_ ?(?:(\d\d?)(?!\d)|\{{ ?\(?(\w{{1,8}})\)? ?\}})", _based),
+    (rf"(?<![\w.\\])(?:{_IN_BASE}|\( ?{_IN_BASE} ?\)) ?_ ?(?:\{{ ?{_TEXT_BASE} ?\}}|{_TEXT_BASE})", _based),
+    (r"(?<![\w.\\])(\d[0-9A-Za-z]{0,60}) ?(?:\((?:in )?base[ -](\w{1,8})\)|(?:in )?base[ -](\w{1,8}))", _based),
+    # numbers of several parts
+    (r"(?<![\w.^])(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})[eE][-+]?\d{1,3}(?!\w|\.\d)", _digits),
+    (r"(?<=\d)\{,\}(?=\d)", ","),
+    (_FRACTION, lambda found: "\\frac{{{}}}{{{}}}".format(*(part for part in found.groups() if part))),
+    (rf"{_START}{_INTEGER} *\\frac\{{(\d{{1,15}})\}}\{{(\d{{1,15}})\}}", _mixed),
+    (rf"{_START}{_INTEGER} {{1,3}}(\d{{1,15}}) ?/ ?(\d{{1,15}})(?!\d|\.\d|[A-Za-z/(])", _mixed),
+    (r"(?<![\w.,^])\d{1,3}(?: \d{3}){1,9}(?![\d/]|[.,]\d{3}\b)", lambda found: found[0].replace(" ", "")),
+    # what the LaTeX grammar would take for a mixed number
+    (rf"{_START}(\d{{1,400}}|\(\d{{1,400}}\)) *\((?=[ \d./]{{1,40}}\))", r"\1 \\cdot ("),
+    (r"^\$?\d{1,400}(?: +\d{1,400})+\$?$", lambda found: re.sub(" +", ", ", found[0])),
+    # an equation the wrong way round
+    (r"^\$?((?:[-+*/^\d.(){} ]|\\frac|\\sqrt|\\pi)*\d(?:[-+*/^(){} ]|\\pi)*)= ?([A-Za-z])[ .$]*$", r"\2 = \1"),
+]
+_RULES = [(re.compile(pattern), written) for pattern, written in _NOTATION]
+
+
+def reading(text: str) -> str:
+    """The conclusion of a text in one notation: unicode as LaTeX in ASCII, numbers each in one form.
+
+    Mixed numbers are fractions (`2 2/3` is `8/3`), e-notation is written out, and a number in a base is a symbol.
+    """
+    text = conclusion(text)
+    return _apply(_roots(text if text.isascii() else _ascii(text)))
+
+
+def has_base(text: str) -> bool:
+    """Whether a reading holds a number in a base."""
+    return _BASE.search(text) is not None
+
+
+def is_based(text: str) -> bool:
+    """Whether a reading is a number in a base and nothing else."""
+    return _BASE.fullmatch(text.removeprefix("-")) is not None
+
+
+def without_base(text: str) -> str:
+    """A reading with its numbers in a base as their digits alone, as many answers and data sets write them."""
+    return _apply(_BASE.sub(r"\1", text))
+
+
+def _apply(text: str) -> str:
+    for pattern, written in _RULES:
+        text = pattern.sub(written, text)
+    return text.strip().rstrip(" .")
+
+
+# --- values ---
+
+_DRESS = re.compile(r"\\?\$|\\[()\[\]]|[€£¥₹]")
+_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)"
+_POWER_OF_TEN = rf"(?:({_DECIMAL}) *(?:\\times|\\cdot|[x*]) *)?10 *\^ *\{{?([-+]?\d{{1,3}})\}}?"
+_VALUE = re.compile(
+    rf"([-+]?) *(?:({_DECIMAL})(?: ?/ ?({_DECIMAL}))?|\\frac\{{({_DECIMAL})\}}\{{({_DECIMAL})\}}|{_POWER_OF_TEN})"
+    r" *(\\?%)?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A plain number, exactly. decimal: no integer, written with a point. percent: a sign follows `number`."""
+
+    number: Fraction
+    decimal: bool = False
+    percent: bool = False
+
+    def equals(self, other: Value) -> bool:
+        """Exactly, but for the noise of computed decimals. A percent sign may be left out: 50% is 0.5, and 50."""
+        noise = NOISE if self.decimal or other.decimal else Fraction(0)
+        if self.percent == other.percent:
+            return near(self.number, other.number, noise)
+        percent, plain = (self, other) if self.percent else (other, self)
+        return any(near(number, plain.number, noise) for number in (percent.number, percent.number / 100))
+
+
+def near(a: Fraction, b: Fraction, tolerance: Fraction) -> bool:
+    """Whether two numbers differ by no more than a part of the larger: exact where the tolerance is 0."""
+    return abs(a - b) <= tolerance * max(abs(a), abs(b))
+
+
+def value(text: str) -> Value | None:
+    """The number that all of a reading is: integer, decimal, fraction, power of ten, percentage or sum of money."""
+    found = _VALUE.fullmatch(_DRESS.sub("", text).strip()) if len(text) <= MAX_DIGITS else None
+    if found is None:
+        return None
+    sign, whole, below, over, under, times, exponent, percent = found.groups()
+    top, bottom = whole or over or times or "1", below or under or "1"
+    if not (divisor := Fraction(bottom.replace(",", ""))):
+        return None
+    number = Fraction(top.replace(",", "")) / divisor * Fraction(10) ** int(exponent or 0)
+    is_decimal = "." in top + bottom and number.denominator != 1
+    return Value(-number if sign == "-" else number, is_decimal, percent is not None)
