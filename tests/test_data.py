@@ -2,9 +2,11 @@
 
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gapg.config import ConfigError
 from gapg.data import PromptQueue, split_validation
 from gapg.tasks.base import Prompt
 
@@ -43,6 +45,12 @@ def test_no_prompt_twice_in_a_batch(n: int, data: st.DataObject, seed: int) -> N
         drawn.update(ids(batch))
         queue.give_back(batch[: data.draw(st.integers(0, 2))])
     assert set(drawn) == set(ids(make(n)))
+
+
+def test_a_returned_prompt_that_is_gone_is_named() -> None:
+    queue = PromptQueue(make(3), 0, returned=["p1", "elsewhere"])
+    with pytest.raises(ConfigError, match=r"problem 'elsewhere', .* is not in the task's data any more"):
+        queue.next(1)
 
 
 @given(st.integers(2, 30), st.data())

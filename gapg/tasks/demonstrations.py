@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from gapg.jsonl import check_text, kind, read_data
 from gapg.tasks.base import HELP_PHRASE, STOP, Demonstration, Prompt, Task
 
 
 def load_demonstrations(path: str | Path, task: Task) -> list[Demonstration]:
     """Warm-start pairs from a jsonl: `prompt` or `id` (a training problem's) and `response`, one object a line.
 
-    Raises ValueError naming the line: bad JSON, missing keys, a prompt that is no training problem of `task` (the
-    held-out ones must not be trained on), a response that ends in neither an answer block nor the help phrase.
+    Raises ValueError naming the file and the line: what `read_data` refuses, missing keys, a prompt that is no training
+    problem of `task` (the held-out ones must not be trained on), a response that ends in neither an answer block nor
+    the help phrase.
     """
     known: dict[str, Prompt] = {}
     for prompt in task.prompts("train"):
         known.setdefault(prompt.id, prompt)
         known.setdefault(prompt.text.strip(), prompt)
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ValueError(f"demonstrations: cannot read {path}: {error.strerror}") from None
-    found = [_demonstration(line, known, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
-    if not found:
+        rows = read_data(Path(path).expanduser())
+    except (ValueError, RuntimeError) as error:  # the second where the user of a ~user is unknown
+        raise ValueError(f"demonstrations: {error}") from None
+    if not rows:
         raise ValueError(f"demonstrations: {path} is empty")
-    return found
+    return [_demonstration(row, known, f"demonstrations: {path}:{n}") for n, row in rows]
 
 
-def _demonstration(line: str, known: Mapping[str, Prompt], where: str) -> Demonstration:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"demonstrations: {where}: not JSON: {error.msg}") from None
-    asked = row.get("id", row.get("prompt")) if isinstance(row, dict) else None
-    if not isinstance(asked, str) or not isinstance(row.get("response"), str):
-        present = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"demonstrations: {where}: needs strings 'prompt' (or 'id') and 'response', has {present}")
-    prompt, response = known.get(asked.strip()), row["response"].rstrip()
+def _demonstration(row: Mapping[str, Any], known: Mapping[str, Prompt], where: str) -> Demonstration:
+    asked, response = row.get("id", row.get("prompt")), row.get("response")
+    if type(asked) is not str or type(response) is not str:  # a number is a str of its own kind
+        present = ", ".join(f"{key} ({kind(value)})" for key, value in row.items()) or "nothing"
+        raise ValueError(f"{where}: needs the texts 'prompt' (or 'id') and 'response', has {present}")
+    prompt, response = known.get(asked.strip()), response.rstrip()
     if prompt is None:
-        raise ValueError(f"demonstrations: {where}: {asked[:60]!r} is the id or text of no training problem")
+        raise ValueError(f"{where}: {asked[:60]!r} is the id or text of no training problem")
     if not response.endswith((STOP[0], HELP_PHRASE)):
-        raise ValueError(f"demonstrations: {where}: the response must end in {STOP[0]} or {HELP_PHRASE!r}")
+        raise ValueError(f"{where}: the response must end in {STOP[0]} or {HELP_PHRASE!r}")
+    try:
+        check_text(response)
+    except ValueError as error:
+        raise ValueError(f"{where}: the response holds {error}") from None
     return Demonstration(prompt, response)

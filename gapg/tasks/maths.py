@@ -10,17 +10,23 @@ task:
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+import math
+import os
 import random
 import re
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from decimal import Decimal
+from itertools import islice
+from numbers import Integral, Rational, Real
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from gapg.jsonl import check_text, kind, read_data
 from gapg.rollout.records import OracleQuestion
 from gapg.tasks import find_object
 from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_PHRASE, Demonstration, Prompt, Split, Verdict
@@ -35,8 +41,10 @@ _log = logging.getLogger(__name__)
 class Source:
     """Where a split comes from, and which columns hold what.
 
-    path: a jsonl file, a folder of `<split>.jsonl`, a data set on the hub (then also `subset`, its configuration), or
-        the import path of a function of your own, `mypkg.mydata:rows`, which maps a split to rows with those columns.
+    path: a jsonl file, a folder of `<split>.jsonl` (both also as `.jsonl.gz`), a data set on the hub (then also
+        `subset`, its configuration), or the import path of a function of your own, `mypkg.mydata:rows`, which maps a
+        split to rows with those columns.
+    question, answer: columns of texts or numbers. A number of a jsonl keeps its digits.
     answer_pattern: a regular expression whose first group is the answer within its column (GSM8K: `#### (.+)`).
     Without one the answer is the last `\\boxed{…}` of the column, or all of it where nothing is boxed.
     limit: the first so many rows only.
@@ -54,9 +62,13 @@ class Source:
 class Maths:
     """The task. `heldout` takes from `train` whatever it does not say itself, save `split` (test) and `limit`.
 
-    Problems are known by the hash of their text; a training problem that is also held out is dropped, with a warning.
-    seconds, max_chars: limits on checking one answer, beyond which it is LIMIT.
-    Raises ValueError, before anything slow but the download, on data that are not there or lack a column.
+    Problems are known by the hash of their text, blanks collapsed and accents composed (NFC), the case kept. A training
+    problem that is also held out is dropped, with a warning; so is a repeat of a problem, which warns where its answer
+    is another one.
+    seconds, max_chars: limits on checking one answer, beyond which it is LIMIT (`MathChecker` says how many answers of
+        a step may take so long).
+    Raises ValueError, before anything slow but the download, naming the key, the line and the column: data that are not
+    there or cannot be read, a column that is missing, or holds no text and no finite number.
     """
 
     name = "maths"
@@ -68,6 +80,7 @@ class Maths:
         seconds: float = 2.0,
         max_chars: int = 20_000,
     ) -> None:
+        self.checker = MathChecker(seconds, max_chars)
         source = _source("train", train, {})
         inherited = {k: getattr(source, k) for k in ("path", "subset", "question", "answer", "answer_pattern")}
         held = _source("heldout", heldout, inherited | {"split": "test"})
@@ -85,23 +98,24 @@ class Maths:
             "train": tuple(trained.values()),
             "heldout": tuple(held_out.values()),
         }
-        self.checker = MathChecker(seconds, max_chars)
 
     def _load(self, which: Split, source: Source) -> dict[str, Prompt]:
         where = f"task.args.{which}"
-        rows = _rows(where, source)
-        if source.limit is not None:
-            rows = rows[: source.limit]
-        if not rows:
-            raise ValueError(f"{where}.path: {source.path} has no rows")
         found: dict[str, Prompt] = {}
-        for n, row in enumerate(rows, 1):
-            text, answer = (_cell(where, source, key, row, n) for key in ("question", "answer"))
-            key = hashlib.sha256(" ".join(text.lower().split()).encode()).hexdigest()[:16]
-            gold = _gold(where, source, answer, n)
-            found.setdefault(key, Prompt(key, text, gold, self.name))
+        places: dict[str, str] = {}
+        clashes: list[str] = []
+        for place, row in islice(_rows(where, source), source.limit):
+            text, answer = (_cell(where, source, key, row, place) for key in ("question", "answer"))
+            key, gold = _identity(text), _gold(where, source, answer, place)
+            first = found.setdefault(key, Prompt(key, text, gold, self.name))
+            if places.setdefault(key, place) != place and first.answer != gold:
+                clashes.append(f"{places[key]} ({first.answer!r:.40}) and {place} ({gold!r:.40})")
             if which == "train" and answer != gold:
                 self._solutions.setdefault(key, _worked(answer, source.answer_pattern))
+        if not found:
+            raise ValueError(f"{where}.path: {source.path} has no rows")
+        if clashes:
+            _log.warning("%s: %d rows repeat a problem with another answer: %s", where, len(clashes), clashes[0])
         return found
 
     def prompts(self, split: Split) -> Sequence[Prompt]:
@@ -113,8 +127,12 @@ class Maths:
         return render_instruction(f"{prompt.text}\n\n{ENDINGS}", tokenizer)
 
     def verify(self, prompt: Prompt, answers: Sequence[str]) -> list[Verdict]:
-        """math-verify's verdicts against the gold, in a worker process under limits."""
+        """math-verify's verdicts against the gold, in worker processes under limits."""
         return self.checker.check(prompt.answer, answers)
+
+    def start_step(self) -> None:
+        """Begins the checker's time budget anew."""
+        self.checker.start_step()
 
     def demonstrations(self, seed: int) -> Sequence[Demonstration]:
         """The data's own worked solutions, ended by an answer block; every fifth breaks off and calls for help.
@@ -138,62 +156,94 @@ class Maths:
         return OracleQuestion(prompt.id, ({"role": "user", "content": f"{prompt.text}\n\n{ANSWER_ONLY}"},))
 
 
+def _identity(text: str) -> str:
+    """A problem's id: equal texts but for blanks and how accents are written have the same one."""
+    return hashlib.sha256(" ".join(unicodedata.normalize("NFC", text).split()).encode()).hexdigest()[:16]
+
+
 def _source(which: Split, given: str | Mapping[str, Any], defaults: Mapping[str, Any]) -> Source:
-    settings = {**defaults, **({"path": given} if isinstance(given, str) else given)}
+    where = f"task.args.{which}"
+    if isinstance(given, str | os.PathLike):
+        given = {"path": given}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where}: must be a path, or keys and values such as {{path: …, split: …}}, not {given!r}")
+    settings = {**defaults, **given}
     known = [f.name for f in fields(Source)]
-    if unknown := sorted(set(settings) - set(known)):
-        raise ValueError(f"task.args.{which}.{unknown[0]}: unknown key; known are {', '.join(known)}")
+    if unknown := sorted(set(settings) - set(known), key=str):
+        raise ValueError(f"{where}.{unknown[0]}: unknown key; known are {', '.join(known)}")
     if "path" not in settings:
-        raise ValueError(f"task.args.{which}.path: required; a jsonl file, a folder of jsonl files or a hub data set")
+        raise ValueError(f"{where}.path: required; a jsonl file, a folder of jsonl files or a hub data set")
+    if isinstance(settings["path"], os.PathLike):
+        settings["path"] = os.fspath(settings["path"])
+    for field in fields(Source):
+        value = settings.get(field.name, field.default)
+        if value is None and field.default is None:
+            continue
+        if field.name == "limit":
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{where}.limit: must be a whole number of rows, 1 or more, not {value!r}")
+        elif not isinstance(value, str) or not value:
+            raise ValueError(f"{where}.{field.name}: must be a text, not {value!r}; in YAML, quote it")
     source = Source(**settings)
     if source.answer_pattern is not None:
         try:
             groups = re.compile(source.answer_pattern).groups
         except re.error as error:
-            raise ValueError(f"task.args.{which}.answer_pattern: no regular expression: {error}") from None
+            raise ValueError(f"{where}.answer_pattern: no regular expression: {error}") from None
         if groups < 1:
-            raise ValueError(f"task.args.{which}.answer_pattern: needs a group around the answer, like '#### (.+)'")
+            raise ValueError(f"{where}.answer_pattern: needs a group around the answer, like '#### (.+)'")
     return source
 
 
-def _rows(where: str, source: Source) -> Sequence[Mapping[str, Any]]:
-    path = Path(source.path).expanduser()
-    if path.is_dir():
-        path = path / f"{source.split}.jsonl"
-        if not path.is_file():
-            present = ", ".join(sorted(p.stem for p in path.parent.glob("*.jsonl"))) or "none"
-            raise ValueError(f"{where}.split: {path} does not exist; splits in that folder: {present}")
-    if path.is_file():
-        return _jsonl(where, path)
-    if re.fullmatch(r"[\w.]+:\w+", source.path):
-        return list(find_object(source.path, f"{where}.path")(source.split))
-    if path.suffix in (".jsonl", ".json") or source.path.startswith((".", "/", "~")):
+def _rows(where: str, source: Source) -> Iterable[tuple[str, Any]]:
+    """Rows, each with where it stands: `file:line`, or `row n of …`."""
+    if (path := _local(where, source)) is not None:
+        try:
+            return [(f"{path}:{n}", row) for n, row in read_data(path)]
+        except ValueError as error:
+            raise ValueError(f"{where}.path: {error}") from None
+    is_function = re.fullmatch(r"[\w.]+:\w+", source.path)
+    rows = _function(where, source) if is_function else _hub(where, source)
+    return ((f"row {n} of {source.path}", row) for n, row in enumerate(rows, 1))
+
+
+def _local(where: str, source: Source) -> Path | None:
+    """The file that the source names; None where it names none."""
+    try:
+        path = Path(source.path).expanduser()
+        if path.is_dir():
+            for file in (path / f"{source.split}.jsonl", path / f"{source.split}.jsonl.gz"):
+                if file.exists():
+                    return file
+            present = sorted({p.name.partition(".jsonl")[0] for p in path.iterdir() if ".jsonl" in p.suffixes})
+            raise ValueError(
+                f"{where}.split: {path / source.split}.jsonl does not exist; splits in that folder: "
+                f"{', '.join(present) or 'none'}"
+            )
+        if path.exists():
+            return path
+    except (OSError, RuntimeError) as error:  # the second where the user of a ~user is unknown
+        raise ValueError(f"{where}.path: cannot read {source.path}: {getattr(error, 'strerror', error)}") from None
+    if path.suffix in (".jsonl", ".json", ".gz") or source.path.startswith((".", "/", "~")):
         raise ValueError(f"{where}.path: {source.path} does not exist")
-    return _hub(where, source)
+    return None
 
 
-def _jsonl(where: str, path: Path) -> list[Mapping[str, Any]]:
-    rows: list[Mapping[str, Any]] = []
-    with path.open(encoding="utf-8") as lines:
-        for n, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}.path: {path}:{n}: not JSON: {error.msg}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}.path: {path}:{n}: expected an object, got {type(row).__name__}")
-            rows.append(row)
-    return rows
+def _function(where: str, source: Source) -> Iterable[Any]:
+    function = find_object(source.path, f"{where}.path")
+    try:
+        # a generator's errors too; no further than asked for, it may be long
+        return list(islice(function(source.split), source.limit))
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"{where}.path: {source.path}({source.split!r}) fails to give rows: {reason}") from error
 
 
-def _hub(where: str, source: Source) -> Sequence[Mapping[str, Any]]:
+def _hub(where: str, source: Source) -> Iterable[Any]:
     import datasets  # slow to import, and not needed for local files
 
     try:
-        rows: list[Mapping[str, Any]] = list(datasets.load_dataset(source.path, source.subset, split=source.split))
-        return rows
+        return list(islice(datasets.load_dataset(source.path, source.subset, split=source.split), source.limit))
     except Exception as error:  # hub, network and parser errors have no common type
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -202,29 +252,57 @@ def _hub(where: str, source: Source) -> Sequence[Mapping[str, Any]]:
         ) from None
 
 
-def _cell(where: str, source: Source, key: str, row: Mapping[str, Any], n: int) -> str:
+def _cell(where: str, source: Source, key: str, row: Any, place: str) -> str:
+    """The text of a row's column, never empty."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}.path: {place}: expected an object with columns, got {kind(row)}")
     column = getattr(source, key)
     if column not in row:
         raise ValueError(
-            f"{where}.{key}: row {n} of {source.path} has no column {column!r}; it has {', '.join(map(str, row))}; "
+            f"{where}.{key}: {place} has no column {column!r}; it has {', '.join(map(str, row)) or 'none'}; "
             f"set {where}.{key} to one of them"
         )
-    value = str(row[column]).strip() if isinstance(row[column], str | int | float) else ""
-    if not value:
-        raise ValueError(f"{where}.{key}: row {n} of {source.path} has nothing in column {column!r}")
-    return value
-
-
-def _gold(where: str, source: Source, text: str, n: int) -> str:
-    if source.answer_pattern is None:
-        return _last_boxed(text) or text
-    matches = list(re.finditer(source.answer_pattern, text))
-    if not matches or not matches[-1][1]:
+    value = row[column]
+    text = value.strip() if isinstance(value, str) else _digits(value)
+    if text is None:
         raise ValueError(
-            f"{where}.answer_pattern: {source.answer_pattern!r} matches nothing in row {n} of {source.path}, "
-            f"which ends in {text[-60:]!r}"
+            f"{where}.{key}: {place} has {kind(value)} in column {column!r}, where a text or a number is needed; "
+            f"mend or drop the row, or name a function of your own as {where}.path (mypkg.mydata:rows)"
         )
-    return matches[-1][1].strip()
+    if not text:
+        raise ValueError(f"{where}.{key}: {place} has nothing in column {column!r}; fill it in or drop the row")
+    try:
+        check_text(text)
+    except ValueError as error:
+        raise ValueError(f"{where}.{key}: {place} has, in column {column!r}, {error}") from None
+    return str(text)
+
+
+def _digits(value: object) -> str | None:
+    """The digits of a finite number, of whichever type Python, NumPy and the hub have them; None of all else."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, Integral):
+        return format(Decimal(int(value)), "f")  # str() refuses more than 4,300 digits
+    if isinstance(value, Rational):
+        return str(value)
+    if isinstance(value, Decimal):
+        return str(value) if value.is_finite() else None
+    return format(Decimal(str(value)), "f") if isinstance(value, Real) and math.isfinite(value) else None
+
+
+def _gold(where: str, source: Source, text: str, place: str) -> str:
+    if source.answer_pattern is None:
+        boxed = _last_boxed(text)
+        if boxed == "":
+            raise ValueError(f"{where}.answer: {place} has an empty \\boxed{{}}, which ends in {text[-60:]!r}")
+        return boxed or text
+    matches = list(re.finditer(source.answer_pattern, text))
+    gold = (matches[-1][1] or "").strip() if matches else ""
+    if not gold:
+        pattern = f"{where}.answer_pattern: {source.answer_pattern!r}"
+        raise ValueError(f"{pattern} finds no answer in {place}, which ends in {text[-60:]!r}")
+    return gold
 
 
 def _worked(solution: str, answer_pattern: str | None) -> str:
@@ -235,11 +313,12 @@ def _worked(solution: str, answer_pattern: str | None) -> str:
 
 
 def _last_boxed(text: str) -> str | None:
-    """The inside of the last `\\boxed{…}`, braces balanced."""
-    start = text.rfind("\\boxed{")
-    depth = 0
-    for at in range(start + len("\\boxed"), len(text) if start >= 0 else 0):
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
+    """The inside of the last `\\boxed{…}`, braces balanced; a `\\{` is a sign, not a brace."""
+    inside, depth = text.rfind("\\boxed{") + len("\\boxed{"), 1
+    if inside < len("\\boxed{"):
+        return None
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, inside):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
-            return text[start + len("\\boxed{") : at].strip()
+            return text[inside : match.start()].strip()
     return None

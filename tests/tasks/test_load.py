@@ -1,12 +1,11 @@
-"""Tasks by name and import path, and demonstrations from a file: what loads, and one clear line for what does not."""
+"""Tasks by name and import path: what loads, one clear line for what does not, and nothing called that is no task."""
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from gapg.tasks import load_demonstrations, load_task
+from gapg.tasks import load_task
 from gapg.tasks.base import HELP_PHRASE, Verdict
 from gapg.tasks.countdown import Countdown
 
@@ -48,6 +47,12 @@ def test_the_example(monkeypatch, byte_tokenizer):
         ("their_tasks:Nope", {}, "module 'their_tasks' has no class or function 'Nope'"),
         ("their_tasks:number", {}, "has no class or function 'number'"),
         ("their_tasks:Half", {}, "their_tasks:Half is no task, it lacks name, verify, question"),
+        ("their_tasks:half", {}, "what their_tasks:half returns, Half, is no task, it lacks name, verify, question"),
+        ("their_tasks:unsaid", {}, "their_tasks:unsaid is not called, as nothing says that it makes a task"),
+        ("their_tasks:unknown", {}, "their_tasks:unknown is not called"),
+        ("their_tasks:several", {}, "their_tasks:several is not called"),
+        ("their_exit:Task", {}, "importing 'their_exit' failed: SystemExit: 7"),
+        ("their tasks:Half", {}, "nor an import path"),
         ("their_tasks:", {}, "nor an import path"),
         ("countdown", {"numbrs": 3}, "countdown does not take them: got an unexpected keyword argument 'numbrs'"),
         ("countdown", {"numbers": 9}, "numbers: each count must be 2 to 6"),
@@ -57,59 +62,54 @@ def test_the_example(monkeypatch, byte_tokenizer):
 def test_errors(importable, name, args, message):
     (importable / "their_tasks.py").write_text(
         "number = 1\nclass Half:\n    def prompts(self, split): ...\n    def render(self, prompt, tokenizer): ...\n"
+        "def half() -> Half: ...\ndef unsaid(): ...\ndef unknown() -> 'Nobody': ...\n"
+        "def several() -> Half | None: ...\n"
     )
+    (importable / "their_exit.py").write_text("raise SystemExit(7)\n")
     (importable / "their_broken.py").write_text("import not_installed_anywhere\n")
     with pytest.raises(ValueError) as caught:
         load_task(name, args)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-class TestDemonstrations:
-    def write(self, path, *rows):
-        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-        return path
-
-    def test_by_id_and_by_text(self, tmp_path):
-        task = Countdown()
-        made = task.demonstrations(0)[:4]
-        rows = [
-            {"id": made[0].prompt.id, "response": made[0].response},
-            {"prompt": made[1].prompt.id, "response": made[1].response + "\n"},
-            "",
-            {"prompt": f" {made[2].prompt.text} ", "response": made[2].response, "note": "kept out"},
-            {"prompt": made[3].prompt.text, "response": f"hard {HELP_PHRASE}"},
-        ]
-        loaded = load_demonstrations(self.write(tmp_path / "d.jsonl", *rows), task)
-        assert loaded[:3] == list(made[:3])
-        assert loaded[3].prompt == made[3].prompt and loaded[3].response.endswith(HELP_PHRASE)
-
-    @pytest.mark.parametrize(
-        ("row", "message"),
-        [
-            ("{", "d.jsonl:2: not JSON"),
-            ([1], "needs strings 'prompt' (or 'id') and 'response', has list"),
-            ({"prompt": "x", "completion": "y"}, "has prompt, completion"),
-            ({"prompt": "x", "response": 3}, "has prompt, response"),
-            ({"prompt": "1 1 1 = 60", "response": "<answer> 1 </answer>"}, "is the id or text of no training problem"),
-            ({"heldout": True}, "is the id or text of no training problem"),
-            ({"ending": "the answer is 4"}, "the response must end in </answer> or"),
-            ({"ending": "<unknown> help </unknown>"}, "the response must end in"),
-        ],
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("subprocess:Popen", {"args": "touch {mark}", "shell": True}),
+        ("subprocess:run", {"args": "touch {mark}", "shell": True}),
+        ("os:system", {"command": "touch {mark}"}),
+        ("builtins:eval", {}),
+        ("builtins:open", {"file": "{mark}", "mode": "w"}),
+        ("pathlib:Path", {}),
+        ("functools:partial", {}),
+        ("their_tools:touch", {"path": "{mark}"}),
+        ("their_tools:Touches", {"path": "{mark}"}),
+    ],
+)
+def test_nothing_but_a_task_is_called(importable, name, args):
+    mark = importable / "called"
+    (importable / "their_tools.py").write_text(
+        "def touch(path): open(path, 'w')\n"
+        "class Touches:\n    name = 'x'\n    def __init__(self, path): touch(path)\n"
+        "    def __getattr__(self, key): return print\n"
     )
-    def test_errors_name_the_line(self, tmp_path, row, message):
-        task = Countdown()
-        good = task.demonstrations(0)[0]
-        if isinstance(row, dict) and "heldout" in row:  # held-out problems must not be trained on
-            row = {"prompt": task.prompts("heldout")[0].id, "response": good.response}
-        if isinstance(row, dict) and "ending" in row:
-            row = {"prompt": good.prompt.id, "response": row["ending"]}
-        first = {"prompt": good.prompt.id, "response": good.response}
-        with pytest.raises(ValueError) as caught:
-            load_demonstrations(self.write(tmp_path / "d.jsonl", first, row), task)
-        assert message in str(caught.value) and "d.jsonl:2" in str(caught.value)
+    with pytest.raises(ValueError, match=r"is no task|is not called"):
+        load_task(name, {key: str(mark) if v == "{mark}" else v for key, v in args.items()})
+    assert not mark.exists()
 
-    def test_missing_and_empty_files(self, tmp_path):
-        with pytest.raises(ValueError, match="cannot read"):
-            load_demonstrations(tmp_path / "none.jsonl", Countdown())
-        with pytest.raises(ValueError, match="is empty"):
-            load_demonstrations(self.write(tmp_path / "d.jsonl"), Countdown())
+
+def test_a_function_that_says_what_it_makes(importable):
+    (importable / "their_makers.py").write_text(
+        "from __future__ import annotations\nfrom functools import wraps\nfrom typing import TYPE_CHECKING\n"
+        "from gapg.tasks.base import Task\nfrom gapg.tasks.countdown import Countdown\n"
+        "if TYPE_CHECKING:\n    from nowhere import Unseen\n"
+        "def make(seed: Unseen = 0) -> Countdown: return Countdown(seed=seed)\n"
+        "def any_task(seed: int = 0) -> Task: return Countdown(seed=seed)\n"
+        "def wrapped(f):\n    @wraps(f)\n    def g(*a, **k): return f(*a, **k)\n    return g\n"
+        "decorated = wrapped(make)\n"
+        "class Named:\n    def __init__(self, seed=0): self.name, self.prompts = 'x', Countdown(seed=seed).prompts\n"
+        "    def prompts(self, split): ...\n"
+        "    render, verify, question = Countdown.render, Countdown.verify, Countdown.question\n"
+    )
+    for name in ("make", "any_task", "decorated", "Named"):
+        assert load_task(f"their_makers:{name}", {"seed": 4}).prompts("train") == Countdown(seed=4).prompts("train")
