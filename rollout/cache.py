@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 LAYOUT = 1
 """Version of the tables, kept in the file's `user_version`. Files from before the money was kept have only `answers`,
@@ -29,6 +32,10 @@ TABLES = (
 
 class CacheError(Exception):
     """The cache's file cannot be used. The message says what to do about it."""
+
+
+class CacheLocked(CacheError):
+    """Another process held the file for too long; it may let go later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +99,10 @@ class AnswerCache:
         self.path = None if path is None else Path(path)
         self._timeout_s = busy_timeout_s
         self._lock = Lock()
+        self._queue = Lock()
+        self._lockout: CacheLocked | None = None
+        self.lockouts = 0
+        """How many calls of `submit` found the file locked."""
         self._db: sqlite3.Connection | None = None
         try:
             if self.path is not None:
@@ -105,6 +116,29 @@ class AnswerCache:
         except CacheError:
             self.close()
             raise
+
+    def submit(self, lockouts: int, method: Callable[..., T], *args: object) -> asyncio.Future[T]:
+        """Calls a method of this cache on a thread of the running loop, one call after another.
+
+        `lockouts` is the value of that name when the caller began to wait. If a call found the file locked since, this
+        one fails with the same error at once: everyone who waits would otherwise wait as long, in turn.
+        """
+        return asyncio.get_running_loop().run_in_executor(None, self._call, lockouts, method, args)
+
+    def check(self, lockouts: int) -> None:
+        """Raises CacheLocked if a call of `submit` found the file locked since `lockouts` was read."""
+        if self._lockout is not None and self.lockouts != lockouts:
+            raise CacheLocked(str(self._lockout))
+
+    def _call(self, lockouts: int, method: Callable[..., T], args: tuple[object, ...]) -> T:
+        with self._queue:
+            self.check(lockouts)
+            try:
+                return method(*args)
+            except CacheLocked as error:
+                self._lockout = error
+                self.lockouts += 1
+                raise
 
     def get(self, key: str) -> CachedAnswer | None:
         """The answer stored under `key`, or None."""
@@ -153,6 +187,11 @@ class AnswerCache:
                     "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)",
                     (key, answer.text, answer.prompt_tokens, answer.completion_tokens, answer.cost),
                 )
+
+    def forget_empty(self) -> None:
+        """Removes answers without text: earlier versions kept replies that were none, and gave them for ever."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM answers WHERE trim(text, char(9, 10, 13, 32)) = ''")
 
     def spent(self, account: str) -> Spend:
         """The account's totals. `cost` includes reservations that ran out, whose requests may have been billed."""
@@ -239,7 +278,9 @@ class AnswerCache:
 
     def _explain(self, error: sqlite3.Error | OSError) -> CacheError:
         text = str(error)
+        kind = CacheError
         if "locked" in text or "locking" in text:
+            kind = CacheLocked
             fix = (
                 f"another process held it for over {self._timeout_s:g} s, or its file system has no locks: "
                 "end that process, or move the cache to a local disk"
@@ -253,4 +294,4 @@ class AnswerCache:
             fix = "the disk is full: free some space"
         else:
             fix = "check that the folder exists on a local disk and can be written"
-        return CacheError(f"the answer cache {self.path} cannot be used ({text}): {fix}")
+        return kind(f"the answer cache {self.path} cannot be used ({text}): {fix}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -93,6 +94,9 @@ class Ledger:
         return self._usage
 
     def restore(self, usage: OracleUsage) -> None:
+        """Raises ValueError for totals that are no numbers: one that is not finite or negative would lift the cap."""
+        for name, total in asdict(usage).items():
+            _check_total(name, total)
         self._cache.raise_spent(self._account, usage.cost)
         with self._lock:
             self._usage = usage
@@ -102,18 +106,20 @@ class Ledger:
         with self._lock:
             self._usage = replace(self._usage, **{name: getattr(self._usage, name) + n for name, n in more.items()})
 
-    async def reserve(self, worst: float) -> Room:
+    async def reserve(self, worst: float, lockouts: int | None = None) -> Room:
         """Sets `worst` aside; first come, first served within this object.
 
-        The room holds no reservation when the cap leaves none, even if all that is open costs nothing.
+        The room holds no reservation when the cap leaves none, even if all that is open costs nothing. `lockouts` is
+        the cache's count of that name when the caller began to wait; by default it begins now.
 
         Raises:
             CacheError: The file cannot be used, so nothing may be sent.
         """
+        lockouts = self._cache.lockouts if lockouts is None else lockouts
         async with self._turn:
             while True:
                 self._settled.clear()
-                room = await self._reserve_now(worst)
+                room = await self._reserve_now(worst, lockouts)
                 if room.reservation is not None or (self.cap is not None and room.spent + worst > self.cap):
                     return room
                 # Open requests mostly cost less than their worst: what they give back may be enough. Those of other
@@ -122,28 +128,40 @@ class Ledger:
                     async with asyncio.timeout(POLL_S):
                         await self._settled.wait()
 
-    async def _reserve_now(self, worst: float) -> Room:
-        loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(None, self._cache.reserve, self._account, worst, self.cap, self._lifetime_s)
+    async def _reserve_now(self, worst: float, lockouts: int) -> Room:
+        cache = self._cache
+        future = cache.submit(lockouts, cache.reserve, self._account, worst, self.cap, self._lifetime_s)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             await asyncio.wait([future])  # nothing is sent, so what was set aside meanwhile is given back
             with suppress(CacheError):
                 if (reservation := future.result().reservation) is not None:
-                    await loop.run_in_executor(None, self._cache.settle, self._account, reservation, Spend())
+                    await cache.submit(cache.lockouts, cache.settle, self._account, reservation, Spend())
             raise
 
     async def settle(self, reservation: int, spent: Spend, key: str = "", answer: CachedAnswer | None = None) -> None:
         """Gives back what was set aside, counts what was spent, and caches the answer, even if it is cancelled."""
         self.count(**asdict(spent))
-        loop = asyncio.get_running_loop()
+        cache = self._cache
         try:
             await asyncio.shield(
-                loop.run_in_executor(None, self._cache.settle, self._account, reservation, spent, key, answer)
+                cache.submit(cache.lockouts, cache.settle, self._account, reservation, spent, key, answer)
             )
         except CacheError as error:  # the reservation stays, and counts as spent
             what = "a request was not counted" if answer is None else "an oracle answer was paid for but not cached"
             logger.warning("%s: %s", what, error)
         finally:
             self._settled.set()
+
+
+def _check_total(name: str, total: object) -> None:
+    """Raises ValueError."""
+    kinds = int | float if name == "cost" else int
+    try:
+        right = isinstance(total, kinds) and not isinstance(total, bool) and total >= 0 and math.isfinite(total)
+    except OverflowError:  # an integer that no float holds
+        right = False
+    if not right:
+        wanted = "a finite number" if name == "cost" else "a whole number"
+        raise ValueError(f"the oracle's total of {name} must be {wanted} of 0 or more, not {str(total)[:40]!r}")

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import logging
-import os
+import math
 import random
+import traceback
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock, Thread
-from typing import Any, Literal
-from urllib.parse import urlsplit
-
-import openai
-from openai.types.chat import ChatCompletion
+from typing import Literal
 
 from gapg.rollout.cache import AnswerCache, CachedAnswer, CacheError, Spend, cache_key
+from gapg.rollout.oracle_breaker import Attempt, Breaker, Unavailable
+from gapg.rollout.oracle_connection import connect, most_bytes, post
+from gapg.rollout.oracle_endpoint import read_endpoint
 from gapg.rollout.oracle_limits import Ledger, RateLimiter
-from gapg.rollout.oracle_retry import Failure, backoff_s, classify
+from gapg.rollout.oracle_reply import Reply, read_reply
+from gapg.rollout.oracle_retry import Failure, backoff_s, classify, shorten
 from gapg.rollout.records import OracleAnswer, OracleQuestion, OracleUsage
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK_KEY = "EMPTY"
 CLOSED = "the oracle was closed"
 
 
@@ -35,7 +34,8 @@ class OpenAIOracle:
 
     Requests run on one background thread. A question that is open already is not sent again; answers are kept in a
     SQLite file, which other processes may share. The key is read from the environment and goes nowhere but into the
-    request's header.
+    request's header. When the server is down all questions fail at once until it answers a probe; when it refuses for
+    good, or the money is spent, they do for ever (see `oracle_breaker`).
 
     Args:
         base_url: The API's root, usually ending in /v1. Answers are cached per (base_url, model).
@@ -45,9 +45,10 @@ class OpenAIOracle:
         temperature: The cloud's sampling temperature; None leaves it out, for models that refuse it.
         max_tokens: The longest answer, in tokens.
         max_tokens_field: What the API calls that; OpenAI's reasoning models want "max_completion_tokens".
-        concurrency: Most requests open at once.
+        concurrency: Most requests open at once. Who waits before a retry is none of them.
         timeout_s: Seconds until one request is given up, and tried again.
-        deadline_s: Seconds from an answer's first request until it is given up, retries and waits included.
+        deadline_s: Seconds that an answer's requests and the waits between them may take together. To wait for one's
+            turn among other questions is no fault of the server, and not counted.
         max_retries: Further requests after the first that failed.
         requests_per_minute: The most requests in any 60 seconds.
         tokens_per_minute: The most tokens, prompt and answer, in any 60 seconds (estimated until they are known).
@@ -94,8 +95,12 @@ class OpenAIOracle:
             )
         if min(samples, max_tokens, concurrency) < 1 or min(timeout_s, deadline_s) <= 0 or max_retries < 0:
             raise ValueError("samples, max_tokens, concurrency, timeout_s and deadline_s must be positive")
-        self._endpoint = base_url.rstrip("/")
-        key, on_this_machine = _read_key(self._endpoint, api_key_env)
+        if not all(math.isfinite(money) and money >= 0 for money in (*prices, spending_cap) if money is not None):
+            raise ValueError("spending_cap and the prices must be finite numbers of 0 or more")
+        endpoint = read_endpoint(base_url, api_key_env)
+        self._url = endpoint.url
+        self._clean = endpoint.secret.clean
+        self._client = connect(endpoint, timeout_s=timeout_s, max_bytes=most_bytes(max_tokens))
         self._model = model
         self._samples = samples
         self._max_tokens = max_tokens
@@ -106,30 +111,23 @@ class OpenAIOracle:
         self._deadline_s = deadline_s
         self._max_retries = max_retries
         self._prices = (prices[0] or 0.0, prices[1] or 0.0)
-        self._redact = (key, api_key_env)
         self._limiter = RateLimiter(requests_per_minute, tokens_per_minute)
         self._slots = asyncio.Semaphore(concurrency)
+        self._breaker = Breaker(self._url, timeout_s)
         self._jitter = random.Random()  # its own: the run's seeded generators stay untouched
         self._cache = AnswerCache(cache_path)
+        self._cache.forget_empty()
         self._ledger = Ledger(spending_cap, self._cache, account, timeout_s)
         self._open: dict[str, asyncio.Task[OracleAnswer]] = {}
         self._futures: set[Future[list[OracleAnswer]]] = set()
         self._closed = False
         self._lock = Lock()
         self._loop = asyncio.new_event_loop()
-        self._client = self._connect(key, on_this_machine)
         self._thread = Thread(target=self._loop.run_forever, name="oracle", daemon=True)
         self._thread.start()
 
-    def _connect(self, key: str, on_this_machine: bool) -> openai.AsyncOpenAI:
-        # A proxy from the environment is for the cloud; it cannot reach this machine's own servers.
-        http_client = openai.DefaultAsyncHttpxClient(trust_env=False) if on_this_machine else None
-        return openai.AsyncOpenAI(
-            base_url=self._endpoint, api_key=key, max_retries=0, timeout=self._timeout_s, http_client=http_client
-        )
-
     def __repr__(self) -> str:
-        return f"OpenAIOracle({self._endpoint!r}, {self._model!r})"
+        return f"OpenAIOracle({self._url!r}, {self._model!r})"
 
     def ask(self, question: OracleQuestion) -> Future[list[OracleAnswer]]:
         """Sends the question. The future ends with `samples` answers, at the latest when the oracle is closed.
@@ -148,14 +146,15 @@ class OpenAIOracle:
 
     @property
     def usage(self) -> OracleUsage:
-        """Totals of this object, those given to `restore` included. `requests` counts retries; a request without an
-        HTTP status counts at its worst cost, and without tokens."""
+        """Totals of this object, those given to `restore` included. `requests` counts retries; a request of which
+        nobody said what it cost counts at its worst, and without tokens."""
         return self._ledger.usage
 
     def restore(self, usage: OracleUsage) -> None:
         """Continues from these totals. If the account knows of less money than they do, it is raised to theirs.
 
         Raises:
+            ValueError: They are no totals: not finite, negative or no numbers.
             CacheError: The cache file cannot be used.
         """
         self._ledger.restore(usage)
@@ -196,14 +195,15 @@ class OpenAIOracle:
         try:
             answers = list(await asyncio.gather(*(self._answer(question, i) for i in range(self._samples))))
         except Exception as error:  # a failure is an answer, never an exception
-            logger.exception("the oracle failed on question %s", question.id)
-            answers = [OracleAnswer(None, error=self._clean(f"{type(error).__name__}: {error}"))] * self._samples
+            logger.warning("the oracle failed on question %s: %s", question.id, self._clean(traceback.format_exc()))
+            words = shorten(f"{type(error).__name__}: {error}", self._clean)
+            answers = [OracleAnswer(None, error=words)] * self._samples
         finally:
             self._finish(future, answers)
 
     async def _answer(self, question: OracleQuestion, sample: int) -> OracleAnswer:
         """One answer: shared with an open request for the same, or cached, or asked for."""
-        key = cache_key(self._endpoint, self._model, question.messages, self._sampling, sample)
+        key = cache_key(self._url, self._model, question.messages, self._sampling, sample)
         task = self._open.get(key)
         if task is not None:
             answer = await asyncio.shield(task)
@@ -217,91 +217,82 @@ class OpenAIOracle:
 
     async def _look_up_or_ask(self, question: OracleQuestion, key: str) -> OracleAnswer:
         try:
-            found = await asyncio.to_thread(self._cache.get, key)
+            found = await self._cache.submit(self._cache.lockouts, self._cache.get, key)
             if found is not None:
                 self._ledger.count(cache_hits=1)
                 return OracleAnswer(found.text, None, True, found.prompt_tokens, found.completion_tokens)
-            async with self._slots:
-                answer = await self._ask_with_retries(question, key)
+            answer = await self._ask_with_retries(question, key)
         except CacheError as error:  # without it the same answer would be paid for again, and the money not counted
             answer = OracleAnswer(None, error=str(error))
+        except Unavailable as why:
+            answer = OracleAnswer(None, error=why.error, permanent=why.permanent)
         if answer.text is None:
             self._ledger.count(failures=1)
         return answer
 
     async def _ask_with_retries(self, question: OracleQuestion, key: str) -> OracleAnswer:
-        loop = asyncio.get_running_loop()
-        deadline = float("inf")  # set when the first request leaves: waiting for one's turn is no fault of the server
-        error = ""
-        for attempt in range(self._max_retries + 1):
-            try:
-                async with asyncio.timeout_at(None if deadline == float("inf") else deadline):
-                    entry = await self._limiter.admit(self._tokens_expected(question))
-                    worst = self._worst_cost(question)
-                    room = await self._ledger.reserve(worst)
-            except TimeoutError:
-                break
-            deadline = min(deadline, loop.time() + self._deadline_s)
-            if room.reservation is None:
-                return OracleAnswer(None, error=self._cap_reached(room.spent, worst))
-            result = await self._request(question, worst, entry, deadline, room.reservation, key)
+        left_s, pause_s = self._deadline_s, 0.0
+        for tried in range(1, self._max_retries + 2):
+            lockouts = self._cache.lockouts
+            async with self._breaker.attempt() as attempt:
+                await asyncio.sleep(pause_s)
+                async with self._slots:
+                    result = await self._take_turn(question, key, attempt, left_s - pause_s, lockouts)
             if isinstance(result, OracleAnswer):
                 return result
-            error = self._clean(result.error)
+            error = result.error
             if not result.retry:
                 return OracleAnswer(None, error=error)
-            pause = backoff_s(attempt, result.retry_after_s, self._jitter.random())
-            if attempt == self._max_retries:
-                return OracleAnswer(None, error=f"no answer after {attempt + 1} requests; the last one: {error}")
-            if loop.time() + pause >= deadline:
-                break
-            await asyncio.sleep(pause)
-        return OracleAnswer(None, error=f"no answer within the deadline of {self._deadline_s:g} s; last: {error}")
+            left_s -= pause_s + self._loop.time() - attempt.sent_at
+            pause_s = backoff_s(tried - 1, result.retry_after_s, self._jitter.random())
+            if tried <= self._max_retries and pause_s >= left_s:
+                late = f"no answer within the deadline of {self._deadline_s:g} s; last: {error}"
+                return OracleAnswer(None, error=late)
+        return OracleAnswer(None, error=f"no answer after {tried} requests; the last one: {error}")
 
-    async def _request(
-        self, question: OracleQuestion, worst: float, entry: list[float], deadline: float, reservation: int, key: str
+    async def _take_turn(
+        self, question: OracleQuestion, key: str, attempt: Attempt, left_s: float, lockouts: int
     ) -> OracleAnswer | Failure:
-        """One HTTP request, settled in the ledger whatever becomes of it."""
-        spent = Spend(worst, requests=1)  # what it counts as if it is cancelled
-        stored = None
+        """One request, after the waits for the rates and the money, settled in the account whatever becomes of it."""
+        self._cache.check(lockouts)
+        size = _size(question)
+        entry = await self._limiter.admit(size // 3 + self._max_tokens)
+        # No tokenizer makes more tokens than bytes; the rest is for the chat template.
+        most = (size + 16 * (len(question.messages) + 1), self._max_tokens)
+        worst = self._cost(*most)
+        room = await self._ledger.reserve(worst, lockouts)
+        if room.reservation is None:
+            self._breaker.stop(self._cap_reached(room.spent, worst))
+        spent, stored = Spend(worst, requests=1), None  # what it counts as if it is cancelled
         try:
-            limit = min(self._timeout_s, deadline - asyncio.get_running_loop().time())
-            body: dict[str, Any] = {"model": self._model, "messages": list(question.messages), **self._sampling}
-            try:
-                # The client's own timeout is per read, which a server that trickles never meets.
-                reply = await asyncio.wait_for(self._client.chat.completions.create(**body), limit)
-                answer = self._read(reply, worst)
-            except Exception as error:
-                failure = classify(error, self._endpoint, limit)
-                spent = Spend(worst if failure.may_be_billed else 0.0, requests=1)
-                return failure
-            tokens = (answer.prompt_tokens, answer.completion_tokens)
-            spent = Spend(answer.cost, 1, *tokens)
-            stored = CachedAnswer(answer.text or "", *tokens, answer.cost)
-            self._limiter.correct(entry, sum(tokens))
-            return answer
+            self._breaker.send(attempt)
+            result = await self._request(question, most, min(self._timeout_s, left_s))
+            tokens = (result.prompt_tokens, result.completion_tokens)
+            cost = self._cost(*tokens) if result.counted else max(worst, self._cost(*tokens))
+            spent = Spend(cost, 1, *tokens)
+            if isinstance(result, Failure):
+                self._breaker.failed(attempt, result)
+                return result
+            self._breaker.right(attempt)
+            if result.counted:
+                self._limiter.correct(entry, sum(tokens))
+            stored = CachedAnswer(result.text, *tokens, cost)
+            return OracleAnswer(result.text, None, False, *tokens, cost)
         finally:
-            await self._ledger.settle(reservation, spent, key, stored)
+            await self._ledger.settle(room.reservation, spent, key, stored)
 
-    def _read(self, reply: ChatCompletion, worst: float) -> OracleAnswer:
-        """The reply's text, "" if there is none (cut off in its reasoning, refused). ValueError for a broken reply."""
-        if not isinstance(reply, ChatCompletion) or not reply.choices or reply.choices[0].message is None:
-            raise ValueError("the reply is no chat completion")
-        text = (reply.choices[0].message.content or "").encode(errors="replace").decode()  # no lone surrogates
-        if reply.usage is None:
-            return OracleAnswer(text, cost=worst)
-        prompt, completion = reply.usage.prompt_tokens, reply.usage.completion_tokens
-        return OracleAnswer(text, None, False, prompt, completion, self._cost(prompt, completion))
+    async def _request(self, question: OracleQuestion, most: tuple[int, int], limit_s: float) -> Reply | Failure:
+        body = {"model": self._model, "messages": list(question.messages), **self._sampling}
+        try:
+            # The client's own timeout is per read, which a server that trickles never meets.
+            async with asyncio.timeout(limit_s):
+                reply = await post(self._client, body)
+            return read_reply(reply, max_prompt_tokens=most[0], max_completion_tokens=most[1])
+        except Exception as error:
+            return classify(error, self._url, limit_s, self._clean)
 
     def _cost(self, prompt_tokens: int, completion_tokens: int) -> float:
         return (prompt_tokens * self._prices[0] + completion_tokens * self._prices[1]) / 1e6
-
-    def _worst_cost(self, question: OracleQuestion) -> float:
-        # No tokenizer makes more tokens than bytes; the rest is for the chat template.
-        return self._cost(_size(question) + 16 * (len(question.messages) + 1), self._max_tokens)
-
-    def _tokens_expected(self, question: OracleQuestion) -> int:
-        return _size(question) // 3 + self._max_tokens
 
     def _cap_reached(self, spent: float, worst: float) -> str:
         return (
@@ -309,31 +300,7 @@ class OpenAIOracle:
             f"raise the cap to go on"
         )
 
-    def _clean(self, text: str) -> str:
-        key, name = self._redact
-        return text if key == LOOPBACK_KEY else text.replace(key, f"[{name}]")
-
 
 def _size(question: OracleQuestion) -> int:
     """Bytes of the question's messages as JSON."""
     return len(json.dumps(question.messages, ensure_ascii=False).encode())
-
-
-def _read_key(endpoint: str, api_key_env: str) -> tuple[str, bool]:
-    """(the key, whether the endpoint is on this machine)."""
-    parts = urlsplit(endpoint)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"base_url must look like https://host/v1, and {endpoint.rpartition('@')[2]!r} does not")
-    if parts.username or parts.password:
-        raise ValueError(f"base_url must not hold credentials: put the key into the environment variable {api_key_env}")
-    try:
-        on_this_machine = ipaddress.ip_address(parts.hostname).is_loopback
-    except ValueError:
-        on_this_machine = parts.hostname == "localhost"
-    key = os.environ.get(api_key_env, "").strip()
-    if not key and not on_this_machine:
-        raise ValueError(
-            f"no key for {parts.hostname}: the environment variable {api_key_env} is not set. "
-            f"Set it (export {api_key_env}=...), or name another variable with api_key_env"
-        )
-    return key or LOOPBACK_KEY, on_this_machine

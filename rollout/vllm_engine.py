@@ -79,6 +79,8 @@ class VLLMEngine:
             model=str(self._model_dir),
             tokenizer=None if tokenizer is None else str(tokenizer),
             tokenizer_mode="hf",  # as the trainer
+            load_format="safetensors",  # never pickled weights, whatever else lies in the folder
+            trust_remote_code=False,
             dtype=dtype,
             max_model_len=max_model_len,
             gpu_memory_utilization=gpu_memory_utilization,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def skeleton(model_dir: Path) -> PreTrainedModel:
     """transformers' model of a folder, without weights (on the meta device)."""
-    config = AutoConfig.from_pretrained(model_dir)
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
