@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import fcntl
 import time
-from typing import IO, Any
+from pathlib import Path
+from typing import IO
 
+from gapg import run_identity
 from gapg.config import ConfigError, RunConfig, dump_config, load_config
-from gapg.files import write_whole
+from gapg.config_keys import flat
+from gapg.files import remove_partials, write_whole
 
 MAY_CHANGE = (
-    "steps", "output_dir", "checkpoint_every", "keep_checkpoints", "threads", "tensorboard", "wandb", "eval.heldout",
-    "oracle.", "update.", "rollout.max_rows", "rollout.vllm_args", "warm_start.checkpoint_every", "optim.lr",
-    "optim.grad_clip", "loss.kl_coef", "warm_start.optim.lr", "reward.function", "rollout.engine", "model.dtype",
+    # how far it runs, and what it keeps and tells
+    "steps", "output_dir", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "warm_start.checkpoint_every",
+    "tensorboard", "wandb", "eval.every", "eval.heldout", "loss.entropy",
+    # how it computes the same
+    "threads", "token_cap", "update.", "rollout.max_rows", "rollout.vllm_args", "model.gradient_checkpointing",
+    "model.liger",
+    # where things lie: their contents are compared
+    "model.path", "warm_start.demonstrations",
+    # how the same cloud is reached, and what it may cost
+    "oracle.base_url", "oracle.api_key_env", "oracle.max_tokens_field", "oracle.concurrency", "oracle.timeout_s",
+    "oracle.deadline_s", "oracle.max_retries", "oracle.requests_per_minute", "oracle.tokens_per_minute",
+    "oracle.spending_cap", "oracle.price_per_million_", "oracle.local_share", "oracle.cache", "oracle.account",
+    # what a run that diverged has to change
+    "optim.lr", "optim.grad_clip", "loss.kl_coef", "warm_start.optim.lr", "reward.function", "rollout.engine",
+    "model.dtype",
 )  # fmt: skip
-"""Keys of a run that a resume may set anew: how it runs and how far, and what a run that diverged has to change."""
+"""How the keys of a run begin that a resume may set anew."""
 
 
 def open_folder(config: RunConfig, *, resume: bool) -> IO[str]:
@@ -23,27 +38,24 @@ def open_folder(config: RunConfig, *, resume: bool) -> IO[str]:
     Nothing but the lock is written: a check that fails afterwards leaves a folder that can be used.
     """
     folder = config.output_dir
+    saved = folder / "config.yaml"
+    if resume and not saved.exists():
+        _refuse_checkpoints(folder)
+        raise ConfigError(f"output_dir={folder}: holds no run to go on with; drop --resume to begin one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a")
     except OSError as error:
         raise ConfigError(f"output_dir={folder}: {error.strerror}; choose a folder you can write to") from None
-    for attempt in range(20):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError:
-            if attempt == 19:
-                raise ConfigError(
-                    f"output_dir={folder}: another run is writing there; choose another --output-dir"
-                ) from None
-            time.sleep(0.25)
-    saved = folder / "config.yaml"
-    if not saved.exists():
-        return lock
-    if not resume:
-        raise ConfigError(f"output_dir={folder}: holds a run; go on with --resume, or choose another --output-dir")
-    _check_same_run(load_config(str(saved)), config)
+    _lock(lock, folder)
+    if saved.exists():
+        if not resume:
+            raise ConfigError(f"output_dir={folder}: holds a run; go on with --resume, or choose another --output-dir")
+        _check_same_run(load_config(str(saved)), config)
+    else:
+        _refuse_checkpoints(folder)
+        (folder / run_identity.FILE).unlink(missing_ok=True)  # of a run that was killed while it began
+    remove_partials(folder)
     return lock
 
 
@@ -52,18 +64,34 @@ def save_config(config: RunConfig) -> None:
     write_whole(config.output_dir / "config.yaml", dump_config(config))
 
 
+def _lock(lock: IO[str], folder: Path) -> None:
+    for attempt in range(20):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError:
+            if attempt == 19:
+                raise ConfigError(
+                    f"output_dir={folder}: another run is writing there; choose another --output-dir"
+                ) from None
+            time.sleep(0.25)
+
+
+def _refuse_checkpoints(folder: Path) -> None:
+    """Nobody knows what was trained in a folder with checkpoints and no config. Raises ConfigError."""
+    if found := run_identity.saved_steps(folder):
+        raise ConfigError(
+            f"output_dir={folder}: holds {found[0].relative_to(folder)} and no config.yaml: put that back (each "
+            "checkpoint's manifest.json has it, as `config`), or choose another --output-dir"
+        )
+
+
 def _check_same_run(saved: RunConfig, now: RunConfig) -> None:
-    before, after = _flat(saved.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+    trees = (flat(config.model_dump(mode="json")) for config in (saved, now))
+    before, after = ({key: value for key, value in tree.items() if value != {}} for tree in trees)
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE):
             raise ConfigError(
                 f"{key}: the run has {before.get(key)!r}, not {after.get(key)!r}, and a resumed run stays the same; "
                 "drop the option, or choose another --output-dir"
             )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

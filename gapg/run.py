@@ -7,24 +7,26 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg import checkpoint, lora
+from gapg import checkpoint, lora, manifest, run_identity
 from gapg.budget import BudgetController, Controller
 from gapg.config import ConfigError, RunConfig
 from gapg.data import PromptQueue, split_validation
 from gapg.endings import opens_think
+from gapg.files import sync, writing
 from gapg.judge import Judge
 from gapg.memory import announce
 from gapg.model import load_model, load_tokenizer
-from gapg.optim import make_optimizer
+from gapg.optim import learning_rate, make_optimizer
 from gapg.parts import fitting_prompts, make_engine, make_oracle, make_reward
 from gapg.policy import choose_route
 from gapg.reward import RewardFunction
 from gapg.rollout.cache import CacheError
-from gapg.rollout.records import Engine, Oracle, OracleUsage, Sampling
+from gapg.rollout.records import Engine, Oracle, OracleAnswer, OracleUsage, Sampling
 from gapg.seeding import derive
 from gapg.tasks.base import STOP, Prompt, Task
 from gapg.tracking import Phases, Tracker, say
@@ -45,7 +47,9 @@ class TrainState:
     idle_said_at: int = 0
     never_called: int = 0
     always_called: int = 0
-    all_unknown: int = 0
+    lost_steps: int = 0
+    """The last steps, in a row, in which the oracle failed every question; and when that was last warned of."""
+    outage_said_at: int = 0
     best_score: float | None = None
     best_step: int = 0
 
@@ -68,6 +72,10 @@ class Run:
     reward: RewardFunction
     tracker: Tracker
     state: TrainState
+    began_with: dict[str, str]
+    """SHA-256 of the `model` that the first step changed and of the `data`; in the manifest of each checkpoint."""
+    failure: OracleAnswer | None = None
+    """An answer that failed in the last step."""
     phases: Phases = field(default_factory=Phases)
 
     def sampling(self, label: str, *, temperature: float | None = None) -> Sampling:
@@ -82,17 +90,22 @@ class Run:
         )
 
     def save(self) -> Path:
-        """A checkpoint of this moment; older ones than the last K and the best are deleted. Raises Diverged."""
+        """A checkpoint of this moment; older ones than the last K and the best are deleted.
+
+        Raises Diverged, DiskFull and ConfigError; what was saved before stays.
+        """
         state = {
             **asdict(self.state),
             "queue": {"cursor": self.queue.cursor, "returned": self.queue.returned},
             "controller": asdict(self.controller),
             "oracle": asdict(self.oracle.usage),
         }
+        about = {"began_with": self.began_with, "config": self.config.model_dump(mode="json")}
+        with writing(self.tracker.path):
+            sync(self.tracker.path)  # the rows up to here belong to the checkpoint
         root = self.folder / "checkpoints"
-        path = checkpoint.save(root, self.state.step, self.model, self.tokenizer, self.optimizer, state)
-        if self.state.best_step == self.state.step:
-            checkpoint.mark_best(root, self.state.step)
+        path = checkpoint.save(root, self.state.step, self.model, self.tokenizer, self.optimizer, state, about)
+        checkpoint.mark_best(root, self.state.best_step)
         checkpoint.prune(root, self.config.keep_checkpoints, also={self.state.best_step})
         return path
 
@@ -115,6 +128,7 @@ def build_run(
     source = last / "model" if last and not config.model.lora else model_path
     model_config = config.model if source is None else config.model.model_copy(update={"path": str(source)})
     tokenizer = load_tokenizer(model_config, task)
+    began_with = _began_with(config, folder, model_path, last)
     model = load_model(model_config, tokenizer, config.seed)
     packed = choose_route(model, config.update.pack, config.rollout.longest)
     config = config.model_copy(update={"update": config.update.model_copy(update={"pack": packed})})
@@ -133,15 +147,10 @@ def build_run(
         if config.model.lora:
             checkpoint.restore_adapters(last, model)
         saved = checkpoint.restore_optimizer(last, model, optimizer)
-        queue.cursor, queue.returned = saved["queue"]["cursor"], saved["queue"]["returned"]
-        controller = replace(controller, **saved["controller"])
-        try:
-            oracle.restore(OracleUsage(**saved["oracle"]))
-        except CacheError as error:
-            raise ConfigError(str(error)) from None
-        # an older checkpoint lacks what was added since
-        state = TrainState(**{name: saved[name] for name in asdict(state) if name in saved})
+        state, controller = _restore(saved, queue, oracle, controller)
         say(f"resuming from step {state.step} ({last})")
+        _say_schedule(manifest.read(last), config, state.step)
+    checkpoint.mark_best(root, state.best_step)  # a kill may have left another link, or none
     engine = make_engine(config, model, tokenizer, str(source or config.model.path))
     return Run(
         config=config,
@@ -160,6 +169,58 @@ def build_run(
         reward=make_reward(config),
         tracker=Tracker(folder, state.step if last else -1, tensorboard=config.tensorboard, wandb=config.wandb),
         state=state,
+        began_with=began_with,
+    )
+
+
+def _began_with(config: RunConfig, folder: Path, model_path: Path | None, last: Path | None) -> dict[str, str]:
+    """Raises ConfigError where the weights that adapters or a penalty are relative to are not those of the beginning.
+
+    A run that goes on from whole weights never looks at its first ones again.
+    """
+    before: dict[str, str] = manifest.read(last).get("began_with", {}) if last else {}
+    used = "model.lora" if config.model.lora else "loss.kl_coef" if config.loss.kl_coef else None
+    if last and not used:
+        return before
+    record = run_identity.of_checkpoints(folder / "checkpoints") or {"data": None}
+    now = {"model": run_identity.weights_sha256(config, model_path), "data": manifest.digest(record["data"])}
+    if last and before.get("model") != now["model"]:
+        where = f"{model_path}" if model_path else f"model.path={config.model.path}"
+        raise ConfigError(
+            f"{where}: not the base weights that the run began with, which {used} goes on from; put them back, or "
+            "choose another --output-dir"
+        )
+    return now
+
+
+def _restore(
+    saved: dict[str, Any], queue: PromptQueue, oracle: Oracle, controller: Controller
+) -> tuple[TrainState, Controller]:
+    """Puts a checkpoint's state into queue and oracle, and returns the rest of it. Raises ConfigError."""
+    queue.cursor, queue.returned = saved["queue"]["cursor"], saved["queue"]["returned"]
+    if strange := set(queue.returned) - {p.id for p in queue.prompts}:
+        raise ConfigError(
+            f"task: the data has no training problem {min(strange)!r}, which is to be asked again: the run began with "
+            "other data; put that back, or choose another --output-dir"
+        )
+    try:
+        oracle.restore(OracleUsage(**saved["oracle"]))
+    except (CacheError, ValueError, TypeError) as error:
+        raise ConfigError(f"the checkpoint's oracle totals: {error}") from None
+    # an older checkpoint lacks what was added since
+    state = TrainState(**{name: saved[name] for name in asdict(TrainState()) if name in saved})
+    return state, replace(controller, **saved["controller"])
+
+
+def _say_schedule(saved: dict[str, Any], config: RunConfig, step: int) -> None:
+    """Says what a number of steps that was changed means for the learning rate."""
+    before = saved.get("config", {}).get("steps", config.steps)
+    if before == config.steps or step >= config.steps:
+        return
+    was, now = (learning_rate(config.optim, min(step, n - 1), n) for n in (before, config.steps))
+    say(
+        f"steps: {before} -> {config.steps}: the learning rate follows the schedule of {config.steps} steps from here "
+        f"on: {now:.2e} at step {step + 1}, instead of {was:.2e}"
     )
 
 

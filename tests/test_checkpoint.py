@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg import checkpoint
+from gapg import checkpoint, manifest
 from gapg.config import ConfigError
 from gapg.config_sections import ModelConfig, OptimConfig
+from gapg.files import partial_name
 from gapg.model import load_model
 from gapg.optim import clip_and_step, make_optimizer
 from gapg.rollout.records import Sampling
@@ -169,13 +170,16 @@ def test_no_pickle(make_model: MakeModel, tokenizer: PreTrainedTokenizerBase, tm
     assert {p.suffix for p in files} <= {".safetensors", ".json", ".jinja", ".txt"}
     for p in files:
         assert not p.read_bytes().startswith((b"\x80", b"PK"))
-    assert {p.name for p in path.iterdir()} == {"model", "optimizer.safetensors", "state.json"}
+    assert {p.name for p in path.iterdir()} == {"model", "optimizer.safetensors", "state.json", "manifest.json"}
 
 
 def fake(root: Path, *steps: int) -> None:
     for n in steps:
-        (root / f"step-{n}").mkdir(parents=True)
-        (root / f"step-{n}" / "state.json").write_text(json.dumps({"step": n}))
+        path = root / f"step-{n}"
+        (path / "model").mkdir(parents=True)
+        for name in ("state.json", "model/config.json"):
+            (path / name).write_text(json.dumps({"step": n}))
+        manifest.write(path, {"run": None, "step": n}, ["state.json", "model/config.json"])
 
 
 @given(st.sets(st.integers(0, 300), max_size=8), st.integers(1, 4), st.sets(st.integers(0, 300), max_size=2))
@@ -185,8 +189,9 @@ def test_prune_keeps_the_last_and_the_best(
 ) -> None:
     root = tmp_path_factory.mktemp("checkpoints")
     fake(root, *steps)
-    (root / ".partial-step-999").mkdir()
-    (root / ".partial-step-999" / "half").write_text("x")
+    left_behind = partial_name(root / "step-999")
+    left_behind.mkdir()
+    (left_behind / "half").write_text("x")
     checkpoint.prune(root, keep, also)
     left = sorted(set(sorted(steps)[-keep:]) | (steps & also))
     assert checkpoint.steps(root) == left
@@ -198,7 +203,8 @@ def test_prune_keeps_the_last_and_the_best(
 def test_the_newest_is_by_number_and_partial_ones_do_not_count(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path / "nowhere") is None
     fake(tmp_path, 9, 10, 100)
-    (tmp_path / ".partial-step-1000").mkdir()
+    fake(tmp_path, 1000)
+    (tmp_path / "step-1000").rename(partial_name(tmp_path / "step-1000"))
     (tmp_path / "step-2000.bak").mkdir()
     assert checkpoint.latest(tmp_path) == tmp_path / "step-100"
 
@@ -215,7 +221,7 @@ SAVER = """
 import sys
 from pathlib import Path
 from transformers import AutoTokenizer
-from gapg import checkpoint
+from gapg import checkpoint, manifest
 from gapg.config_sections import ModelConfig, OptimConfig
 from gapg.model import load_model
 from gapg.optim import make_optimizer
@@ -268,7 +274,7 @@ def test_kill_9_in_the_middle_of_saving(
             time.sleep(rng.uniform(0.0, 0.4))
             subprocess.run(["kill", "-9", str(child)], check=True)
             assert process.stdout.readline() == f"{-signal.SIGKILL}\n"
-            interrupted += any(root.glob(".partial-*")) if root.exists() else 0
+            interrupted += any(root.glob(".*.partial")) if root.exists() else 0
             newest = checkpoint.latest(root)
             if newest is None:
                 continue

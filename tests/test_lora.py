@@ -297,7 +297,7 @@ def test_wrong_settings_name_their_key(key: str, value: str, said: str) -> None:
 
 
 def test_without_peft_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gapg.config.find_spec", lambda _: None)
+    monkeypatch.setattr("gapg.config_sections.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"model\.lora: peft is not installed; pip install 'gapg\[lora\]'"):
         load_config("quickstart", {"model.lora.rank": "4"})
     load_config("quickstart")
@@ -342,7 +342,8 @@ def test_a_run_trains_the_adapters_only(start: Callable[..., Run], warm_model: P
     assert rows[0]["policy/kl"] == 0 < rows[-1]["policy/kl"], "and the reference the base alone"
     last = checkpoint.latest(run.folder / "checkpoints")
     assert last
-    assert {p.name for p in last.iterdir()} == {"model", "optimizer.safetensors", "adapters.safetensors", "state.json"}
+    files = {"model", "optimizer.safetensors", "adapters.safetensors", "state.json", "manifest.json"}
+    assert {p.name for p in last.iterdir()} == files
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained(last / "model")(ids).logits

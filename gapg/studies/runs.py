@@ -15,16 +15,13 @@ import fcntl
 import gc
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
-from gapg import checkpoint
+from gapg import checkpoint, run_identity
 from gapg.config import ConfigError, RunConfig, load_config
 from gapg.files import write_whole
 from gapg.folder import save_config
@@ -158,8 +155,10 @@ def make_warm_start(place: Place) -> Path | None:
     with _alone(place.warm):
         set_threads(place.config)
         tokenizer = load_tokenizer(place.config.model, task)
+        run_identity.begin(place.warm, place.config, task, tokenizer)
         model = warm_start(place.config, place.warm / "checkpoints", task, tokenizer)
-        _forget_optimizer(model.parent)
+        # it is finished: whoever starts from it takes the weights alone
+        checkpoint.forget_optimizer(model.parent)
     return model
 
 
@@ -173,10 +172,12 @@ def make_run(place: Place) -> None:
     with _alone(folder):
         if place.finished():
             return
+        task = make_task(config)
+        run_identity.begin(folder, config, task, load_tokenizer(config.model, task))
         save_config(config)
         set_threads(config)
         controller = find_object(place.controller, "controller")(config) if place.controller else None
-        run = build_run(config, folder, make_task(config), warm, controller)
+        run = build_run(config, folder, task, warm, controller)
         try:
             train(run, validate)
             last = run.save()
@@ -186,7 +187,7 @@ def make_run(place: Place) -> None:
                 _write_done(folder, run.state.step, usage, name, make_product(run, name), new)
         finally:
             run.close()
-        _forget_optimizer(last)
+        checkpoint.forget_optimizer(last)  # a finished run is never trained on: its steps are in its name
     del run
     gc.collect()  # a model refers to itself, and the process goes on with the next run
 
@@ -207,13 +208,6 @@ def _write_done(folder: Path, step: int, usage: dict[str, Any], product: str, un
     now = {"step": step, "seconds": round(seconds, 1), "oracle": usage}
     now |= {"products": products, "product_revisions": revisions}
     write_whole(path, to_json(before | now, indent=1) + "\n")
-
-
-def _forget_optimizer(path: Path) -> None:
-    """A finished run is never trained on (its steps are in its name), and AdamW's state is two models large."""
-    partial = path / ".optimizer.partial"
-    save_file({}, partial)
-    os.replace(partial, path / "optimizer.safetensors")
 
 
 @contextmanager
