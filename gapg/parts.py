@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from numbers import Integral
@@ -56,7 +57,7 @@ def local_folder(path: str) -> str:
     try:
         return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={path}: cannot be fetched: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"model.path={path}: cannot be fetched: {one_line(error)}") from None
 
 
 def _vllm_args(config: RunConfig) -> dict[str, Any]:
@@ -80,8 +81,12 @@ def make_oracle(run: RunConfig, task: Task, folder: Path) -> Oracle:
     cache = Path(config.cache) if config.cache else folder / "oracle.sqlite"
     try:
         return OpenAIOracle(**settings, cache_path=cache, account=oracle_account(run, folder))
-    except (ValueError, OSError, CacheError) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+    except CacheError as error:
+        raise ConfigError(f"oracle.cache: {' '.join(str(error).split())}") from None
+    except (ValueError, OSError) as error:
+        # the client's own words for its settings are the keys' last parts
+        text = re.sub(r"(?<![\w.])(base_url|api_key_env)(?!\w)", r"oracle.\1", " ".join(str(error).split()))
+        raise ConfigError(text if text.startswith("oracle.") else f"oracle: {text}") from None
 
 
 def oracle_account(run: RunConfig, folder: Path) -> str:
@@ -114,8 +119,9 @@ def fitting_prompts(config: RunConfig, task: Task, tokenizer: PreTrainedTokenize
         raise ConfigError(_task_error(error)) from None
     if split == "heldout":
         prompts = prompts[: config.eval.heldout]
-    limit = config.rollout.max_prompt_tokens
-    fitting = [p for p in prompts if len(render(task, p, tokenizer)) <= limit]
+    limit, path = config.rollout.max_prompt_tokens, config.model.path
+    embeddings = len(tokenizer) if path is None else load_shape(path).get_text_config().vocab_size
+    fitting = [p for p in prompts if len(render(task, p, tokenizer, embeddings)) <= limit]
     if len(fitting) < len(prompts):
         say(f"left out of {split}: {len(prompts) - len(fitting)} of {len(prompts)} prompts, over {limit} tokens")
     if len({p.id for p in fitting}) < len(fitting):
@@ -123,8 +129,12 @@ def fitting_prompts(config: RunConfig, task: Task, tokenizer: PreTrainedTokenize
     return fitting
 
 
-def render(task: Task, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The prompt's token ids. Raises ConfigError for whatever a chat template or a task's code raises or returns."""
+def render(task: Task, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, embeddings: int | None = None) -> list[int]:
+    """The prompt's token ids, each of a model with so many `embeddings` (None: not checked).
+
+    Raises ConfigError for whatever a chat template or a task's code raises or returns.
+    """
+    where = f"task {task.name!r}: render() of prompt {prompt.id!r}"
     try:
         ids = task.render(prompt, tokenizer)
     except ConfigError:
@@ -133,9 +143,11 @@ def render(task: Task, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> li
         raise ConfigError(f"task {task.name!r}: prompt {prompt.id!r} cannot be rendered: {one_line(error)}") from None
     tokens = ids if isinstance(ids, list | tuple) else []
     if not tokens or not all(isinstance(token, Integral) and token >= 0 for token in tokens):
+        raise ConfigError(f"{where} returned {repr(ids)[:60]}, not a list of one token id or more")
+    if embeddings is not None and max(tokens) >= embeddings:
         raise ConfigError(
-            f"task {task.name!r}: render() of prompt {prompt.id!r} returned {repr(ids)[:60]}, not a list of one token "
-            "id or more"
+            f"{where} returned token {max(tokens)}, and the model has embeddings for 0 to {embeddings - 1}: use the "
+            "tokenizer that it is given"
         )
     return ids
 

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gapg.files import write_whole
+from gapg.files import write_whole, writing
 from gapg.jsonl import append_jsonl, read_jsonl, to_json
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+_STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 and C1 but newline and tab: escape sequences, carriage returns, bells
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # turn the direction of what follows
+    "\u00ad\u180e\u200b\u2028\u2029\u2060-\u2065\u206a-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"  # unseen
+    "\ud800-\udfff]"  # halves of a character, which no stream can encode
+)
+
+
+def printable(text: str) -> str:
+    """The text with whatever steers a terminal or hides in it written out, as `\\x1b` and `\\u202e`.
+
+    For what models, servers, data and file names may hold. Newlines and tabs stay, and so do the joiners that scripts
+    and emoji need.
+    """
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class Phases:
@@ -44,7 +61,11 @@ class Tracker:
     def __init__(self, folder: Path, resumed_step: int, *, tensorboard: bool, wandb: bool) -> None:
         self.path = folder / "metrics.jsonl"
         # steps after the checkpoint are run again: their first rows would be there twice
-        kept = [row for row in read_jsonl(self.path) if row["step"] <= resumed_step]
+        rows = read_jsonl(self.path)
+        stepped = [row for row in rows if isinstance(row.get("step"), int)]
+        if strays := len(rows) - len(stepped):
+            warn(f"{self.path}: left out, for want of a step: {strays} of its lines")
+        kept = [row for row in stepped if row["step"] <= resumed_step]
         write_whole(self.path, "".join(to_json(row) + "\n" for row in kept))
         self._writers: list[Any] = []
         if tensorboard:
@@ -60,21 +81,27 @@ class Tracker:
     def log(self, row: Mapping[str, Any]) -> None:
         append_jsonl(self.path, row)
         scalars = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
-        for writer in self._writers:
-            for key, value in scalars.items():
-                writer.add_scalar(key, value, row["step"])
+        with self._writing():
+            for writer in self._writers:
+                for key, value in scalars.items():
+                    writer.add_scalar(key, value, row["step"])
         if self._wandb is not None:
             self._wandb.log(scalars, step=row["step"])
 
     def text(self, name: str, text: str, step: int) -> None:
-        for writer in self._writers:
-            writer.add_text(name, text, step)
+        with self._writing():
+            for writer in self._writers:
+                writer.add_text(name, text, step)
 
     def close(self) -> None:
-        for writer in self._writers:
-            writer.close()
+        with self._writing():
+            for writer in self._writers:
+                writer.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(self.path.parent / "tensorboard", "a row for TensorBoard")
 
 
 def _run_id(folder: Path) -> str:
@@ -89,12 +116,12 @@ class Display:
     """A progress bar with the figures that matter; on anything but a terminal, a line every `every` seconds instead."""
 
     def __init__(self, title: str, total: int, done: int = 0, *, every: float = 20.0, quiet: bool = False) -> None:
-        self.title, self.total, self.done, self.every = title, total, done, every
+        self.title, self.total, self.done, self.every = printable(title), total, done, every
         self._last = 0.0
         self._live = sys.stderr.isatty() and not quiet
         self._quiet = quiet
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -103,7 +130,7 @@ class Display:
             console=console,
             disable=not self._live,
         )
-        self._task = self._progress.add_task(title, total=total, completed=done, figures="")
+        self._task = self._progress.add_task(self.title, total=total, completed=done, figures="")
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -114,7 +141,7 @@ class Display:
 
     def advance(self, figures: str = "", by: int = 1) -> None:
         self.done += by
-        self._progress.update(self._task, completed=self.done, figures=figures)
+        self._progress.update(self._task, completed=self.done, figures=printable(figures))
         now = time.monotonic()
         if not self._live and not self._quiet and (now - self._last > self.every or self.done >= self.total):
             self._last = now
@@ -123,7 +150,7 @@ class Display:
 
 def say(message: str) -> None:
     # a model's text may look like markup
-    console.print(message, markup=False)
+    console.print(printable(message), markup=False)
 
 
 _SAID = set[str]()
@@ -138,4 +165,4 @@ def say_once(message: str, about: str | None = None) -> None:
 
 def warn(message: str) -> None:
     """Something the user must not miss."""
-    console.print(f"warning: {message}", markup=False, style="bold red")
+    console.print(f"warning: {printable(message)}", markup=False, style="bold red")

@@ -1,7 +1,7 @@
 """What a run writes about itself, whatever a model writes: files cut by a kill, markup in transcripts, step counts."""
 
-import json
 import math
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -9,49 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gapg.files import write_whole
-from gapg.jsonl import append_jsonl, read_jsonl, to_json
-from gapg.tracking import Display, Phases, Tracker, say, warn
+from gapg.jsonl import read_jsonl
+from gapg.tracking import Display, Phases, Tracker, printable, say, say_once, warn
 
 
 def tracker(folder: Path, step: int = 0) -> Tracker:
     return Tracker(folder, step, tensorboard=False, wandb=False)
-
-
-def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    for step in (1, 2, 3):
-        append_jsonl(path, {"step": step, "value": step / 3})
-    whole = path.read_bytes()
-    rows = [json.loads(line) for line in whole.splitlines()]
-    for cut in range(len(whole) + 1):
-        path.write_bytes(whole[:cut])
-        found = read_jsonl(path)
-        assert found == rows[: len(found)]
-        # a line is whole once its closing brace is there
-        assert len(found) == whole[:cut].count(b"}")
-    assert read_jsonl(tmp_path / "missing.jsonl") == []
-
-
-JSON = st.recursive(
-    st.floats() | st.integers() | st.text(max_size=5) | st.booleans() | st.none(),
-    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=5), inner),
-    max_leaves=20,
-)
-
-
-@given(JSON, st.sampled_from([None, 1]))
-def test_json_has_no_words_for_what_is_no_number(value: object, indent: int | None) -> None:
-    """Everything else comes back as it was, and what is not finite as null."""
-
-    def same(was: object, now: object) -> bool:
-        if isinstance(was, dict):
-            return isinstance(now, dict) and was.keys() == now.keys() and all(same(was[k], now[k]) for k in was)
-        if isinstance(was, list | tuple):
-            return isinstance(now, list) and len(was) == len(now) and all(map(same, was, now))
-        return now is None if isinstance(was, float) and not math.isfinite(was) else now == was
-
-    text = to_json(value, indent)
-    assert same(value, json.loads(text, parse_constant=lambda word: pytest.fail(word)))
 
 
 def test_a_row_of_metrics_may_hold_what_is_no_number(tmp_path: Path) -> None:
@@ -73,6 +36,18 @@ def test_steps_that_will_run_again_are_taken_out(tmp_path: Path) -> None:
     again.log({"step": 5, "again": True})
     assert [r["step"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
     assert read_jsonl(tmp_path / "metrics.jsonl")[-1]["again"]
+
+
+def test_a_bad_line_costs_that_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the steps after it, nor the run; the file is whole again afterwards."""
+    lines = [b'{"step": 0}', b"\0\0\0\0", b'{"step": 1}', b'{"st\xff', b"[2]", b'{"note": 3}', b'{"step": 4}', b'{"ste']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    tracker(tmp_path, step=4).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n{"step": 4}\n'
+    assert [f"line {n}: " in caplog.text for n in range(1, 9)] == [n in (2, 4, 5) for n in range(1, 9)]
+    assert "for want of a step: 1 of its lines" in capsys.readouterr().err
 
 
 def test_tensorboard_gets_the_same_scalars(tmp_path: Path) -> None:
@@ -124,6 +99,46 @@ def test_brackets_are_printed_as_they_are(write, text: str, capsys: pytest.Captu
 @given(st.text(max_size=60))
 def test_no_text_can_crash_the_output(text: str) -> None:
     say(text)
+
+
+BIDI = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+UNSEEN = (
+    *("\x1b]0;title\x07", "\x1b[2J\x1b[31m", "\x9b1A", "\r\x08 \x7f"),
+    *("\u202egnp.exe", "a\u2066b\u2069", "\u200b\ufeff", "\ud800"),
+)
+
+
+@given(st.text(st.characters()))
+def test_what_is_printed_steers_no_terminal(text: str) -> None:
+    shown = printable(text)
+    assert all(unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") or c in "\n\t" for c in shown)
+    assert all(unicodedata.bidirectional(c) not in BIDI for c in shown)
+    shown.encode()
+    assert printable(shown) == shown
+    assert len(shown) >= len(text), "nothing vanishes"
+
+
+def test_plain_text_is_printed_as_it_is() -> None:
+    text = "2 ≤ √2·x, ½ é \u0065\u0301 中文\u3000、 עברית عربي می\u200cخواهم 👩\u200d👩\u200d👧 \\x1b \n\tend"
+    assert printable(text) == text
+    assert printable("a\x1b[31m\r\u202e\U000e0041") == r"a\x1b[31m\r\u202e\U000e0041"
+
+
+@pytest.mark.parametrize("text", UNSEEN)
+def test_control_sequences_are_shown_everywhere(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    say(text)
+    warn(text)
+    say_once(text, about=f"test {text!a}")
+    with Display(text, 1) as display:
+        display.advance(text)
+    err = capsys.readouterr().err
+    assert err == printable(err)
+    assert err.count(printable(text)) == 5
+
+
+def test_colons_are_no_emoji(capsys: pytest.CaptureFixture[str]) -> None:
+    say("a/:warning:/b")
+    assert capsys.readouterr().err == "a/:warning:/b\n"
 
 
 def test_the_display_on_no_terminal_prints_its_last_step(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Mapping
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any, cast, get_type_hints
 
 from gapg.tasks.base import Task
 from gapg.tasks.demonstrations import load_demonstrations
 
-__all__ = ["NAMES", "find_object", "load_demonstrations", "load_task"]
+__all__ = ["NAMES", "find_object", "is_import_path", "load_demonstrations", "load_task"]
 
 NAMES = {"countdown": "gapg.tasks.countdown:Countdown", "maths": "gapg.tasks.maths:Maths"}
 _MEMBERS = ("prompts", "render", "verify", "question")
+_IMPORT_PATH = re.compile(r"[^\W\d][\w-]*(\.[^\W\d][\w-]*)*:[^\W\d]\w*")
 
 
 def load_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
     """A task of ours by name, or anyone's by import path (`mypkg.mytask:MyTask`), made with `args`.
 
+    The path names a class with the methods of `Task`, or a function annotated to return one; nothing else is called.
     Raises ValueError, one line that names what is wrong: an unknown name, a module or attribute that is not there,
     arguments the task does not take, members of `Task` it lacks; and whatever ValueError the task raises itself.
     """
     factory = find_object(NAMES.get(name, name), "task.name")
+    _check_factory(factory, name)
     try:
         inspect.signature(factory).bind(**(args or {}))
     except TypeError as error:
@@ -30,30 +35,65 @@ def load_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
             f"task.args: {name} does not take them: {error}; it takes {inspect.signature(factory)}"
         ) from None
     task = factory(**(args or {}))
-    missing = [m for m in _MEMBERS if not callable(getattr(task, m, None))]
-    if not isinstance(getattr(task, "name", None), str):
-        missing.insert(0, "name")
-    if missing:
-        raise ValueError(f"task.name: {name} is no task, it lacks {', '.join(missing)} (see gapg.tasks.base.Task)")
+    if missing := _missing(task):
+        raise _no_task(name, missing)
     return cast(Task, task)
+
+
+def _check_factory(factory: Any, name: str) -> None:
+    """Raises ValueError for what is known, without a call, to make no task: `subprocess:Popen`, `builtins:eval`."""
+    made = factory if isinstance(factory, type) else _returned(factory)
+    if not isinstance(made, type):
+        raise ValueError(
+            f"task.name: {name} is not called, as nothing says that it makes a task: name a class with the methods "
+            f"{', '.join(_MEMBERS)}, or annotate the function with one that it returns, `-> MyTask`"
+        )
+    if (missing := _missing(made)) not in ([], ["name"]):  # a class may name its tasks one by one
+        raise _no_task(name if made is factory else f"what {name} returns, {made.__name__},", missing)
+
+
+def _no_task(what: str, missing: list[str]) -> ValueError:
+    return ValueError(f"task.name: {what} is no task, it lacks {', '.join(missing)} (see gapg.tasks.base.Task)")
+
+
+def _missing(task: Any) -> list[str]:
+    named = isinstance(getattr(task, "name", None), str)
+    return [*([] if named else ["name"]), *(m for m in _MEMBERS if not callable(getattr(task, m, None)))]
+
+
+def _returned(function: Any) -> Any:
+    """A function's annotation of what it returns; None without one, or where it cannot be read."""
+    try:
+        annotation = inspect.signature(function).return_annotation
+        # alone, because those of the arguments may name what only a type checker imports
+        alone = SimpleNamespace(__annotations__={"return": annotation})
+        found = get_type_hints(alone, getattr(inspect.unwrap(function), "__globals__", {}))["return"]
+        return None if found is inspect.Signature.empty else found
+    except Exception:  # a builtin without a signature, an annotation that names nothing
+        return None
+
+
+def is_import_path(text: str) -> bool:
+    """Whether `find_object` would import something for this text."""
+    return _IMPORT_PATH.fullmatch(text) is not None
 
 
 def find_object(path: str, key: str) -> Any:
     """The callable an import path (`mypkg.mymodule:name`) names. Raises ValueError naming `key` and the fix."""
-    module_name, colon, attribute = path.partition(":")
-    if not (module_name and colon and attribute):
+    if not is_import_path(path):
         raise ValueError(
             f"{key}: {path!r} is neither {', '.join(NAMES)} nor an import path like mypkg.mytask:MyTask"
             if key == "task.name"
             else f"{key}: {path!r} is no import path like mypkg.mymodule:name"
         )
+    module_name, _, attribute = path.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{key}: cannot import {module_name!r}: no module {error.name!r}; is it installed or on PYTHONPATH?"
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{key}: importing {module_name!r} failed: {type(error).__name__}: {error}") from None
     if not callable(found := getattr(module, attribute, None)):
         raise ValueError(f"{key}: module {module_name!r} has no class or function {attribute!r}")

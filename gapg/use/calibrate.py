@@ -224,8 +224,7 @@ def save_calibration(model_folder: Path, entry: Calibration) -> Path:
             write_whole(path, to_json([asdict(e) for e in entries], indent=1) + "\n")
         finally:
             os.close(folder)
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be written ({error.strerror}); copy the model to a folder of yours"
-        ) from None
+    except (OSError, ConfigError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{path} ")
+        raise ConfigError(f"{path}: {why}; or copy the model to a folder of yours") from None
     return path

@@ -18,16 +18,18 @@ from gapg.config import ConfigError, RunConfig
 from gapg.endings import opens_think
 from gapg.files import write_whole
 from gapg.jsonl import to_json
-from gapg.judge import oracle_score, parse
-from gapg.parts import fitting_prompts, make_oracle
+from gapg.judge import Group, oracle_score, parse
+from gapg.outage import check_evaluation
+from gapg.parts import fitting_prompts
 from gapg.rollout.records import Completion, Engine, Oracle, Sampling
 from gapg.rollout.text import spoken
 from gapg.seeding import derive
-from gapg.tasks.base import STOP, Prompt, Task, Verdict
-from gapg.tracking import Display, say, warn
+from gapg.tasks.base import STOP, Budgeted, Prompt, Task, Verdict
+from gapg.tracking import Display, printable, say, warn
 from gapg.use.calibrate import LIMIT, Calibration, MaskedPass, help_control, masked, save_calibration
+from gapg.use.evaluate import oracle_errors
 from gapg.use.evaluate_command import Target, open_target
-from gapg.use.report import BLUE, GREEN, GREY
+from gapg.use.report import BLUE, GREEN, GREY, save_figure
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
@@ -47,22 +49,31 @@ class Wanted:
 
 
 def calibrate_command(
-    path: Path, wanted: Wanted, config_name: str | None, output: Path | None, overrides: Mapping[str, str]
+    path: Path,
+    wanted: Wanted,
+    config_name: str | None,
+    output: Path | None,
+    overrides: Mapping[str, str],
+    *,
+    trust_code: bool = False,
 ) -> None:
     """Fits, saves beside the weights, prints, plots. The oracle is asked where it is free, or with `wanted.accuracy`.
 
-    Raises ConfigError, naming the fix, for a missing model, a wrong fraction, or a model that never comes near calling.
+    trust_code: the folder's own config may name code that is not this package's.
+    Raises ConfigError, naming the fix, for a missing model, a wrong fraction, or a model that never comes near calling;
+    and OracleDown, after all is saved, where the cloud failed every question (the bias needs none).
     """
     check(wanted)
-    target = open_target(path, config_name, overrides)
+    target = open_target(path, config_name, overrides, trust_code=trust_code)
     config = target.config
     fraction = config.budget.cloud_fraction if wanted.cloud_fraction is None else wanted.cloud_fraction
     prompts, described = calibration_set(target, wanted.problems)
     check_enough(fraction, len(prompts))
+    new = len(fitting_prompts(config, target.task, target.tokenizer, "heldout")) or len(prompts)
     folder = output or target.beside("calibrate") / f"T{wanted.temperature:g}"
     folder.mkdir(parents=True, exist_ok=True)
     asked = wanted.accuracy or config.oracle.kind == "solver"
-    oracle = make_oracle(config, target.task, target.run_folder or folder) if asked else None
+    oracle = target.oracle(folder) if asked else None
     try:
         engine = target.engine()
         try:
@@ -75,7 +86,7 @@ def calibrate_command(
                 masked(control),
                 opens_think(target.task, target.tokenizer),
             )
-            decoded, rows = masked_pass(engine, target, prompts, sampling, oracle)
+            decoded, rows, groups = masked_pass(engine, target, prompts, sampling, oracle)
         finally:
             engine.close()
     finally:
@@ -88,7 +99,6 @@ def calibrate_command(
         raise ConfigError(
             f"{target.model_path}: {error}; train it, or warm-start it on demonstrations that call"
         ) from None
-    new = len(fitting_prompts(config, target.task, target.tokenizer, "heldout")) or len(prompts)
     entry = Calibration(
         temperature=wanted.temperature,
         cloud_fraction=fraction,
@@ -101,8 +111,9 @@ def calibrate_command(
         spellings=control.spellings,
     )
     saved = save_calibration(target.model_path, entry)
-    report(decoded, entry, folder, config)
+    report(decoded, entry, folder, config, target.settings)
     say(f"{saved}  {folder}/curve.png  {folder}/summary.json  {folder}/predictions.jsonl")
+    check_evaluation(groups)
 
 
 def check(wanted: Wanted) -> None:
@@ -133,8 +144,10 @@ def calibration_set(target: Target, n: int | None) -> tuple[list[Prompt], str]:
 
 def masked_pass(
     engine: Engine, target: Target, prompts: Sequence[Prompt], sampling: Sampling, oracle: Oracle | None
-) -> tuple[MaskedPass, list[dict[str, Any]]]:
-    """Decodes each problem once with help masked; and the rows from which anyone can judge again."""
+) -> tuple[MaskedPass, list[dict[str, Any]], list[Group]]:
+    """Decodes each problem once with help masked; the rows from which anyone can judge again; what the cloud said."""
+    if isinstance(target.task, Budgeted):
+        target.task.start_step()
     ids = [target.task.render(p, target.tokenizer) for p in prompts]
     done: dict[int, Completion] = {}
     asked = {}
@@ -144,11 +157,13 @@ def masked_pass(
             if oracle is not None:
                 asked[i] = oracle.ask(target.task.question(prompts[i]))
             display.advance()
-    rows = []
+    rows, groups = [], []
     for i, prompt in enumerate(prompts):
         replies = tuple(asked[i].result()) if oracle is not None else ()
+        score = oracle_score(target.task, prompt, replies)
+        groups.append(Group(prompt, (done[i],), (), (), score, replies))
         row = _row(target.task, prompt, done[i], sampling.thinking)
-        rows.append(row | {"oracle_score": oracle_score(target.task, prompt, replies)})
+        rows.append(row | {"oracle_score": score, "oracle_error": next(oracle_errors(replies), None)})
     unsteered = sum(row["called_anyway"] for row in rows)
     if unsteered:
         warn(f"{unsteered} responses wrote the help phrase in other tokens than it is steered in; they call always")
@@ -164,7 +179,7 @@ def masked_pass(
         local_N=np.array([float(r["local_correct"]) for r in rows]),
         cloud_N=None if oracle is None else np.array([r["oracle_score"] for r in rows], dtype=np.float64),
     )
-    return decoded, rows
+    return decoded, rows, groups
 
 
 def _row(task: Task, prompt: Prompt, completion: Completion, thinking: bool) -> dict[str, Any]:
@@ -188,15 +203,17 @@ def _or_minus_infinity(margin: float | None) -> float:
     return -math.inf if margin is None else margin
 
 
-def report(decoded: MaskedPass, entry: Calibration, folder: Path, config: RunConfig) -> None:
+def report(
+    decoded: MaskedPass, entry: Calibration, folder: Path, config: RunConfig, settings: Mapping[str, Any]
+) -> None:
     """The table on standard output, and the same in `summary.json` and `curve.png` in the folder."""
     rows = [_figures(decoded, c) for c in SHOWN]
     chosen = _figures(decoded, entry.cloud_fraction)
     low, high = entry.interval
     how = "greedy" if entry.temperature == 0 else f"T={entry.temperature:g}"
     cloud = f"oracle: {config.oracle.kind}" if decoded.cloud_N is not None else "the oracle was not asked"
-    console = Console(highlight=False, width=100)
-    console.print(f"{how}, on {entry.calibrated_on} ({cloud})", markup=False)
+    console = Console(highlight=False, markup=False, emoji=False, width=100)
+    console.print(printable(f"{how}, on {entry.calibrated_on} ({cloud})"))
     table = Table()
     for column in ("wanted", "called", "together", "local", "bias"):
         table.add_column(column, justify="right")
@@ -215,12 +232,10 @@ def report(decoded: MaskedPass, entry: Calibration, folder: Path, config: RunCon
     )
     if decoded.cloud_N is None:
         say(f"accuracy together needs oracle.kind={config.oracle.kind} asked {entry.n} times: --accuracy does it")
-    if decoded.cloud_N is not None and np.isnan(decoded.cloud_N).any():
-        warn(f"the oracle failed on {int(np.isnan(decoded.cloud_N).sum())} problems: left out of `together`")
     if decoded.reachable < entry.cloud_fraction:
         warn(f"only {decoded.reachable:.1%} of the responses come to where the phrase could begin: no bias calls more")
     summary = {"chosen": chosen, "rows": rows, "temperature": entry.temperature, "calibrated_on": entry.calibrated_on}
-    summary |= {"interval": entry.interval, "new": entry.new, "oracle": config.oracle.kind}
+    summary |= {"interval": entry.interval, "new": entry.new, "oracle": config.oracle.kind, **settings}
     write_whole(folder / "summary.json", to_json(summary, indent=1) + "\n")
     plot(decoded, entry, f"{how}; calibration set: {entry.calibrated_on}", folder / "curve.png")
 
@@ -246,5 +261,5 @@ def plot(decoded: MaskedPass, entry: Calibration, title: str, path: Path) -> Non
     axis.axvspan(*entry.interval, color=GREY, alpha=0.3, label=f"95% on {entry.new} new problems")
     axis.set(xlabel="call fraction", ylabel="accuracy", title=title)
     axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
     plt.close(figure)

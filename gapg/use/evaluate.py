@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gapg.config_sections import RewardConfig
 from gapg.judge import Group, Judge, Outcome, rewards
-from gapg.rollout.records import Completion, Engine, Sampling
+from gapg.rollout.records import Completion, Engine, OracleAnswer, Sampling
 from gapg.tasks.base import Prompt, Task
 from gapg.tracking import Display
 
@@ -28,6 +28,7 @@ def respond(
 ) -> list[Group]:
     """One judged response a prompt, in the order of the prompts."""
     ids = [task.render(p, tokenizer) for p in prompts]
+    judge.start_step()
     pending = {}
     with Display(title or "evaluate", len(prompts), quiet=title is None) as display:
         for i, completions in engine.generate(ids, 1, sampling):
@@ -61,7 +62,7 @@ class Result:
 
     def row(self) -> dict[str, Any]:
         """The figures of `summary.json`. Of all `n` problems: `call_fraction`, and `local_accuracy` (answered locally
-        and right). Of those where no oracle failed: `accuracy`."""
+        and right). Of those where no oracle failed: `accuracy`. NaN, which is null in files, of no problems."""
         row: dict[str, Any] = {"name": self.name, "n": len(self.called)}
         for key, hits in (
             ("accuracy", self.correct),
@@ -70,7 +71,7 @@ class Result:
         ):
             n = len(hits)
             low, high = wilson(sum(hits), n)
-            row |= {key: sum(hits) / n if n else 0.0, f"{key}_low": low, f"{key}_high": high}
+            row |= {key: sum(hits) / n if n else math.nan, f"{key}_low": low, f"{key}_high": high}
         return row
 
 
@@ -115,8 +116,16 @@ def answer_logprobs(completion: Completion) -> tuple[float, float] | None:
     return (sum(completion.logprobs) + sum(gains)) / n, lowest
 
 
+def oracle_errors(replies: Sequence[OracleAnswer]) -> Iterator[str]:
+    """The reasons of those that failed."""
+    return (reply.error or "no reason given" for reply in replies if reply.text is None)
+
+
 def prediction(group: Group, reward: RewardConfig) -> dict[str, Any]:
-    """One line of `predictions.jsonl`: all that is needed to judge again. `reward` is None where the oracle failed."""
+    """One line of `predictions.jsonl`: all that is needed to judge again.
+
+    `reward` is None where the oracle failed, and `oracle_error` says why it gave no answer, or fewer than it was asked.
+    """
     completion = group.completions[0]
     margin = completion.help_margin
     answer = answer_logprobs(completion)
@@ -135,4 +144,5 @@ def prediction(group: Group, reward: RewardConfig) -> dict[str, Any]:
         "help_margin": margin if margin is not None and math.isfinite(margin) else None,
         "oracle_score": group.oracle_score,
         "oracle_answers": [a.text for a in group.oracle_answers],
+        "oracle_error": next(oracle_errors(group.oracle_answers), None),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,35 +12,49 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
+from gapg.files import partial_name, writing
 from gapg.jsonl import read_jsonl
+from gapg.tracking import printable
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY, GREEN = "#2b6cb0", "#dd6b20", "#a0aec0", "#2f855a"
 
 
 def print_table(rows: Sequence[dict[str, Any]], cloud_fraction: float | None = None) -> None:
-    """The rows of a summary on standard output, each figure with its 95% interval."""
+    """The rows of a summary on standard output, each figure with its 95% interval; and where calls failed, how many."""
     table = Table(title=None if cloud_fraction is None else f"cloud budget {cloud_fraction:.0%}")
-    for column, justify in (
-        ("", "left"),
-        ("together", "right"),
-        ("local", "right"),
-        ("called", "right"),
-        ("n", "right"),
-    ):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    failed = any(row.get("unknown") for row in rows)
+    for column in ("", "together", "local", "called", "n", *(["unknown"] if failed else [])):
+        table.add_column(column, justify="right" if column else "left")
     for row in rows:
         low, high = row["accuracy_low"], row["accuracy_high"]
-        table.add_row(
+        cells = (
             row["name"],
-            f"{row['accuracy']:.3f}  ({low:.3f} to {high:.3f})",
+            "unknown" if math.isnan(row["accuracy"]) else f"{row['accuracy']:.3f}  ({low:.3f} to {high:.3f})",
             f"{row['local_accuracy']:.3f}",
             f"{row['call_fraction']:.3f}",
             str(row["n"]),
+            *([str(row.get("unknown", 0))] if failed else []),
         )
-    Console(highlight=False, width=100).print(table)
+        table.add_row(*map(printable, cells))
+    Console(highlight=False, markup=False, emoji=False, width=100).print(table)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Replaces the PNG at `path` in one go, and a link, which in someone else's folder may point anywhere.
+
+    Raises DiskFull and ConfigError.
+    """
+    partial = partial_name(path)
+    with writing(path):
+        try:
+            figure.savefig(partial, dpi=110, format="png")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def plot_run(folder: Path, summary: dict[str, Any], path: Path) -> None:
@@ -50,7 +66,7 @@ def plot_run(folder: Path, summary: dict[str, Any], path: Path) -> None:
     _budget(axes[1, 0], metrics, summary["cloud_fraction"])
     _phases(axes[1, 1], metrics)
     figure.suptitle(f"{folder.name}: seed {summary['seed']}, oracle: {summary['oracle']}")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
     plt.close(figure)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gapg.judge import Group, Judge, Outcome
-from gapg.tracking import say
+from gapg.outage import OracleDown, check_evaluation
+from gapg.tracking import say, warn
 from gapg.use.evaluate import as_result, respond
 
 if TYPE_CHECKING:
@@ -20,13 +21,19 @@ def validate(run: Run) -> dict[str, float]:
     judge = Judge(run.task, run.oracle, ask_unsolved=False, thinking=run.judge.thinking)
     groups = respond(run.engine, run.task, run.tokenizer, judge, run.validation, run.sampling("validate"))
     row = as_result("", groups).row()
+    unknown = sum(g.unknown for g in groups)
+    together = "unknown" if unknown == row["n"] else f"{row['accuracy']:.3f}"
     say(
-        f"step {run.state.step}: together {row['accuracy']:.3f}, local {row['local_accuracy']:.3f}, "
+        f"step {run.state.step}: together {together}, local {row['local_accuracy']:.3f}, "
         f"called {row['call_fraction']:.3f} of {row['n']} validation problems"
     )
+    try:
+        check_evaluation(groups)
+    except OracleDown as error:  # whether training ends is said by its own questions
+        warn(str(error))
     _transcripts(run, groups)
     figures = {f"eval/{key}": row[key] for key in ("accuracy", "local_accuracy", "call_fraction")}
-    return figures | {"eval/unknown": sum(g.unknown for g in groups)}
+    return figures | {"eval/unknown": unknown}
 
 
 def _transcripts(run: Run, groups: list[Group]) -> None:

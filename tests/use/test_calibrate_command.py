@@ -163,6 +163,7 @@ def model(warm_model: Path, small_config: Callable[..., RunConfig], tmp_path: Pa
 def test_calibrate_and_evaluate(model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["eval", *model])
     assert f"no {FILE} beside the model" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "out" / "curve.png").symlink_to(tmp_path / "elsewhere")
     for argv in (["--cloud-fraction", "0.4"], ["--temperature", "1"]):
         main(["calibrate", *model, *argv])
         out = capsys.readouterr().out
@@ -175,6 +176,7 @@ def test_calibrate_and_evaluate(model: list[str], tmp_path: Path, capsys: pytest
     assert greedy.called == round(0.4 * n) / n
     assert sampled.called == pytest.approx(0.3, abs=1e-6)
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {"curve.png", "summary.json", "predictions.jsonl"}
+    assert not (tmp_path / "elsewhere").exists(), "a link in a shared folder leads nowhere"
     main(["eval", *model])
     rows = {r["name"]: r for r in json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]}
     for entry in (greedy, sampled):
@@ -194,7 +196,9 @@ def test_the_first_n_of_a_seeded_order(model: list[str], tmp_path: Path) -> None
     assert seen[1][:12] == seen[0]
 
 
-def test_a_paid_oracle_is_asked_only_when_told(model: list[str], tmp_path: Path) -> None:
+def test_a_paid_oracle_is_asked_only_when_told(
+    model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The bias needs no oracle, not even one that could be reached, nor its key."""
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
@@ -208,9 +212,13 @@ def test_a_paid_oracle_is_asked_only_when_told(model: list[str], tmp_path: Path)
         assert summary["chosen"]["accuracy"] is None
         assert summary["chosen"]["local_accuracy"] >= 0
         assert not (tmp_path / "out" / "oracle.sqlite").exists()
-        main(["calibrate", *model, *paid, "--problems", "12", "--accuracy"])
+        with pytest.raises(SystemExit) as left:
+            main(["calibrate", *model, *paid, "--problems", "12", "--accuracy"])
+        assert left.value.code == 3
+        assert "the oracle failed all 12 questions" in capsys.readouterr().err.splitlines()[-1]
         assert load_calibration(tmp_path / "model") == [entry], "a cloud that fails changes no bias"
-        assert all(row["oracle_score"] is None for row in read_jsonl(tmp_path / "out" / "predictions.jsonl"))
+        rows = read_jsonl(tmp_path / "out" / "predictions.jsonl")
+        assert all(row["oracle_score"] is None and row["oracle_error"] for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 from collections.abc import Callable
 from itertools import product
 
@@ -11,14 +12,19 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg.config_sections import RewardConfig
+from gapg.jsonl import to_json
 from gapg.judge import Group, Judge, Outcome
 from gapg.rollout.oracle_solver import SolverOracle
 from gapg.rollout.records import Completion, Sampling
 from gapg.rollout.transformers_engine import TransformersEngine
+from gapg.run import Run
 from gapg.studies.routers import at_random, by_logprob, logprob_threshold, offload
 from gapg.tasks.base import HELP_PHRASE, STOP
 from gapg.tasks.countdown import Countdown
+from gapg.tracking import printable
 from gapg.use.evaluate import Result, as_result, mcnemar, prediction, respond, wilson
+from gapg.use.report import print_table
+from gapg.use.validate import validate
 
 
 @pytest.mark.parametrize(
@@ -98,13 +104,27 @@ def test_a_call_without_an_oracle_is_a_call_and_not_wrong(countdown: Countdown) 
     assert (row["call_fraction_low"], row["call_fraction_high"]) == wilson(2, 3)
     line = prediction(group, RewardConfig())
     assert (line["outcome"], line["reward"]) == ("unknown", None)
+    assert "down" in line["oracle_error"]
+    assert prediction(judged(countdown, HELP_PHRASE), RewardConfig())["oracle_error"] is None
 
 
 def test_nothing_judged_is_a_row_too(countdown: Countdown) -> None:
     """Every call of an evaluation failed: a report of nothing, not a division by zero."""
     row = as_result("x", []).row()
     assert row["n"] == 0
-    json.dumps(row)
+    assert json.loads(to_json(row))["accuracy"] is None, "and no accuracy of 0"
+
+
+def test_the_table_says_how_many_are_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    known, lost = Result("[b]known", [True], [True], [False]), Result("lost\x1b[2J", [True, True], [], [False, False])
+    print_table([known.row()])
+    assert "unknown" not in capsys.readouterr().out
+    print_table([known.row(), lost.row() | {"unknown": 2}])
+    out = capsys.readouterr().out
+    assert "[b]known" in out
+    assert out == printable(out)
+    (line,) = [line for line in out.splitlines() if "lost" in line]
+    assert [cell.strip() for cell in line.split("│")[2:-1]] == ["unknown", "0.000", "1.000", "2", "2"]
 
 
 def test_a_prediction_can_be_judged_again(countdown: Countdown) -> None:
@@ -131,12 +151,42 @@ def test_a_prediction_can_be_judged_again(countdown: Countdown) -> None:
 def test_respond_keeps_the_order_of_the_prompts(
     countdown: Countdown, make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    prompts = countdown.prompts("heldout")[:30]
+    began = []
+
+    class Timed(Countdown):
+        def start_step(self) -> None:
+            began.append(self)
+
+    task = Timed(max_number=8, max_target=30)
+    prompts = task.prompts("heldout")[:30]
     engine = TransformersEngine(make_model(seed=31), tokenizer, max_rows=8)
-    judge = Judge(countdown, SolverOracle(countdown.solve, 1.0, wrong="0"))
-    groups = respond(engine, countdown, tokenizer, judge, prompts, Sampling(12, stop=STOP, seed=3))
+    judge = Judge(task, SolverOracle(task.solve, 1.0, wrong="0"))
+    groups = respond(engine, task, tokenizer, judge, prompts, Sampling(12, stop=STOP, seed=3))
+    assert began == [task], "the time for verifying begins anew"
     assert [g.prompt for g in groups] == list(prompts)
     assert all(len(g.completions) == 1 for g in groups)
+
+
+def test_an_evaluation_in_training_tells_of_a_cloud_that_fails(
+    start: Callable[..., Run], nothing_said: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It does not end the run: whether the cloud is away for good, the questions of training say."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/v1"
+        cloud = {
+            "oracle__kind": "openai",
+            "oracle__model": "cloud",
+            "oracle__base_url": url,
+            "oracle__max_retries": "0",
+        }
+        run = start(**cloud, rollout__temperature="1.5", eval__problems="30")
+        figures = validate(run)
+    lines = capsys.readouterr().err.splitlines()
+    assert figures["eval/unknown"] > 0
+    assert sum(line.startswith("the oracle failed: ") for line in lines) == 1, "its reason, once"
+    (said,) = [line for line in lines if line.startswith("warning: the oracle failed ")]
+    assert f" {figures['eval/unknown']} questions" in said
 
 
 # --- routers outside the model ---------------------------------------------------------------------------------------
