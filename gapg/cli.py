@@ -6,18 +6,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, subcommand
 
-from gapg.config import ConfigError, RunConfig, dump_config, load_config, parse_overrides, presets
+from gapg.config import ConfigError, dump_config, load_config, parse_overrides, presets
 from gapg.config_keys import needs_value, take_option
+from gapg.stop import Stopped
+from gapg.tracking import printable
 
-if TYPE_CHECKING:
-    from gapg.tasks.base import Task
+EXITS = {"ConfigError": 2, "OracleDown": 3, "Stopped": 4, "Diverged": 1, "BaselineFailed": 1, "DiskFull": 1}
+"""Exit codes of errors that say all in one line; by name, because importing some of them would import torch."""
 
-EXIT_FAILED, EXIT_USAGE, EXIT_ORACLE = 1, 2, 3
+INTERRUPTED = {
+    "experiment": "the same command goes on where it stopped",
+    "eval": "nothing was written; run it again (paid answers are kept)",
+    "calibrate": "nothing was written; run it again (paid answers are kept)",
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class Eval:
     """Preset or YAML file; empty: the config of the run the checkpoint belongs to."""
     output_dir: Path | None = None
     """Where summary.json and predictions.jsonl go; empty: beside the checkpoint."""
+    trust_code: FlagCreatePairsOff[bool] = False
+    """Run code of others that the folder's own config names (a task, a reward function), and its settings of vLLM."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,8 @@ class Calibrate:
     """Preset or YAML file; empty: the config of the run the checkpoint belongs to."""
     output_dir: Path | None = None
     """Where curve.png, summary.json and predictions.jsonl go; empty: beside the checkpoint."""
+    trust_code: FlagCreatePairsOff[bool] = False
+    """Run code of others that the folder's own config names (a task, a reward function), and its settings of vLLM."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +123,10 @@ Command = (
 )
 OWN_OPTIONS: dict[str, dict[str, type]] = {
     "train": {"--resume": bool},
-    "eval": {"--config": str, "--output-dir": str},
+    "eval": {"--config": str, "--output-dir": str, "--trust-code": bool},
     "calibrate": {
         "--cloud-fraction": float, "--temperature": float, "--problems": int, "--accuracy": bool,
-        "--config": str, "--output-dir": str,
+        "--config": str, "--output-dir": str, "--trust-code": bool,
     },
     "experiment": {"--seeds": str, "--jobs": int, "--config": str, "--work-dir": str, "--results-dir": str},
     "config": {},
@@ -136,44 +146,56 @@ WORDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Exit codes: 0 done, 1 failed, 2 a command or config to mend, 3 the oracle stayed away (the run was saved)."""
+    """Exit codes: 0 done, 1 failed, 2 a command or config to mend, 3 the cloud failed, 4 a signal ended the run (both
+    saved what was trained)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        own, rest = _split(list(sys.argv[1:] if argv is None else argv))
-        _check_words(own)
-        command = tyro.cli(Command, args=own, prog="gapg", description=__doc__)
-        overrides = parse_overrides(rest)
-        match command:
-            case Train():
-                _train(_run_config(command, overrides), resume=command.resume)
-            case Eval():
-                from gapg.use.evaluate_command import evaluate_command
-
-                evaluate_command(command.checkpoint, command.config, command.output_dir, overrides)
-            case Experiment():
-                _experiment(command, overrides)
-            case Calibrate():
-                from gapg.use.calibrate_command import Wanted, calibrate_command
-
-                wanted = Wanted(command.cloud_fraction, command.temperature, command.problems, command.accuracy)
-                calibrate_command(command.checkpoint, wanted, command.config, command.output_dir, overrides)
-            case Config():
-                _config(command, overrides)
-            case Info(config=str(name)):
-                from gapg.memory import print_plan
-
-                print_plan(load_config(name, overrides))
-            case Info() if rest:
-                raise ConfigError(f"{rest[0]}: belongs to a run, which --config NAME names")
-            case Info():
-                from gapg.info import print_info
-
-                print_info()
-    except ConfigError as error:
-        print(f"gapg: {error}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
+        _run(argv)
+    except (Exception, Stopped) as error:
+        if type(error).__name__ not in EXITS:
+            raise
+        print(f"gapg: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        sys.exit(EXITS[type(error).__name__])
     except KeyboardInterrupt:
-        print("gapg: interrupted; go on with --resume (a study: with the same command)", file=sys.stderr)
+        print(f"gapg: interrupted; {INTERRUPTED.get(argv[0] if argv else '', 'nothing was begun')}", file=sys.stderr)
         sys.exit(130)
+
+
+def _run(argv: list[str]) -> None:
+    own, rest = _split(argv)
+    _check_words(own)
+    command = tyro.cli(Command, args=own, prog="gapg", description=__doc__)
+    overrides = parse_overrides(rest)
+    match command:
+        case Train():
+            from gapg.train_command import train_command
+
+            train_command(command.config, overrides, resume=command.resume)
+        case Eval(checkpoint, config, output_dir, trust_code):
+            from gapg.use.evaluate_command import evaluate_command
+
+            evaluate_command(checkpoint, config, output_dir, overrides, trust_code=trust_code)
+        case Experiment():
+            _experiment(command, overrides)
+        case Calibrate():
+            from gapg.use.calibrate_command import Wanted, calibrate_command
+
+            wanted = Wanted(command.cloud_fraction, command.temperature, command.problems, command.accuracy)
+            calibrate_command(
+                command.checkpoint, wanted, command.config, command.output_dir, overrides, trust_code=command.trust_code
+            )
+        case Config():
+            _config(command, overrides)
+        case Info(config=str(name)):
+            from gapg.memory import print_plan
+
+            print_plan(load_config(name, overrides))
+        case Info() if rest:
+            raise ConfigError(f"{rest[0]}: belongs to a run, which --config NAME names")
+        case Info():
+            from gapg.info import print_info
+
+            print_info()
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -225,13 +247,6 @@ def _check_words(own: list[str]) -> None:
         raise ConfigError(f"{spare[0]!r}: one word too many; {usage}")
 
 
-def _run_config(command: Train, overrides: dict[str, str]) -> RunConfig:
-    """The named config; on a resume the one the run was started with, so that its options need not be given again."""
-    config = load_config(command.config, overrides)
-    saved = config.output_dir / "config.yaml"
-    return load_config(str(saved), overrides) if command.resume and saved.exists() else config
-
-
 def _config(command: Config, overrides: dict[str, str]) -> None:
     if command.action == "list":
         print("\n".join(presets()))
@@ -258,77 +273,4 @@ def _experiment(command: Experiment, overrides: dict[str, str]) -> None:
         command.results_dir,
     )
     if not experiment(order, STUDIES):
-        sys.exit(EXIT_FAILED)
-
-
-def _train(config: RunConfig, *, resume: bool) -> None:
-    """Checks everything cheap first, then: warm start, GAPG, and an evaluation or, with `compare`, the comparison."""
-    from gapg.folder import open_folder, save_config
-    from gapg.health import Diverged
-    from gapg.model import load_tokenizer
-    from gapg.parts import check_run, make_oracle, make_reward, make_task
-    from gapg.reward import try_reward
-    from gapg.run import set_threads
-    from gapg.studies import compare
-    from gapg.tracking import say
-    from gapg.train import OracleDown
-    from gapg.use.calibrate import help_control
-    from gapg.warm_start import check_demonstrations, warm_start
-
-    task = make_task(config)
-    reward = make_reward(config)
-    tokenizer = load_tokenizer(config.model, task)
-    check_run(config, task, tokenizer)
-    check_demonstrations(config, task, tokenizer)
-    try_reward(reward, config, task)
-    if config.compare:
-        help_control(tokenizer)  # the comparison masks and biases the phrase: a ConfigError where it cannot
-        try_reward(reward, compare.task_tuned_config(config), task)
-    with open_folder(config, resume=resume):
-        make_oracle(config, task, config.output_dir).close()
-        save_config(config)
-        rho, folder = config.budget.exact_rho, config.output_dir
-        say(f"cloud budget {config.budget.cloud_fraction:.0%} of problems: rho = {rho}; {folder}/")
-        set_threads(config)
-        begin = folder / "warm-start" / "checkpoints"
-        try:
-            warm = warm_start(config, begin, task, tokenizer) if config.warm_start else None
-            _gapg(config, task, warm)
-        except OracleDown as error:
-            print(f"gapg: {error}", file=sys.stderr)
-            sys.exit(EXIT_ORACLE)
-        except (Diverged, compare.BaselineFailed) as error:
-            print(f"gapg: {error}", file=sys.stderr)
-            sys.exit(EXIT_FAILED)
-
-
-def _gapg(config: RunConfig, task: Task, warm: Path | None) -> None:
-    from gapg.run import Run, build_run, set_threads
-    from gapg.studies import compare
-    from gapg.tracking import say
-    from gapg.train import train
-    from gapg.use.evaluate_command import evaluate
-    from gapg.use.validate import validate
-
-    folder = config.output_dir
-    baseline = compare.start_task_tuned(config, warm) if config.compare else None
-    set_threads(config, side_by_side=2 if config.compare else 1)
-    run = build_run(config, folder, task, warm)
-
-    def watch_and_validate(run: Run) -> dict[str, float]:
-        if baseline is not None:
-            compare.check_alive(baseline, folder)
-        return validate(run)
-
-    try:
-        if baseline is not None and run.state.step == 0:
-            compare.assess_before_training(run)
-        train(run, watch_and_validate)
-        model = run.save() / "model"
-        say(f"trained: {model}")
-        if baseline is not None:
-            compare.finish(run, baseline)
-        elif config.eval.heldout != 0:
-            evaluate(config, folder, task, run.tokenizer, run.engine, run.oracle, model=str(model))
-    finally:
-        run.close()
+        sys.exit(1)

@@ -97,8 +97,19 @@ def load_config(name: str, overrides: Mapping[str, str] | None = None) -> RunCon
 
     Raises ConfigError, one line that names the key and the fix.
     """
-    path = PRESETS / f"{name}.yaml"
-    if not path.exists():
+    tree = load_tree(name)
+    for key, value in (overrides or {}).items():
+        _set(tree, key, value)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(config_keys.explain(RunConfig, error)) from None
+
+
+def load_tree(name: str) -> dict[str, Any]:
+    """What the preset or YAML file `name` says, as it says it. Raises ConfigError."""
+    path = PRESETS / f"{Path(name).name}.yaml"
+    if "/" in name or not path.exists():
         path = Path(name)
         if not path.is_file():
             raise ConfigError(f"config {name!r} is neither a file nor a preset; presets: {', '.join(presets())}")
@@ -108,12 +119,7 @@ def load_config(name: str, overrides: Mapping[str, str] | None = None) -> RunCon
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}")
-    for key, value in (overrides or {}).items():
-        _set(tree, key, value)
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(config_keys.explain(RunConfig, error)) from None
+    return tree
 
 
 def presets() -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from types import NoneType, UnionType
@@ -148,3 +148,11 @@ def keys(root: type[BaseModel], prefix: str = "") -> list[str]:
 
 def _models(found: list[Any]) -> list[type[BaseModel]]:
     return [kind for kind in found if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of settings as dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return found

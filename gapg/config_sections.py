@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from gapg import config_keys
+from gapg.rollout.oracle_endpoint import check_api_key_env, check_url
 
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -228,14 +230,26 @@ class BudgetConfig(Section):
         return c / (1 - c)
 
 
+def _of_oracle(check: Callable[[str], str]) -> Callable[[str], str]:
+    """The check with the section's name before the key that its error begins with."""
+
+    def checked(value: str) -> str:
+        try:
+            return check(value)
+        except ValueError as error:
+            raise ValueError(f"oracle.{error}") from None
+
+    return checked
+
+
 class OracleConfig(Section):
     kind: Literal["solver", "openai"] = "solver"
     """`openai`: any OpenAI-compatible server. `solver`: the task's own exact solver, a stand-in for a cloud model."""
     accuracy: Fraction01 = 0.95
     """solver: how often it is right."""
-    base_url: str = "https://api.openai.com/v1"
+    base_url: Annotated[str, AfterValidator(_of_oracle(check_url))] = "https://api.openai.com/v1"
     model: str = ""
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: Annotated[str, AfterValidator(_of_oracle(check_api_key_env))] = "OPENAI_API_KEY"
     """Name of the environment variable with the key; the key itself is never stored."""
     samples: Count = 1
     temperature: Annotated[float, Field(ge=0)] | None = 0.0

@@ -13,9 +13,20 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
+from gapg.config import ConfigError, one_line
 from gapg.rollout.records import Completion, Oracle, OracleAnswer
 from gapg.rollout.text import spoken
-from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_CLOSE, HELP_OPEN, HELP_PHRASE, Prompt, Task, Verdict
+from gapg.tasks.base import (
+    ANSWER_CLOSE,
+    ANSWER_OPEN,
+    HELP_CLOSE,
+    HELP_OPEN,
+    HELP_PHRASE,
+    Budgeted,
+    Prompt,
+    Task,
+    Verdict,
+)
 
 # A tokenizer whose tags are special tokens may put one blank more beside them, or swallow the one that is there.
 _PHRASE = re.compile(HELP_PHRASE.replace(" ", " +").replace("> +", "> *").replace(" +<", " *<"))
@@ -154,11 +165,16 @@ class Judge:
         self.task, self.oracle = task, oracle
         self.ask_always, self.ask_unsolved, self.thinking = ask_always, ask_unsolved, thinking
 
+    def start_step(self) -> None:
+        """Begins the task's time budget anew, where it has one: before a training step and before an evaluation."""
+        if isinstance(self.task, Budgeted):
+            self.task.start_step()
+
     def submit(self, prompt: Prompt, completions: Sequence[Completion]) -> PendingGroup:
         """Parses and verifies at once and sends the question if there is one, so that the cloud works meanwhile."""
         parsed = [parse(c.text, self.thinking) for c in completions]
         answers = [p.answer for p in parsed if p.answer is not None]
-        verdicts = iter(self.task.verify(prompt, answers) if answers else [])
+        verdicts = iter(_verify(self.task, prompt, answers))
         local = [next(verdicts) if p.answer is not None else None for p in parsed]
         needed = any(p.kind == "help" for p in parsed) or (self.ask_unsolved and Verdict.CORRECT not in local)
         asked = self.oracle.ask(self.task.question(prompt)) if needed or self.ask_always else None
@@ -204,23 +220,39 @@ def oracle_score(task: Task, prompt: Prompt, replies: Sequence[OracleAnswer]) ->
     """Mean correctness of the cloud's replies; None when none came.
 
     A reply with an answer block is judged by what is inside the last one, any other as a whole (a cloud model may box
-    its result instead), its think blocks aside: that an ending must be terminal is a rule for the policy, not for the
-    cloud. When some of k samples failed, the mean is over those that came: it stays unbiased, and dropping the group
-    would throw away paid answers.
+    its result instead: the maths task takes the last box), its think blocks aside: that an ending must be terminal is
+    a rule for the policy, not for the cloud. When some of k samples failed, the mean is over those that came: it stays
+    unbiased, and dropping the group would throw away paid answers.
     """
     texts = [reply.text for reply in replies if reply.text is not None]
     if not texts:
         return None
-    verdicts = task.verify(prompt, [_result(text) for text in texts])
+    verdicts = _verify(task, prompt, [_result(text) for text in texts])
     return sum(v is Verdict.CORRECT for v in verdicts) / len(texts)
+
+
+def _verify(task: Task, prompt: Prompt, answers: list[str]) -> list[Verdict]:
+    """The task's verdicts. Raises ConfigError where its code fails or returns something else."""
+    if not answers:
+        return []
+    try:
+        verdicts = list(task.verify(prompt, answers))
+    except Exception as error:  # a task is anyone's
+        raise ConfigError(f"task {task.name!r}: verify() failed on prompt {prompt.id!r}: {one_line(error)}") from error
+    if len(verdicts) != len(answers) or not all(isinstance(v, Verdict) for v in verdicts):
+        raise ConfigError(
+            f"task {task.name!r}: verify() of prompt {prompt.id!r} returned {repr(verdicts)[:80]}, not one Verdict for "
+            f"each of {len(answers)} answers"
+        )
+    return verdicts
 
 
 def _result(reply: str) -> str:
     """What of a cloud's reply is judged; nothing of one that ends while it reasons."""
     said = spoken(reply) or ""
-    close = said.rfind(ANSWER_CLOSE)
-    start = said.rfind(ANSWER_OPEN, 0, close) if close >= 0 else -1
-    return said[start + len(ANSWER_OPEN) : close].strip() if start >= 0 else said
+    last_close = said.rfind(ANSWER_CLOSE)
+    start = said.rfind(ANSWER_OPEN, 0, last_close) if last_close >= 0 else -1
+    return said[start + len(ANSWER_OPEN) : said.index(ANSWER_CLOSE, start)].strip() if start >= 0 else said
 
 
 def _outcome(parsed: Parsed, verdict: Verdict | None, score: float | None) -> Outcome:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from gapg import lora
 from gapg.config import ConfigError, RunConfig
+from gapg.files import size_text
 from gapg.memory_trace import largest_batch, trace_update
 from gapg.model import device as default_device
 from gapg.model import load_model, load_tokenizer, unloaded_model
@@ -78,14 +79,15 @@ class MemoryPlan:
     @property
     def line(self) -> str:
         most = sorted(self.parts.items(), key=lambda part: -part[1])[:3]
-        parts = ", ".join(f"{name} {_size(size)}" for name, size in most)
-        return f"memory: {_size(self.total)} of {_size(self.capacity)} for an update of {self.tokens} tokens ({parts})"
+        parts = ", ".join(f"{name} {size_text(size)}" for name, size in most)
+        need = f"{size_text(self.total)} of {size_text(self.capacity)}"
+        return f"memory: {need} for an update of {self.tokens} tokens ({parts})"
 
     def table(self) -> Table:
         table = Table("memory", f"of an update, micro-batches of {self.tokens} tokens", box=None)
         for name, size in self.parts.items():
-            table.add_row(name, _size(size))
-        table.add_row("total", f"{_size(self.total)} of {_size(self.capacity)}", style="bold")
+            table.add_row(name, size_text(size))
+        table.add_row("total", f"{size_text(self.total)} of {size_text(self.capacity)}", style="bold")
         return table
 
 
@@ -177,13 +179,13 @@ def check(plan: MemoryPlan, model: PreTrainedModel, config: RunConfig, device: t
     if plan.total <= plan.capacity:
         return
     where = "the GPU" if device.type == "cuda" else "the machine"
-    need = f"an update needs {_size(plan.total)} of memory and {where} has {_size(plan.capacity)}"
+    need = f"an update needs {size_text(plan.total)} of memory and {where} has {size_text(plan.capacity)}"
     fitting = suggestions(plan, model, config, device)
     if not fitting:
         fixed = plan.weights + plan.gradients + plan.optimizer + plan.reference
-        alone = f"weights, gradients and AdamW's state alone take {_size(fixed)}"
+        alone = f"weights, gradients and AdamW's state alone take {size_text(fixed)}"
         raise ConfigError(f"{need}; {alone}: train adapters (model.lora.rank) or a smaller model")
-    words = (f"{_options(settings)} ({_size(new.total)})" for settings, new in fitting)
+    words = (f"{_options(settings)} ({size_text(new.total)})" for settings, new in fitting)
     raise ConfigError(f"{need}; set {', or '.join(words)}")
 
 
@@ -233,8 +235,8 @@ def fitting_token_cap(
     plan = search.plan({"token_cap": cap})
     if plan.total > ROOM * available:
         raise ConfigError(
-            f"one sequence of {cap} tokens needs {_size(plan.total)} of memory, of {_size(available)} there are "
-            f"{_size(ROOM * available)} to plan with: shorten sequences, or train adapters (model.lora.rank)"
+            f"one sequence of {cap} tokens needs {size_text(plan.total)} of memory, of {size_text(available)} there "
+            f"are {size_text(ROOM * available)} to plan with: shorten sequences, or train adapters (model.lora.rank)"
         )
     return cap
 
@@ -307,7 +309,3 @@ def _engine(config: RunConfig, weights: int, device: torch.device, available: in
 
 def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
-
-
-def _size(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

@@ -12,12 +12,14 @@ controller moves alpha_c to hold the cloud budget.
 
 from __future__ import annotations
 
+import math
 import random
+import time
 from typing import Any
 
 import torch
 
-from gapg import checkpoint, health
+from gapg import checkpoint, health, outage, stop
 from gapg.batching import Example
 from gapg.filtering import Selection, select
 from gapg.judge import Group, Outcome
@@ -30,23 +32,20 @@ from gapg.tracking import Display, warn
 from gapg.update import policy_update
 
 COLLAPSED_AFTER = 20
-UNKNOWN_STEPS = 3
-
-
-class OracleDown(RuntimeError):
-    """The oracle failed every group of several steps in a row; the run was saved and can be resumed."""
 
 
 def train(run: Run, validate: Validate) -> None:
     """Runs to `config.steps`, checkpointing on the way.
 
-    Raises OracleDown, after saving, when the oracle stays away; and Diverged, which leaves the checkpoints as they are,
-    when numbers are not finite or `reward.function` gives something else than rewards.
+    Raises OracleDown, after saving, when the oracle stays away, and Stopped, after saving, when a signal came; and
+    Diverged, which leaves the checkpoints as they are, when numbers are not finite or `reward.function` gives something
+    else than rewards.
     """
     config, state = run.config, run.state
     if state.step == 0 and config.eval.every:
         run.tracker.log({"step": 0, **validate(run)})
-    with Display("gapg", config.steps, state.step) as display:
+    saved_at, most_s = time.monotonic(), 60 * (config.checkpoint_minutes or math.inf)
+    with stop.between_steps(), Display("gapg", config.steps, state.step) as display:
         while state.step < config.steps:
             row = train_step(run)
             state.step += 1
@@ -58,14 +57,18 @@ def train(run: Run, validate: Validate) -> None:
             _warn_if_collapsed(run, row)
             row |= {f"seconds/{name}": seconds for name, seconds in run.phases.take().items()}
             run.tracker.log({"step": state.step, **row})
-            health.check_bad_steps(run, row, checkpoint.latest(run.folder / "checkpoints"))
-            lost = state.all_unknown >= UNKNOWN_STEPS
-            due = not row["skipped"] and (state.step % config.checkpoint_every == 0 or last or best)
+            health.check_bad_steps(run, row, checkpoint.newest(run.folder / "checkpoints"))
+            late = state.step % config.checkpoint_every == 0 or time.monotonic() - saved_at >= most_s
+            due = not row["skipped"] and (late or last or best)
+            down, signal = outage.verdict(run, last), stop.requested()
             # after the row: a kill between the two repeats a step, the other way round its row would be lost
-            if due or lost:
+            if due or down or signal:
                 run.save()
-            if lost:
-                raise OracleDown(f"the oracle failed all of {UNKNOWN_STEPS} steps; saved: mend it, then --resume")
+                saved_at = time.monotonic()
+            if down:
+                raise outage.OracleDown(down)
+            if signal:
+                raise stop.Stopped(f"{signal}: step {state.step} of {config.steps} is saved; go on with --resume")
             display.advance(
                 f"trained {row['groups/with_gradient']}/{config.rollout.prompts_per_step}  "
                 f"local {row['local_accuracy']:.2f}  called {row['call_fraction']:.2f}  "
@@ -80,6 +83,7 @@ def train_step(run: Run) -> dict[str, Any]:
     prompts = run.queue.next(config.rollout.prompts_per_step)
     ids_of = {p.id: run.task.render(p, run.tokenizer) for p in prompts}
 
+    run.judge.start_step()
     with run.phases("rollout"):
         pending = {
             i: run.judge.submit(prompts[i], completions)
@@ -90,6 +94,7 @@ def train_step(run: Run) -> dict[str, Any]:
     with run.phases("oracle"):
         groups = [pending[i].result() for i in range(len(prompts))]
     run.queue.give_back(g.prompt for g in groups if g.unknown)
+    outage.watch(run, groups)
 
     rng = random.Random(derive(config.seed, "filter", run.state.step))
     selection = select(groups, config.budget.exact_rho if config.budget.filter else None, rng)
@@ -113,7 +118,6 @@ def train_step(run: Run) -> dict[str, Any]:
         run.engine.sync(run.model.state_dict())
 
     run.state.empty_steps += not selection.kept
-    run.state.all_unknown = run.state.all_unknown + 1 if selection.unknown == len(groups) else 0
     row = _metrics(run, groups, selection) | update | {"alpha_c": alpha_c, "rollout_lost": int(rollout_lost)}
     row["groups/with_gradient"] = int((rewards_PG != rewards_PG[:, :1]).any(1).sum())
     row["skipped"] += rollout_lost
@@ -143,7 +147,7 @@ def _rewards(run: Run, kept: list[Group], alpha_c: float) -> torch.Tensor:
 
 
 def _diverged(run: Run, what: str, fix: str) -> health.Diverged:
-    return health.diverged(f"step {run.state.step + 1}", what, fix, checkpoint.latest(run.folder / "checkpoints"))
+    return health.diverged(f"step {run.state.step + 1}", what, fix, checkpoint.newest(run.folder / "checkpoints"))
 
 
 def _metrics(run: Run, groups: list[Group], selection: Selection) -> dict[str, Any]:

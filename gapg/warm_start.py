@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg import checkpoint, health
+from gapg import checkpoint, health, stop
 from gapg.batching import Example, packed_batches
 from gapg.config import ConfigError, RunConfig
 from gapg.data import split_validation
@@ -28,15 +29,17 @@ from gapg.tracking import Display, say
 
 
 def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Runs or resumes the warm start under `folder`; returns the model folder. Raises ConfigError and Diverged.
+    """Runs or resumes the warm start under `folder`; returns the model folder.
 
     Loss: mean negative log-prob over the response tokens of a batch.
+    Raises ConfigError, Diverged, DiskFull and Stopped.
     """
     settings = config.warm_start
     assert settings is not None
     last = checkpoint.latest(folder)
-    begin = checkpoint.steps(folder)[-1] if last else 0
+    begin = int(last.name.removeprefix("step-")) if last else 0
     if last and begin >= settings.steps:
+        checkpoint.prune(folder, keep=1, also=set())  # a kill may have come before it
         return last / "model"
     if last:
         say(f"resuming the warm start from step {begin}")
@@ -62,8 +65,10 @@ def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTraine
     prompts = fitting_prompts(config, task, tokenizer, "train")
     unseen = {p.id for p in split_validation(prompts, config.eval.problems, config.seed)[1]}
     batches = _batches(config, task, begin, unseen)
+    about = {"config": config.model_dump(mode="json")}
     bad_in_a_row = 0
-    with Display("warm start", settings.steps, begin) as display:
+    saved_at, most_s = time.monotonic(), 60 * (config.checkpoint_minutes or math.inf)
+    with stop.between_steps(), Display("warm start", settings.steps, begin) as display:
         for step in range(begin, settings.steps):
             examples = [_encode(d, task, tokenizer, config.token_cap) for d in next(batches)]
             tokens = sum(len(e.response_ids) for e in examples)
@@ -75,12 +80,16 @@ def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTraine
             lr = learning_rate(settings.optim, step, settings.steps)
             norm = float(clip_and_step(optimizer, lr, settings.optim.grad_clip, total))
             bad_in_a_row = 0 if math.isfinite(norm) else bad_in_a_row + 1
-            _check_health(step + 1, bad_in_a_row, model, compute, checkpoint.latest(folder))
+            _check_health(step + 1, bad_in_a_row, model, compute, checkpoint.newest(folder))
             display.advance(f"loss {float(total):.3f}" if step % 10 == 9 else "")
-            done = step + 1
-            if done == settings.steps or (done % settings.checkpoint_every == 0 and not bad_in_a_row):
-                checkpoint.save(folder, done, model, tokenizer, optimizer, {"step": done})
+            done, signal = step + 1, stop.requested()
+            late = done % settings.checkpoint_every == 0 or time.monotonic() - saved_at >= most_s
+            if done == settings.steps or (late and not bad_in_a_row) or signal:
+                checkpoint.save(folder, done, model, tokenizer, optimizer, {"step": done}, about)
                 checkpoint.prune(folder, keep=1, also=set())
+                saved_at = time.monotonic()
+            if signal:
+                raise stop.Stopped(f"{signal}: step {done} of the warm start is saved; go on with --resume")
     return folder / f"step-{settings.steps}" / "model"
 
 
@@ -113,7 +122,8 @@ def check_demonstrations(config: RunConfig, task: Task, tokenizer: PreTrainedTok
     try:
         demonstrations = _epoch(config, task, 0, set())
     except (ValueError, OSError) as error:
-        raise ConfigError(f"warm_start.demonstrations: {' '.join(str(error).split())}") from None
+        said = " ".join(str(error).split()).removeprefix("demonstrations: ")
+        raise ConfigError(f"warm_start.demonstrations: {said}") from None
     thinking = opens_think(task, tokenizer)
     for demo in demonstrations:
         if parse(demo.response, thinking).kind == "none":

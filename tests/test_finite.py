@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg import checkpoint, health
+from gapg import checkpoint, health, manifest
 from gapg.cli import main
 from gapg.config import RunConfig
 from gapg.config_sections import OptimConfig
@@ -282,6 +282,7 @@ def test_a_checkpoint_without_the_counters_is_resumed(start: Start) -> None:
         del saved[name]
     del saved["controller"]["start"]
     path.write_text(json.dumps(saved))
+    manifest.write(path.parent, {"run": None, "step": 1}, manifest.read(path.parent)["files"])
     again = start(steps="2", **EVERY_STEP)
     assert again.state.step == 1 and again.state.bad_steps == 0
     assert asdict(again.controller)["start"] == again.config.reward.alpha_c / again.config.reward.alpha_a

@@ -307,6 +307,7 @@ class TestStochasticOracle:
     def test_a_reply_without_a_block_is_judged_whole(self):
         assert judged([CALL], ScriptedOracle(PROMPT.answer)).oracle_score == 1.0
         assert judged([CALL], ScriptedOracle(f"{BAD} No: {GOLD}")).oracle_score == 1.0
+        assert judged([CALL], ScriptedOracle(f"{BAD} No: {GOLD} and not </answer>")).oracle_score == 1.0
         assert judged([CALL], ScriptedOracle("I do not know")).oracle_score == 0.0
 
     def test_what_a_reply_only_thinks_is_not_judged(self):

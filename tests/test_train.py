@@ -15,9 +15,10 @@ import torch
 from gapg import checkpoint, tracking
 from gapg.jsonl import read_jsonl
 from gapg.judge import Judge
+from gapg.outage import LOST_STEPS, OracleDown
 from gapg.rollout.records import OracleAnswer, OracleQuestion, OracleUsage
 from gapg.run import Run
-from gapg.train import COLLAPSED_AFTER, UNKNOWN_STEPS, OracleDown, _warn_if_collapsed, train, train_step
+from gapg.train import COLLAPSED_AFTER, _warn_if_collapsed, train, train_step
 from gapg.use.validate import validate
 
 KEYS = {
@@ -183,7 +184,7 @@ def test_an_oracle_that_stays_away_stops_the_run_without_harm(start: Callable[..
     down = cut_off(run)
     with pytest.raises(OracleDown, match="--resume"):
         train(run, validate)
-    assert run.state.step == UNKNOWN_STEPS == 3
+    assert run.state.step == LOST_STEPS == 3
     rows = read_jsonl(run.folder / "metrics.jsonl")
     assert [r["groups/unknown"] for r in rows] == [8, 8, 8]
     assert [r["groups/trained"] + r["groups/d1"] + r["groups/d2"] for r in rows] == [0, 0, 0]
@@ -201,7 +202,7 @@ def test_an_oracle_that_stays_away_stops_the_run_without_harm(start: Callable[..
     train(mended, validate)
     assert mended.queue.returned == []
     assert mended.queue.cursor == 8, "the same prompts, no new ones"
-    assert mended.state.all_unknown == 0
+    assert mended.state.lost_steps == 0
 
 
 def test_one_failed_answer_is_no_reason_to_stop(start: Callable[..., Run]) -> None:
@@ -217,7 +218,7 @@ def test_one_failed_answer_is_no_reason_to_stop(start: Callable[..., Run]) -> No
     train(run, validate)
     rows = read_jsonl(run.folder / "metrics.jsonl")
     assert any(0 < r["groups/unknown"] < 8 for r in rows)
-    assert run.state.all_unknown == 0
+    assert run.state.lost_steps == 0
 
 
 def test_validation_without_an_oracle_does_not_end_in_a_traceback(start: Callable[..., Run]) -> None:

@@ -9,15 +9,22 @@ import math
 import multiprocessing
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from gapg.config import RunConfig
-from gapg.files import write_whole
+from gapg import run_identity, stop
+from gapg.config import ConfigError, RunConfig
+from gapg.files import DiskFull, write_whole
 from gapg.folder import open_folder, save_config
+from gapg.health import Diverged
 from gapg.jsonl import read_jsonl, to_json
 from gapg.judge import Judge
+from gapg.model import load_tokenizer
+from gapg.outage import OracleDown, check_evaluation
 from gapg.parts import fitting_prompts, make_oracle, make_task, oracle_account
 from gapg.rollout.records import HelpControl, Sampling
 from gapg.run import Run, build_run, set_threads
@@ -31,6 +38,12 @@ from gapg.use.calibrate import fit_bias, help_control, masked
 from gapg.use.evaluate import Result, mcnemar, prediction, respond
 from gapg.use.report import plot_run, print_table
 from gapg.use.validate import validate
+
+CLOUD_FAILED = 3
+"""Exit code of a baseline that the cloud failed."""
+
+LAST_STEP_S = 120.0
+"""How long a baseline that is told to end may take for its step."""
 
 
 class BaselineFailed(RuntimeError):
@@ -57,35 +70,54 @@ def task_tuned_config(config: RunConfig) -> RunConfig:
     )
 
 
-def check_alive(baseline: multiprocessing.process.BaseProcess, folder: Path) -> None:
-    """Raises BaselineFailed as soon as the baseline has failed, so that nobody waits for half a comparison."""
+def check_alive(baseline: BaseProcess, folder: Path) -> None:
+    """Raises as soon as the baseline has failed, so that nobody waits for half a comparison: OracleDown where the cloud
+    failed it, else BaselineFailed."""
     if baseline.exitcode:
         log = folder / "task-tuned" / "log.txt"
+        if baseline.exitcode == CLOUD_FAILED:
+            raise OracleDown(f"the oracle failed the task-tuned baseline; see {log}, mend it, then go on with --resume")
         raise BaselineFailed(f"the task-tuned baseline failed; see {log}, then go on with --resume")
 
 
-def start_task_tuned(config: RunConfig, warm_model: Path | None) -> multiprocessing.process.BaseProcess:
-    """Trains and assesses the baseline in a process of its own, which ends with this one."""
+@contextmanager
+def task_tuned(config: RunConfig, warm_model: Path | None) -> Iterator[BaseProcess]:
+    """Trains and assesses the baseline in a process of its own.
+
+    Where this process ends early, so does that one: after its step, which it saves.
+    """
     process = multiprocessing.get_context("spawn").Process(
         target=_task_tuned, args=(task_tuned_config(config), warm_model), name="task-tuned", daemon=True
     )
     process.start()
-    return process
+    try:
+        yield process
+    finally:
+        if process.is_alive():
+            process.terminate()
+            process.join(LAST_STEP_S)
+            process.kill()
 
 
 def _task_tuned(config: RunConfig, warm_model: Path | None) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
-    lock = open_folder(config, resume=True)
-    save_config(config)
-    sys.stderr = (config.output_dir / "log.txt").open("a", buffering=1)
-    set_threads(config)
-    run = build_run(config, config.output_dir, make_task(config), warm_model)
-    try:
-        train(run, validate)
-        assess_task_tuned(run)
-    finally:
-        run.close()
-        lock.close()
+    begun = (config.output_dir / "config.yaml").exists()
+    with open_folder(config, resume=begun), stop.listening(once=False):
+        task = make_task(config)
+        run_identity.begin(config.output_dir, config, task, load_tokenizer(config.model, task))
+        save_config(config)
+        sys.stderr = (config.output_dir / "log.txt").open("a", buffering=1)
+        set_threads(config)
+        try:
+            run = build_run(config, config.output_dir, task, warm_model)
+            try:
+                train(run, validate)
+                assess_task_tuned(run)
+            finally:
+                run.close()
+        except (OracleDown, ConfigError, DiskFull, Diverged, stop.Stopped) as error:
+            say(f"gapg: {error}")
+            sys.exit(CLOUD_FAILED if isinstance(error, OracleDown) else 1)
 
 
 def assess_task_tuned(run: Run) -> None:
@@ -118,7 +150,7 @@ def assess(run: Run, name: str, temperature: float, control: HelpControl) -> lis
     Kept with the step they belong to, and made again where the oracle failed.
     """
     path = _predictions(run.folder, name, run.state.step)
-    kept = read_jsonl(path)
+    kept = read_jsonl(path, whole=True)
     if kept and all(row["oracle_score"] is not None for row in kept):
         return kept
     prompts = run.validation
@@ -141,6 +173,7 @@ def assess(run: Run, name: str, temperature: float, control: HelpControl) -> lis
     rows = [prediction(g, run.config.reward) for g in groups]
     path.parent.mkdir(exist_ok=True)
     write_whole(path, "".join(to_json(row) + "\n" for row in rows))
+    check_evaluation(groups)
     return rows
 
 
@@ -207,7 +240,7 @@ def assess_before_training(run: Run) -> None:
     assess(run, "heldout-before", run.config.rollout.temperature, help_control(run.tokenizer))
 
 
-def finish(run: Run, baseline: multiprocessing.process.BaseProcess) -> dict[str, Any]:
+def finish(run: Run, baseline: BaseProcess) -> dict[str, Any]:
     """Assesses GAPG, waits for the baseline, and leaves table, picture and summary.json. Raises BaselineFailed."""
     bias = assess_gapg(run)
     if baseline.is_alive():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ from gapg.studies.provenance import machine, revision, versions
 from gapg.studies.runs import Place, check, make_run, make_warm_start, place
 from gapg.studies.study import Finished, Report, Study, Unit
 from gapg.tracking import say, warn
+from gapg.use.report import save_figure
 
 matplotlib.use("agg")
 from matplotlib.figure import Figure
@@ -257,9 +257,7 @@ def redraw(folder: Path) -> None:
 def _draw(draw: Callable[[Figure], None], path: Path) -> None:
     figure = Figure(figsize=(11, 5), layout="constrained")
     draw(figure)
-    partial_path = path.with_name(f".{path.name}")
-    figure.savefig(partial_path, dpi=110, format="png")
-    os.replace(partial_path, path)
+    save_figure(figure, path)
 
 
 def _plain(value: Any) -> Any:

@@ -146,6 +146,7 @@ def _responses(run: Run, prompts: Sequence[Prompt], n: int, label: str) -> list[
     seed = derive(run.config.seed, "gradient variance", label)
     sampling = Sampling(rollout.max_new_tokens, rollout.temperature, STOP, seed, thinking=run.judge.thinking)
     judge = Judge(run.task, run.oracle, ask_always=True, thinking=run.judge.thinking)
+    judge.start_step()
     ids = [run.task.render(p, run.tokenizer) for p in prompts]
     found = {i: judge.submit(prompts[i], c).result() for i, c in run.engine.generate(ids, n, sampling)}
     return [found[i] for i in range(len(prompts))]

@@ -32,7 +32,7 @@ def make_product(run: Run, name: str) -> int:
     One with such rows is made again (paid answers are not asked twice).
     """
     path = product_path(run.folder, name)
-    rows = read_jsonl(path)
+    rows = read_jsonl(path, whole=True)
     if not _whole(rows):
         make: Callable[[Run], Rows] = PRODUCTS[name] if name in PRODUCTS else find_object(name, "product")
         rows = make(run)
@@ -45,7 +45,7 @@ def make_product(run: Run, name: str) -> int:
 
 def is_made(path: Path) -> bool:
     """Whether a product lies there, the cloud known on all its rows."""
-    return _whole(read_jsonl(path))
+    return _whole(read_jsonl(path, whole=True))
 
 
 def _whole(rows: Rows) -> bool:

@@ -1,0 +1,109 @@
+"""`gapg train`: checks everything cheap first, then warm start, GAPG, and an evaluation or the comparison."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from gapg import preset, run_identity, stop
+from gapg.config import ConfigError, RunConfig
+from gapg.folder import open_folder, save_config
+from gapg.model import load_tokenizer
+from gapg.outage import check_cloud
+from gapg.parts import check_run, make_oracle, make_reward, make_task
+from gapg.reward import try_reward
+from gapg.rollout.records import OracleUsage
+from gapg.run import Run, build_run, set_threads
+from gapg.studies import compare
+from gapg.tasks.base import Task
+from gapg.tracking import say
+from gapg.train import train
+from gapg.use.calibrate import help_control
+from gapg.use.evaluate_command import evaluate
+from gapg.use.validate import validate
+from gapg.warm_start import check_demonstrations, warm_start
+
+PROCESSES = {"WORLD_SIZE": "RANK", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK"}
+"""What torchrun and mpirun tell each process: how many there are, and which one it is."""
+
+
+def train_command(name: str, overrides: Mapping[str, str], *, resume: bool) -> None:
+    """Runs the preset or YAML file `name`, or goes on with it.
+
+    Raises ConfigError, OracleDown, Diverged, BaselineFailed, DiskFull and Stopped, each one line.
+    """
+    _refuse_many()
+    config = preset.resolve(name, overrides, resume=resume)
+    task = make_task(config)
+    tokenizer = load_tokenizer(config.model, task)
+    _check(config, task, tokenizer)
+    with open_folder(config, resume=resume), stop.listening():
+        run_identity.begin(config.output_dir, config, task, tokenizer)
+        asked = _first_question(config, task)
+        preset.remember(name, config.output_dir)
+        save_config(config)
+        folder = config.output_dir
+        say(f"cloud budget {config.budget.cloud_fraction:.0%} of problems: rho = {config.budget.exact_rho}; {folder}/")
+        set_threads(config)
+        begin = folder / "warm-start" / "checkpoints"
+        warm = warm_start(config, begin, task, tokenizer) if config.warm_start else None
+        _gapg(config, task, warm, asked)
+
+
+def _refuse_many() -> None:
+    for size, rank in PROCESSES.items():
+        if int(os.environ.get(size) or 1) > 1:
+            if os.environ.get(rank, "0") != "0":
+                sys.exit(2)  # one of them says it
+            raise ConfigError(f"{size}={os.environ[size]}: a run is one process; start gapg train without a launcher")
+
+
+def _check(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    check_run(config, task, tokenizer)
+    check_demonstrations(config, task, tokenizer)
+    reward = make_reward(config)
+    try_reward(reward, config, task)
+    if config.compare:
+        help_control(tokenizer)  # the comparison masks and biases the phrase: a ConfigError where it cannot
+        try_reward(reward, compare.task_tuned_config(config), task)
+
+
+def _first_question(config: RunConfig, task: Task) -> OracleUsage:
+    oracle = make_oracle(config, task, config.output_dir)
+    try:
+        if config.oracle.kind != "solver":
+            say(f"asking {config.oracle.model} at {config.oracle.base_url} a first question")
+        return check_cloud(oracle, task, patience_s=config.oracle.timeout_s + 5)
+    finally:
+        oracle.close()
+
+
+def _gapg(config: RunConfig, task: Task, warm: Path | None, asked: OracleUsage) -> None:
+    folder = config.output_dir
+    with ExitStack() as parts:
+        baseline = parts.enter_context(compare.task_tuned(config, warm)) if config.compare else None
+        set_threads(config, side_by_side=2 if config.compare else 1)
+        run = build_run(config, folder, task, warm)
+        parts.callback(run.close)
+        if run.state.step == 0 and config.oracle.kind != "solver":
+            run.oracle.restore(asked)
+
+        def watch_and_validate(run: Run) -> dict[str, float]:
+            if baseline is not None:
+                compare.check_alive(baseline, folder)
+            return validate(run)
+
+        if baseline is not None and run.state.step == 0:
+            compare.assess_before_training(run)
+        train(run, watch_and_validate)
+        model = run.save() / "model"
+        say(f"trained: {model}")
+        if baseline is not None:
+            compare.finish(run, baseline)
+        elif config.eval.heldout != 0:
+            evaluate(config, folder, task, run.tokenizer, run.engine, run.oracle, model=str(model))

@@ -1,0 +1,66 @@
+"""A resumed run is given no other preset by mistake, and what may change in its file does."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gapg import preset
+from gapg.config import ConfigError, dump_config, load_config
+
+RUN = {"task": "countdown", "steps": 4, "optim": {"lr": 1e-4}, "reward": {"alpha_c": 0.3}}
+
+
+def write(path: Path, **changes: object) -> str:
+    path.write_text(yaml.safe_dump({**RUN, **changes}))
+    return str(path)
+
+
+@pytest.fixture
+def began(tmp_path: Path) -> str:
+    """A run with an option of its own, in `tmp_path/run`, that began with `tmp_path/mine.yaml`."""
+    name, folder = write(tmp_path / "mine.yaml"), tmp_path / "run"
+    folder.mkdir()
+    config = preset.resolve(name, {"output_dir": str(folder), "seed": "7"}, resume=False)
+    (folder / "config.yaml").write_text(dump_config(config))
+    preset.remember(name, folder)
+    return name
+
+
+def resumed(name: str, tmp_path: Path, **overrides: str) -> object:
+    return preset.resolve(name, {"output_dir": str(tmp_path / "run"), **overrides}, resume=True)
+
+
+def test_options_need_not_be_given_again(began: str, tmp_path: Path) -> None:
+    assert resumed(began, tmp_path) == load_config(began, {"output_dir": str(tmp_path / "run"), "seed": "7"})
+
+
+@pytest.mark.parametrize("name", ["quickstart", "countdown-qwen2.5-3b", "gsm8k-smollm2"])
+def test_another_preset_is_refused(name: str, began: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}: the run in .* began with .*mine.yaml, where .*--output-dir"):
+        resumed(name, tmp_path)
+
+
+def test_a_copy_and_the_saved_config_itself_are_the_same(began: str, tmp_path: Path) -> None:
+    copy = write(tmp_path / "copy.yaml")
+    assert resumed(copy, tmp_path) == resumed(began, tmp_path) == resumed(f"{tmp_path}/run/config.yaml", tmp_path)
+
+
+def test_what_a_resume_may_change_can_be_changed_in_the_file(began: str, tmp_path: Path) -> None:
+    write(tmp_path / "mine.yaml", steps=9, optim={"lr": 5e-5})
+    config = resumed(began, tmp_path)
+    assert (config.steps, config.optim.lr, config.seed) == (9, 5e-5, 7)  # type: ignore[attr-defined]
+    assert resumed(began, tmp_path, steps="11").steps == 11  # type: ignore[attr-defined]
+
+
+def test_what_it_may_not_is_named(began: str, tmp_path: Path) -> None:
+    write(tmp_path / "mine.yaml", reward={"alpha_c": 0.4})
+    with pytest.raises(ConfigError, match=r"where reward.alpha_c is 0.3; here it is 0.4"):
+        resumed(began, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "name: x", "[", "\x00", "settings: 3"])
+def test_a_damaged_record_is_one_line(text: str, began: str, tmp_path: Path) -> None:
+    (tmp_path / "run" / preset.FILE).write_text(text)
+    with pytest.raises(ConfigError, match=r"preset.yaml: cannot be read .*delete it"):
+        resumed(began, tmp_path)
