@@ -148,7 +148,7 @@ def test_without_a_gpu_it_is_refused(countdown: Countdown) -> None:
 
 
 def test_without_liger_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gapg.config.find_spec", lambda _: None)
+    monkeypatch.setattr("gapg.config_sections.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"liger-kernel is not installed; pip install 'gapg\[liger\]'"):
         load_config("quickstart", {"model.liger": "true"})
 

@@ -17,6 +17,8 @@ MAX_DIGITS = 400
 """A longer number is no plain number."""
 NOISE = Fraction(1, 10**13)
 """Relative error of decimals that a program computed: 0.30000000000000004 is 0.3."""
+APPROXIMATE = Fraction(1, 10**6)
+"""Relative error up to which a decimal stands for a number that no decimal can write, such as 1/3 or a root of 2."""
 
 # --- unicode ---
 
@@ -35,7 +37,7 @@ _UNICODE = str.maketrans(
     | dict.fromkeys("‘’‚", "'")
     | dict.fromkeys("⁄∕", "/")
     | dict.fromkeys("°º˚∘", "^\\circ ")
-    | {"٫": ".", "٬": ","}
+    | {"٫": ".", "٬": ",", "∶": ":"}
 )
 _VULGAR = re.compile("[¼-¾⅐-⅞↉]")
 _SUPERSCRIPT = re.compile("[⁰¹²³ⁱ⁴-ⁿ]+")
@@ -60,7 +62,8 @@ def _compatible(text: str) -> str:
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
-_CONCLUSION = re.compile(r"\banswer(?: is)?:? ([^\n$]{1,100})\Z", re.IGNORECASE)
+_CONCLUSION = re.compile(r"\banswer(?: is)?(?:: ?| )([^\n$]{1,100})\Z", re.IGNORECASE)
+_BRACKET = re.compile(r"\\.|[{}()]", re.DOTALL)
 _UNBRACED = re.compile(r"[^\s$]*")
 _WRITTEN_ROOT = re.compile(r"\\sqrt(?=\s*\()|(?<![\\A-Za-z])sqrt(?=\s*[\d({])")
 _ROOTS = {"√": "\\sqrt", "∛": "\\sqrt[3]", "∜": "\\sqrt[4]"}
@@ -89,13 +92,13 @@ def last_box(text: str) -> str | None:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Where the bracket is closed that opens at `opening`; the text's length where it is not."""
+    """Where the bracket is closed that opens at `opening`; the text's length where it is not. `\\{` is a sign."""
     opens, depth = text[opening], 0
     closes = {"{": "}", "(": ")"}[opens]
-    for at in range(opening, len(text)):
-        depth += (text[at] == opens) - (text[at] == closes)
+    for found in _BRACKET.finditer(text, opening):
+        depth += (found[0] == opens) - (found[0] == closes)
         if depth == 0:
-            return at
+            return found.start()
     return len(text)
 
 
@@ -165,10 +168,11 @@ def _based(found: re.Match[str]) -> str:
     return f"N_{{{digits.upper()}b{base}}}"
 
 
+_PREFIXES = {"x": 16, "o": 8, "b": 2}
 _START = r"(?<![\w.^}/)\\])"
 _INTEGER = r"(\d{1,3}(?:,\d{3}){1,5}|\d{1,15})"
 _IN_BASE = r"([0-9A-Z][0-9A-Za-z]{0,60}(?:\.[0-9A-Za-z]{1,60})?)"
-_TEXT_BASE = r"\\(?:text|mathrm) ?\{ ?(?:base[ -]?)?(\w{1,8}) ?\}"
+_TEXT_BASE = r"\\(?:text|mathrm) ?\{ ?(?:base[ -]?\}? ?)?(\w{1,8}) ?\}"
 _FRACTION = r"\\[dtc]?frac *(?:\{ *(\d{1,15}) *\}|(\d)) *(?:\{ *(\d{1,15}) *\}|(\d))"
 
 _NOTATION: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
@@ -177,12 +181,16 @@ _NOTATION: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\!\s*", ""),
     (r"(?<!\\)\\(?:[,;:> ]|q?quad(?![A-Za-z]))|~(?!=)", " "),
     (r"\\(?:left|right) *(?=[()])", ""),
+    (r"^(\$?)([-+]) +(?=[\d\\(])", r"\1\2"),
     # percent, powers, digits that repeat
     (r"(?<=[\d)}$]) {0,3}(?:\\(?:text|mbox|mathrm) ?\{ ?per ?cent ?\}|per ?cent\b)", r"\\%"),
     (r"(?<=[\w)}])(?:\*\*| \*\* )(?=[-\d(])", "^"),
-    (r"\*\*", ""),  # bold, in Markdown
+    (r"\*\*|`", ""),  # bold and code, in Markdown
     (r"(?<![\w.])(\d{0,40})\.(\d{0,40})\\overline ?\{(\d{1,40})\}", _repeating),
+    # functions and constants without their backslash
+    (r"(?<![\\A-Za-z{])(pi(?![A-Za-z])|(?:ln|log|sin|cos|tan)(?= ?[_(\d\\]| [a-z]\b))", r"\\\1"),
     # numbers in a base
+    (r"(?<![\w.])0([xXoObB])([\dA-Fa-f]{1,60})(?!\w)", lambda found: f"{found[2]}_{_PREFIXES[found[1].lower()]}"),
     (r"\\(?:text|math)(?:rm|bf)?\{([0-9A-F]+)\}(?=\w*_)", r"\1"),
     (rf"(?<![\w.\\])(?:{_IN_BASE}|\( ?{_IN_BASE} ?\)) ?_ ?(?:(\d\d?)(?!\d)|\{{ ?\(?(\w{{1,8}})\)? ?\}})", _based),
     (rf"(?<![\w.\\])(?:{_IN_BASE}|\( ?{_IN_BASE} ?\)) ?_ ?(?:\{{ ?{_TEXT_BASE} ?\}}|{_TEXT_BASE})", _based),
@@ -237,7 +245,7 @@ def _apply(text: str) -> str:
 
 _DRESS = re.compile(r"\\?\$|\\[()\[\]]|[€£¥₹]")
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)"
-_POWER_OF_TEN = rf"(?:({_DECIMAL}) *(?:\\times|\\cdot|[x*]) *)?10 *\^ *\{{?([-+]?\d{{1,3}})\}}?"
+_POWER_OF_TEN = rf"(?:({_DECIMAL}) *(?:\\times|\\cdot|[x*]) *)?10 *\^ *[{{(]?([-+]?\d{{1,3}})[)}}]?"
 _VALUE = re.compile(
     rf"([-+]?) *(?:({_DECIMAL})(?: ?/ ?({_DECIMAL}))?|\\frac\{{({_DECIMAL})\}}\{{({_DECIMAL})\}}|{_POWER_OF_TEN})"
     r" *(\\?%)?"
@@ -253,12 +261,23 @@ class Value:
     percent: bool = False
 
     def equals(self, other: Value) -> bool:
-        """Exactly, but for the noise of computed decimals. A percent sign may be left out: 50% is 0.5, and 50."""
-        noise = NOISE if self.decimal or other.decimal else Fraction(0)
+        """As `equal` has it. A percent sign may be left out: 50% is 0.5, and 50."""
+        decimal = self.decimal or other.decimal
         if self.percent == other.percent:
-            return near(self.number, other.number, noise)
+            return equal(self.number, other.number, decimal)
         percent, plain = (self, other) if self.percent else (other, self)
-        return any(near(number, plain.number, noise) for number in (percent.number, percent.number / 100))
+        return any(equal(number, plain.number, decimal) for number in (percent.number, percent.number / 100))
+
+
+def equal(a: Fraction, b: Fraction, decimal: bool) -> bool:
+    """Whether two numbers are the same. decimal: one of them was written, or computed, with a point.
+
+    Exactly then too, but for noise, unless the other is one that decimals only come near, such as 1/3.
+    """
+    if not decimal or a.denominator == b.denominator == 1:
+        return a == b
+    ends = all(pow(10, number.denominator.bit_length(), number.denominator) == 0 for number in (a, b))
+    return near(a, b, NOISE if ends else APPROXIMATE)
 
 
 def near(a: Fraction, b: Fraction, tolerance: Fraction) -> bool:

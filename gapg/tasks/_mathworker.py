@@ -26,6 +26,7 @@ import re
 import resource
 import signal
 import sys
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -56,15 +57,17 @@ MAX_DIGITS = 400
 MAX_BLOCK = 400
 """A longer text is taken for a whole reply, in which math-verify looks for the answer, not for an expression."""
 
-APPROXIMATE = sympy.Rational(1, 10**6)
-"""Relative error up to which a decimal number stands for an irrational one."""
 DIGITS_COMPARED = 40
 
 _NUMBERS = re.compile(r"\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-_ALGEBRA = re.compile(r"[\\^_{]|\d[A-Za-z]\b|\d ?/ ?[A-Za-z]\b|(?:^|[\s(=+*-])[A-Za-z] ?[-+*/]|[-+*] ?[A-Za-z]\b")
+_ALGEBRA = re.compile(
+    r"[\\^_{‰]|\d[A-Za-z]\b|\d [ixyz]\b|\d ?/ ?[A-Za-z]\b|(?:^|[\s(=+*-])(?!m/s)[A-Za-z] ?[-+*/]|[-+*] ?[A-Za-z]\b"
+    r"|\A[^A-Za-z]*\d ?!|\b(?:minus|negative|not|half|squared|cubed|ln|log|sin|cos|tan|pi)\b"
+)
+"""Signs that a number in a text is not all that the text says."""
 _FRACTION = re.compile(r"\\frac\{(\d+)\}\{(\d+)\}")
 _UNIT_POWER = re.compile(r"(?<=\d)( m| ?[a-z]{2,})\^ ?\{?[23]\}?\Z")
-_BOUND = re.compile(r"[<>](?![A-Za-z/])|\\(?:[lg]eq?|neq?|[lg]t)(?![A-Za-z])")
+_BOUND = re.compile(r"(?:<|(?<![-=])>)(?![A-Za-z/])|\\(?:[lg]eq?|neq?|[lg]t)(?![A-Za-z])")
 _OPERATORS: dict[type[ast.operator], Any] = {
     ast.Add: lambda a, b: sympy.Add(a, b, evaluate=False),
     ast.Sub: lambda a, b: sympy.Add(a, sympy.Mul(-1, b, evaluate=False), evaluate=False),
@@ -99,8 +102,8 @@ def _build(node: ast.expr, text: str) -> sympy.Expr:
 def equal_numbers(a: Any, b: Any, *precision: int) -> bool:
     """In place of math-verify's comparison of numbers, which rounds to six decimals, so that 0.0000001 is 0.
 
-    Exact numbers are equal when they are: fractions by value, surds to 40 digits. A decimal number may differ from a
-    fraction by the noise of a computation, and stands for an irrational number that it is near.
+    Exact numbers are equal when they are: fractions by value, surds to 40 digits. A decimal number may differ by the
+    noise of a computation, and stands for a number near it that no decimal can write: 1/3, a root.
     """
     if isinstance(a, sympy.MatrixBase | sympy.MatrixExpr) and isinstance(b, sympy.MatrixBase | sympy.MatrixExpr):
         return bool(_equal_matrices(a, b, *precision))
@@ -113,11 +116,12 @@ def _near(a: sympy.Expr, b: sympy.Expr) -> bool:
     decimal = a.has(sympy.Float) or b.has(sympy.Float)
     a, b = (x.xreplace({f: sympy.Rational(str(f)) for f in x.atoms(sympy.Float)}).doit() for x in (a, b))
     if a.is_Rational and b.is_Rational:
-        return bool(notation.near(a, b, notation.NOISE if decimal and not (a.is_Integer and b.is_Integer) else 0))
+        return bool(notation.equal(*(Fraction(int(x.p), int(x.q)) for x in (a, b)), decimal))
     a, b = (sympy.N(x, DIGITS_COMPARED) for x in (a, b))
     if not (a.is_finite and b.is_finite):
         return bool(a == b)
-    return bool(notation.near(a, b, APPROXIMATE if decimal else sympy.Rational(1, 10 ** (DIGITS_COMPARED - 5))))
+    tolerance = notation.APPROXIMATE if decimal else Fraction(1, 10 ** (DIGITS_COMPARED - 5))
+    return bool(notation.near(a, b, sympy.Rational(tolerance)))
 
 
 # Each of the two looks the other up in math-verify's module, where the elements of sets and matrices are compared too.
@@ -150,7 +154,7 @@ def _readings(text: str, plain: bool) -> list[Any]:
 def _with_one_number(text: str) -> str | None:
     """The text if it holds just one number and no algebra: to pick one would find a 1 in `8n^2 + 4n + 1`."""
     text = _UNIT_POWER.sub(r"\1", _FRACTION.sub(r"\1/\2", text))
-    return text if len(_NUMBERS.findall(text)) == 1 and not _ALGEBRA.search(text) else None
+    return text if len(_NUMBERS.findall(text)) == 1 and not (_ALGEBRA.search(text) or _BOUND.search(text)) else None
 
 
 @lru_cache(maxsize=16)
