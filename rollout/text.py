@@ -11,6 +11,7 @@ THINK = (
     ("<think>", "</think>"),  # Qwen, DeepSeek, GLM, Phi, SmolLM, OLMo, Nemotron, MiniMax and most others
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),  # EXAONE Deep
+    ("<reasoning>", "</reasoning>"),  # what many GRPO recipes teach
     ("<seed:think>", "</seed:think>"),
     ("<mm:think>", "</mm:think>"),  # MiniMax M3
     ("[THINK]", "[/THINK]"),  # Magistral
@@ -20,10 +21,10 @@ THINK = (
     ("<|channel>thought", "<channel|>"),  # Gemma 4
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
 )
-"""What opens and closes a block of reasoning in the text of open models."""
+"""What opens and closes a block of reasoning in the text of open models, in letters of either case."""
 
-_CLOSE_OF = dict(THINK)
-_THINK_MARK = re.compile("|".join(re.escape(mark) for pair in THINK for mark in pair))
+_CLOSE_OF = {begin.lower(): end.lower() for begin, end in THINK}
+_THINK_MARK = re.compile("|".join(re.escape(mark) for pair in THINK for mark in pair), re.IGNORECASE)
 
 
 def plain_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
@@ -73,7 +74,7 @@ def spoken(text: str, thinking: bool = False) -> str | None:
     start = 0
     awaited = "" if thinking else None  # what closes the block; a block of the prompt's is closed by anything
     for found in _THINK_MARK.finditer(text):
-        mark = found[0]
+        mark = found[0].lower()
         if mark in _CLOSE_OF:
             if awaited is None:
                 outside.append(text[start : found.start()])

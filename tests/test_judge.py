@@ -162,6 +162,9 @@ def test_special_tokens_after_an_ending_say_nothing(token):
         # another kind of block is text
         ("<think> [/THINK] <answer> 2 </answer>", Parsed("none")),
         ("<think> [THINK] </think> <answer> 2 </answer>", ANSWER_2),
+        # a mark's case is not
+        ("<THINK> <answer> 2 </answer>", Parsed("none")),
+        ("<Think> <answer> 3 </answer> </think> <answer> 2 </answer>", ANSWER_2),
     ],
 )
 def test_nothing_inside_a_think_block_counts(text, expected):

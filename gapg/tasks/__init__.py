@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import traceback
 from collections.abc import Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast, get_type_hints
 
@@ -34,7 +36,12 @@ def load_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
         raise ValueError(
             f"task.args: {name} does not take them: {error}; it takes {inspect.signature(factory)}"
         ) from None
-    task = factory(**(args or {}))
+    try:
+        task = factory(**(args or {}))
+    except (ValueError, OSError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"task.name: making {name} failed: {_raised(error)}") from error
     if missing := _missing(task):
         raise _no_task(name, missing)
     return cast(Task, task)
@@ -42,6 +49,8 @@ def load_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
 
 def _check_factory(factory: Any, name: str) -> None:
     """Raises ValueError for what is known, without a call, to make no task: `subprocess:Popen`, `builtins:eval`."""
+    while isinstance(factory, partial):
+        factory = factory.func
     made = factory if isinstance(factory, type) else _returned(factory)
     if not isinstance(made, type):
         raise ValueError(
@@ -50,6 +59,12 @@ def _check_factory(factory: Any, name: str) -> None:
         )
     if (missing := _missing(made)) not in ([], ["name"]):  # a class may name its tasks one by one
         raise _no_task(name if made is factory else f"what {name} returns, {made.__name__},", missing)
+
+
+def _raised(error: BaseException) -> str:
+    """The error and the line that raised it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
 
 
 def _no_task(what: str, missing: list[str]) -> ValueError:
@@ -64,10 +79,12 @@ def _missing(task: Any) -> list[str]:
 def _returned(function: Any) -> Any:
     """A function's annotation of what it returns; None without one, or where it cannot be read."""
     try:
+        function = inspect.unwrap(function)
         annotation = inspect.signature(function).return_annotation
         # alone, because those of the arguments may name what only a type checker imports
         alone = SimpleNamespace(__annotations__={"return": annotation})
-        found = get_type_hints(alone, getattr(inspect.unwrap(function), "__globals__", {}))["return"]
+        scope = function if hasattr(function, "__globals__") else function.__call__
+        found = get_type_hints(alone, getattr(scope, "__globals__", {}))["return"]
         return None if found is inspect.Signature.empty else found
     except Exception:  # a builtin without a signature, an annotation that names nothing
         return None

@@ -62,7 +62,7 @@ def _compatible(text: str) -> str:
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
-_CONCLUSION = re.compile(r"\banswer(?: is)?(?:: ?| )([^\n$]{1,100})\Z", re.IGNORECASE)
+_CONCLUSION = re.compile(r"(?:\banswer(?: is)?(?:: ?| )|#### )([^\n$]{1,100})\Z", re.IGNORECASE)
 _BRACKET = re.compile(r"\\.|[{}()]", re.DOTALL)
 _UNBRACED = re.compile(r"[^\s$]*")
 _WRITTEN_ROOT = re.compile(r"\\sqrt(?=\s*\()|(?<![\\A-Za-z])sqrt(?=\s*[\d({])")
@@ -146,14 +146,12 @@ def _repeating(found: re.Match[str]) -> str:
 
 
 def _mixed(found: re.Match[str]) -> str:
-    """`2 2/3` as `8/3` and `2\\frac{2}{3}` as `\\frac{8}{3}`. With an improper fraction it is a product."""
+    """`2 2/3` and `2\\frac{2}{3}` as `\\frac{8}{3}`. With an improper fraction it is a product, or two numbers."""
     written, over, under = found.groups()
     whole, top, bottom = int(written.replace(",", "")), int(over), int(under)
-    is_frac = "\\frac" in found[0]
-    if top >= bottom:
-        return f"{whole} \\cdot \\frac{{{over}}}{{{under}}}" if is_frac else found[0]
-    top += whole * bottom
-    return f"\\frac{{{top}}}{{{bottom}}}" if is_frac else f"{top}/{bottom}"
+    if top < bottom:
+        return f"\\frac{{{top + whole * bottom}}}{{{bottom}}}"
+    return f"{whole} \\cdot \\frac{{{over}}}{{{under}}}" if "\\frac" in found[0] else found[0]
 
 
 def _based(found: re.Match[str]) -> str:
@@ -172,7 +170,7 @@ _PREFIXES = {"x": 16, "o": 8, "b": 2}
 _START = r"(?<![\w.^}/)\\])"
 _INTEGER = r"(\d{1,3}(?:,\d{3}){1,5}|\d{1,15})"
 _IN_BASE = r"([0-9A-Z][0-9A-Za-z]{0,60}(?:\.[0-9A-Za-z]{1,60})?)"
-_TEXT_BASE = r"\\(?:text|mathrm) ?\{ ?(?:base[ -]?\}? ?)?(\w{1,8}) ?\}"
+_TEXT_BASE = r"\\(?:text|mathrm) ?\{ ?(?:base[ -]?)?(\w{1,8}) ?\}"
 _FRACTION = r"\\[dtc]?frac *(?:\{ *(\d{1,15}) *\}|(\d)) *(?:\{ *(\d{1,15}) *\}|(\d))"
 
 _NOTATION: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
@@ -185,12 +183,13 @@ _NOTATION: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     # percent, powers, digits that repeat
     (r"(?<=[\d)}$]) {0,3}(?:\\(?:text|mbox|mathrm) ?\{ ?per ?cent ?\}|per ?cent\b)", r"\\%"),
     (r"(?<=[\w)}])(?:\*\*| \*\* )(?=[-\d(])", "^"),
-    (r"\*\*|`", ""),  # bold and code, in Markdown
+    (r"\*\*|`|</?(?:[bip]|(?!answer)[A-Za-z]{2,12})>", ""),  # Markdown and HTML
     (r"(?<![\w.])(\d{0,40})\.(\d{0,40})\\overline ?\{(\d{1,40})\}", _repeating),
     # functions and constants without their backslash
     (r"(?<![\\A-Za-z{])(pi(?![A-Za-z])|(?:ln|log|sin|cos|tan)(?= ?[_(\d\\]| [a-z]\b))", r"\\\1"),
     # numbers in a base
-    (r"(?<![\w.])0([xXoObB])([\dA-Fa-f]{1,60})(?!\w)", lambda found: f"{found[2]}_{_PREFIXES[found[1].lower()]}"),
+    (r"(?<=_\{)\\(?:text|mathrm) ?\{ ?base ?\} ?(?=\d)", ""),
+    (r"(?<![\w.])0([xXoObB])([\dA-Fa-f]{1,60})(?!\w)", lambda x: f"{x[2].upper()}_{_PREFIXES[x[1].lower()]}"),
     (r"\\(?:text|math)(?:rm|bf)?\{([0-9A-F]+)\}(?=\w*_)", r"\1"),
     (rf"(?<![\w.\\])(?:{_IN_BASE}|\( ?{_IN_BASE} ?\)) ?_ ?(?:(\d\d?)(?!\d)|\{{ ?\(?(\w{{1,8}})\)? ?\}})", _based),
     (rf"(?<![\w.\\])(?:{_IN_BASE}|\( ?{_IN_BASE} ?\)) ?_ ?(?:\{{ ?{_TEXT_BASE} ?\}}|{_TEXT_BASE})", _based),
@@ -214,10 +213,19 @@ _RULES = [(re.compile(pattern), written) for pattern, written in _NOTATION]
 def reading(text: str) -> str:
     """The conclusion of a text in one notation: unicode as LaTeX in ASCII, numbers each in one form.
 
-    Mixed numbers are fractions (`2 2/3` is `8/3`), e-notation is written out, and a number in a base is a symbol.
+    Mixed numbers are fractions (`2 2/3` is `\\frac{8}{3}`), e-notation is written out, a number in a base is a symbol.
     """
     text = conclusion(text)
     return _apply(_roots(text if text.isascii() else _ascii(text)))
+
+
+_NAMED = re.compile(r"\$?([A-Za-z]|\\[a-z]+) *= *([^=$]+)\$?")
+
+
+def without_name(a: str, b: str) -> tuple[str, str]:
+    """Two readings without the name that both give to what they say, as `x = 5` does."""
+    x, y = _NAMED.fullmatch(a), _NAMED.fullmatch(b)
+    return (x[2], y[2]) if x and y and x[1] == y[1] else (a, b)
 
 
 def has_base(text: str) -> bool:
@@ -272,12 +280,23 @@ class Value:
 def equal(a: Fraction, b: Fraction, decimal: bool) -> bool:
     """Whether two numbers are the same. decimal: one of them was written, or computed, with a point.
 
-    Exactly then too, but for noise, unless the other is one that decimals only come near, such as 1/3.
+    Exactly then too, but for the noise of a computation, unless one may be the other rounded: near it, and the other
+    is endless (1/3), or has more digits where this one has six or more.
     """
     if not decimal or a.denominator == b.denominator == 1:
         return a == b
-    ends = all(pow(10, number.denominator.bit_length(), number.denominator) == 0 for number in (a, b))
-    return near(a, b, NOISE if ends else APPROXIMATE)
+    if near(a, b, NOISE) or not near(a, b, APPROXIMATE):
+        return near(a, b, NOISE)
+    places = [_places(number) for number in (a, b)]
+    if None in places or 0 in places:
+        return 0 not in places
+    return 2 * abs(a - b) <= Fraction(1, 10 ** min(filter(None, places))) <= min(abs(a), abs(b)) / 10**5
+
+
+def _places(number: Fraction) -> int | None:
+    """How many digits it has after the point; None where they never end."""
+    bound = number.denominator.bit_length()
+    return next((n for n in range(bound) if 10**n % number.denominator == 0), None)
 
 
 def near(a: Fraction, b: Fraction, tolerance: Fraction) -> bool:

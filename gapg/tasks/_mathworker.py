@@ -67,7 +67,7 @@ _ALGEBRA = re.compile(
 """Signs that a number in a text is not all that the text says."""
 _FRACTION = re.compile(r"\\frac\{(\d+)\}\{(\d+)\}")
 _UNIT_POWER = re.compile(r"(?<=\d)( m| ?[a-z]{2,})\^ ?\{?[23]\}?\Z")
-_BOUND = re.compile(r"(?:<|(?<![-=])>)(?![A-Za-z/])|\\(?:[lg]eq?|neq?|[lg]t)(?![A-Za-z])")
+_BOUND = re.compile(r"<|(?<![-=])>|\\(?:[lg]eq?|neq?|[lg]t)(?![A-Za-z])")
 _OPERATORS: dict[type[ast.operator], Any] = {
     ast.Add: lambda a, b: sympy.Add(a, b, evaluate=False),
     ast.Sub: lambda a, b: sympy.Add(a, sympy.Mul(-1, b, evaluate=False), evaluate=False),
@@ -168,7 +168,7 @@ def judge(gold: str, answer: str) -> str:
     Both are brought into one notation. What is the same then is right, two plain numbers are compared as such, and
     math-verify decides on the rest.
     """
-    gold, answer = notation.reading(gold), notation.reading(answer)
+    gold, answer = notation.without_name(notation.reading(gold), notation.reading(answer))
     if notation.has_base(gold) != notation.has_base(answer):  # one of them leaves the base out
         gold, answer = notation.without_base(gold), notation.without_base(answer)
     if gold == answer:

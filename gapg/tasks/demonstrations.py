@@ -13,6 +13,8 @@ from gapg.tasks.base import HELP_PHRASE, STOP, Demonstration, Prompt, Task
 def load_demonstrations(path: str | Path, task: Task) -> list[Demonstration]:
     """Warm-start pairs from a jsonl: `prompt` or `id` (a training problem's) and `response`, one object a line.
 
+    An `id` of the file's own is passed over where `prompt` names the problem.
+
     Raises ValueError naming the file and the line: what `read_data` refuses, missing keys, a prompt that is no training
     problem of `task` (the held-out ones must not be trained on), a response that ends in neither an answer block nor
     the help phrase.
@@ -31,17 +33,20 @@ def load_demonstrations(path: str | Path, task: Task) -> list[Demonstration]:
 
 
 def _demonstration(row: Mapping[str, Any], known: Mapping[str, Prompt], where: str) -> Demonstration:
-    asked, response = row.get("id", row.get("prompt")), row.get("response")
-    if type(asked) is not str or type(response) is not str:  # a number is a str of its own kind
+    # a number is a str of its own kind
+    asked = [row[key].strip() for key in ("id", "prompt") if type(row.get(key)) is str]
+    response = row.get("response")
+    if not asked or type(response) is not str:
         present = ", ".join(f"{key} ({kind(value)})" for key, value in row.items()) or "nothing"
         raise ValueError(f"{where}: needs the texts 'prompt' (or 'id') and 'response', has {present}")
-    prompt, response = known.get(asked.strip()), response.rstrip()
-    if prompt is None:
-        raise ValueError(f"{where}: {asked[:60]!r} is the id or text of no training problem")
+    prompts, response = {known[name].id: known[name] for name in asked if name in known}, response.rstrip()
+    if len(prompts) != 1:
+        which = "two training problems, id and prompt differ" if prompts else "no training problem"
+        raise ValueError(f"{where}: {' / '.join(repr(name[:60]) for name in asked)} is the id or text of {which}")
     if not response.endswith((STOP[0], HELP_PHRASE)):
         raise ValueError(f"{where}: the response must end in {STOP[0]} or {HELP_PHRASE!r}")
     try:
         check_text(response)
     except ValueError as error:
         raise ValueError(f"{where}: the response holds {error}") from None
-    return Demonstration(prompt, response)
+    return Demonstration(next(iter(prompts.values())), response)

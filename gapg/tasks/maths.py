@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from gapg.jsonl import check_text, kind, read_data
 from gapg.rollout.records import OracleQuestion
 from gapg.tasks import find_object
+from gapg.tasks._mathreading import last_box
 from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_PHRASE, Demonstration, Prompt, Split, Verdict
 from gapg.tasks.mathcheck import MathChecker
 from gapg.tasks.templates import ANSWER_ONLY, ENDINGS, render_instruction
@@ -46,7 +47,7 @@ class Source:
         split to rows with those columns.
     question, answer: columns of texts or numbers. A number of a jsonl keeps its digits.
     answer_pattern: a regular expression whose first group is the answer within its column (GSM8K: `#### (.+)`).
-    Without one the answer is the last `\\boxed{…}` of the column, or all of it where nothing is boxed.
+    Without one the answer is in the last `\\boxed{…}` of the column, or all of it where nothing is boxed.
     limit: the first so many rows only.
     """
 
@@ -293,7 +294,7 @@ def _digits(value: object) -> str | None:
 
 def _gold(where: str, source: Source, text: str, place: str) -> str:
     if source.answer_pattern is None:
-        boxed = _last_boxed(text)
+        boxed = last_box(text)
         if boxed == "":
             raise ValueError(f"{where}.answer: {place} has an empty \\boxed{{}}, which ends in {text[-60:]!r}")
         return boxed or text
@@ -310,15 +311,3 @@ def _worked(solution: str, answer_pattern: str | None) -> str:
     if answer_pattern is not None:
         solution = re.sub(answer_pattern, "", solution)
     return re.sub(r"<<[^<>]*>>", "", solution).strip()
-
-
-def _last_boxed(text: str) -> str | None:
-    """The inside of the last `\\boxed{…}`, braces balanced; a `\\{` is a sign, not a brace."""
-    inside, depth = text.rfind("\\boxed{") + len("\\boxed{"), 1
-    if inside < len("\\boxed{"):
-        return None
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, inside):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return text[inside : match.start()].strip()
-    return None

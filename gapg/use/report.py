@@ -59,13 +59,14 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def plot_run(folder: Path, summary: dict[str, Any], path: Path) -> None:
     """One PNG: methods against the budget, curves over steps, seconds per phase."""
-    metrics = [row for row in read_jsonl(folder / "metrics.jsonl") if row["step"] > 0]
+    metrics = [row for row in read_jsonl(folder / "metrics.jsonl") if row.get("step", 0) > 0]
     figure, axes = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
     _methods(axes[0, 0], summary)
     _curves(axes[0, 1], folder, summary["cloud_fraction"])
     _budget(axes[1, 0], metrics, summary["cloud_fraction"])
     _phases(axes[1, 1], metrics)
-    figure.suptitle(f"{folder.name}: seed {summary['seed']}, oracle: {summary['oracle']}")
+    title = printable(f"{folder.name}: seed {summary['seed']}, oracle: {summary['oracle']}")
+    figure.suptitle(title, parse_math=False)  # a name may hold dollars
     save_figure(figure, path)
     plt.close(figure)
 

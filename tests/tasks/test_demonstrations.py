@@ -29,11 +29,13 @@ def test_by_id_and_by_text(task, tmp_path):
         {"prompt": made[1].prompt.id, "response": made[1].response + "\n"},
         "",
         {"prompt": f" {made[2].prompt.text} ", "response": made[2].response, "score": 0.5},
-        {"prompt": made[3].prompt.text, "response": f"hard {HELP_PHRASE}"},
+        {"id": 17, "prompt": made[3].prompt.text, "response": f"hard {HELP_PHRASE}"},
+        {"id": "their-17", "prompt": made[0].prompt.text, "response": made[0].response},
     ]
     loaded = load_demonstrations(write(tmp_path / "d.jsonl", *rows), task)
     assert loaded[:3] == list(made[:3])
     assert loaded[3].prompt == made[3].prompt and loaded[3].response.endswith(HELP_PHRASE)
+    assert loaded[4] == made[0]
 
 
 @pytest.mark.parametrize(
@@ -71,6 +73,7 @@ def test_a_byte_order_mark_and_gzip(task, tmp_path, monkeypatch):
         ({"id": 7, "response": "y"}, "has id (a number)"),
         ({"prompt": "x", "response": [{"role": "assistant", "content": "y"}]}, "response (a list)"),
         ({"prompt": "1 1 1 = 60", "response": "<answer> 1 </answer>"}, "is the id or text of no training problem"),
+        ({"two": True}, "is the id or text of two training problems, id and prompt differ"),
         ({"heldout": True}, "is the id or text of no training problem"),
         ({"ending": "the answer is 4"}, "the response must end in </answer> or"),
         ({"ending": "<unknown> help </unknown>"}, "the response must end in"),
@@ -81,6 +84,8 @@ def test_errors_name_the_line(task, tmp_path, row, message):
     good = task.demonstrations(0)[0]
     if isinstance(row, dict) and "heldout" in row:  # held-out problems must not be trained on
         row = {"prompt": task.prompts("heldout")[0].id, "response": good.response}
+    if isinstance(row, dict) and "two" in row:
+        row = {"id": good.prompt.id, "prompt": task.prompts("train")[1].text, "response": good.response}
     if isinstance(row, dict) and "ending" in row:
         row = {"prompt": good.prompt.id, "response": row["ending"]}
     first = {"prompt": good.prompt.id, "response": good.response}

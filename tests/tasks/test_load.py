@@ -82,6 +82,7 @@ def test_errors(importable, name, args, message):
         ("builtins:open", {"file": "{mark}", "mode": "w"}),
         ("pathlib:Path", {}),
         ("functools:partial", {}),
+        ("their_tools:shell", {"args": "touch {mark}"}),
         ("their_tools:touch", {"path": "{mark}"}),
         ("their_tools:Touches", {"path": "{mark}"}),
     ],
@@ -89,6 +90,7 @@ def test_errors(importable, name, args, message):
 def test_nothing_but_a_task_is_called(importable, name, args):
     mark = importable / "called"
     (importable / "their_tools.py").write_text(
+        "import functools, subprocess\nshell = functools.partial(subprocess.Popen, shell=True)\n"
         "def touch(path): open(path, 'w')\n"
         "class Touches:\n    name = 'x'\n    def __init__(self, path): touch(path)\n"
         "    def __getattr__(self, key): return print\n"
@@ -100,16 +102,33 @@ def test_nothing_but_a_task_is_called(importable, name, args):
 
 def test_a_function_that_says_what_it_makes(importable):
     (importable / "their_makers.py").write_text(
-        "from __future__ import annotations\nfrom functools import wraps\nfrom typing import TYPE_CHECKING\n"
+        "from __future__ import annotations\nfrom functools import cache, partial, wraps\n"
+        "from typing import TYPE_CHECKING\n"
         "from gapg.tasks.base import Task\nfrom gapg.tasks.countdown import Countdown\n"
         "if TYPE_CHECKING:\n    from nowhere import Unseen\n"
-        "def make(seed: Unseen = 0) -> Countdown: return Countdown(seed=seed)\n"
-        "def any_task(seed: int = 0) -> Task: return Countdown(seed=seed)\n"
+        "class Small(Countdown):\n"
+        "    def __init__(self, seed=0): super().__init__(max_number=5, max_target=20, seed=seed)\n"
+        "def make(seed: Unseen = 0) -> Small: return Small(seed=seed)\n"
+        "def any_task(seed: int = 0) -> Task: return Small(seed=seed)\n"
         "def wrapped(f):\n    @wraps(f)\n    def g(*a, **k): return f(*a, **k)\n    return g\n"
-        "decorated = wrapped(make)\n"
-        "class Named:\n    def __init__(self, seed=0): self.name, self.prompts = 'x', Countdown(seed=seed).prompts\n"
+        "decorated, cached, ready = wrapped(make), cache(make), partial(partial(Small), 4)\n"
+        "class Named:\n    def __init__(self, seed=0): self.name, self.prompts = 'x', Small(seed=seed).prompts\n"
         "    def prompts(self, split): ...\n"
         "    render, verify, question = Countdown.render, Countdown.verify, Countdown.question\n"
+        "class Maker:\n    def __call__(self, seed: int = 0) -> Small: return Small(seed=seed)\n"
+        "maker = Maker()\n"
     )
-    for name in ("make", "any_task", "decorated", "Named"):
-        assert load_task(f"their_makers:{name}", {"seed": 4}).prompts("train") == Countdown(seed=4).prompts("train")
+    right = Countdown(max_number=5, max_target=20, seed=4).prompts("train")
+    for name in ("make", "any_task", "decorated", "Named", "cached", "maker"):
+        assert load_task(f"their_makers:{name}", {"seed": 4}).prompts("train") == right
+    assert load_task("their_makers:ready").prompts("train") == right
+
+
+@pytest.mark.parametrize("raised", ["KeyError('x')", "SystemExit(3)", "AssertionError"])
+def test_a_task_that_cannot_be_made_says_where(importable, raised):
+    (importable / "their_failing.py").write_text(
+        "from gapg.tasks.countdown import Countdown\nclass Mine(Countdown):\n"
+        f"    def __init__(self):\n        raise {raised}\n"
+    )
+    with pytest.raises(ValueError, match=r"task.name: making their_failing:Mine failed: .*their_failing.py:4\)$"):
+        load_task("their_failing:Mine")

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -30,17 +29,22 @@ def slow(n: int) -> str:
     return f"$\\{{{','.join(map(str, range(n, n + 250)))}\\}}$"
 
 
-@pytest.fixture
-def make() -> Iterator[Callable[..., MathChecker]]:
-    made: list[MathChecker] = []
+def started(**settings: object) -> Iterator[MathChecker]:
+    checker = MathChecker(seconds=1.5, slow_answers=1, **settings)  # type: ignore[arg-type]
+    assert checker.pids == []  # nothing runs before it is needed
+    checker.check("72", ["72", "73", "74", "75"])
+    yield checker
+    pids = checker.pids
+    checker.close()
+    wait_until(lambda: not any(map(group, pids)))
+    checker.close()
+    assert checker.pids == []
 
-    def make(**settings: object) -> MathChecker:
-        made.append(MathChecker(**settings))  # type: ignore[arg-type]
-        return made[-1]
 
-    yield make
-    for checker in made:
-        checker.close()
+@pytest.fixture(scope="module")
+def alone() -> Iterator[MathChecker]:
+    """One worker, which tests may kill."""
+    yield from started(workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +52,7 @@ def shared() -> Iterator[MathChecker]:
     """Started by a process that has a key in its environment."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENAI_API_KEY", "sk-secret")
-        checker = MathChecker(seconds=0.5, slow_answers=1, workers=3)
-        checker.check("72", ["72", "73", "74", "75", "76"])
-    yield checker
-    checker.close()
+        yield from started(workers=2)
 
 
 def group(pgid: int) -> list[int]:
@@ -65,19 +66,19 @@ def group(pgid: int) -> list[int]:
     return sorted(found)
 
 
-def wait_until_gone(pgids: list[int], seconds: float = 20) -> None:
+def wait_until(done: Callable[[], bool], seconds: float = 20) -> None:
     end = time.monotonic() + seconds
-    while any(group(pgid) for pgid in pgids):
-        assert time.monotonic() < end, "a worker outlives its parent"
+    while not done():
+        assert time.monotonic() < end, "a worker outlives its end"
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), float("inf"), "2"])
-def test_a_time_limit_that_is_none_is_refused(make: Callable[..., MathChecker], seconds: object) -> None:
+@pytest.mark.parametrize("limit", [0, -1.0, float("nan"), float("inf"), "2"])
+def test_a_limit_that_is_none_is_refused(limit: object) -> None:
     with pytest.raises(ValueError, match=r"^task\.args\.seconds: must be a number above 0, not "):
-        make(seconds=seconds)
+        MathChecker(seconds=limit)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^task\.args\.max_chars: must be a whole number, 1 or more, not "):
-        make(max_chars=seconds)
+        MathChecker(max_chars=limit)  # type: ignore[arg-type]
 
 
 def test_verdicts_come_in_the_order_of_the_answers(shared: MathChecker) -> None:
@@ -86,77 +87,66 @@ def test_verdicts_come_in_the_order_of_the_answers(shared: MathChecker) -> None:
     assert shared.check("3", []) == []
 
 
-def test_time_and_memory_limits_are_told_apart_from_wrong(shared: MathChecker) -> None:
-    assert shared.check("72", [BOMB, "$(10^9)!$", "7" * 30_000, "73"]) == [L, L, L, W]
-
-
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", ["alone", "shared"])
 def test_the_first_slow_answers_of_a_step_have_more_time(
-    make: Callable[..., MathChecker], tmp_path: Path, workers: int
+    request: pytest.FixtureRequest, tmp_path: Path, workers: str
 ) -> None:
     for split, question in (("train", "Twice 36?"), ("test", "Half of 144?")):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"question": question, "answer": "72"}) + "\n")
     task = Maths(str(tmp_path), {})
-    task.checker = make(slow_answers=1, workers=workers)
+    task.checker = request.getfixturevalue(workers)
     prompt, judge = task.prompts("train")[0], Judge(task, SolverOracle(lambda _: "72", accuracy=1.0, wrong="0"))
+    judge.start_step()
     assert task.verify(prompt, [slow(1), "72", slow(1), slow(2)]) == [W, C, W, L]
     assert task.verify(prompt, [slow(2), "72", "73"]) == [L, C, W]
     judge.start_step()
     assert task.verify(prompt, [slow(2)]) == [W]
 
 
-def test_bombs_take_a_bounded_time(make: Callable[..., MathChecker]) -> None:
-    """CPU time, all processes included, so that a busy machine does not fail it."""
-
-    def children() -> float:
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return used.ru_utime + used.ru_stime
-
-    checker, before = make(seconds=1.0, slow_answers=1, workers=2), children()
-    for k in range(2):
-        assert checker.check("72", [f"${n}^{{9^{{9^{{9}}}}}}$" for n in range(3 * k + 2, 3 * k + 5)]) == [L] * 3
-    checker.close()
-    start_s = 3.0  # of two workers; it is about 1 s
-    assert children() - before < 6 * 0.2 + 1 * 1.0 + start_s < 6 * 1.0
+def cpu_seconds(pgids: list[int]) -> float:
+    """Of all processes of the groups, and of those that ended: a busy machine does not fail a test of these."""
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pgid in pgids for pid in group(pgid)]
+    return sum(int(ticks) for found in fields for ticks in found[11:15]) / os.sysconf("SC_CLK_TCK")
 
 
-def test_a_killed_worker_is_replaced(make: Callable[..., MathChecker]) -> None:
-    checker = make(workers=1)
-    assert checker.pids == []  # nothing runs before it is needed
-    assert checker.check("72", ["72"]) == [C]
-    for which in (0, -1):  # the process, its fork
-        (pid,) = checker.pids
-        os.kill(group(pid)[which], signal.SIGKILL)
-        assert checker.check("72", ["72", "73"]) == [C, W]
-    (pid,) = checker.pids
-    checker.close()
-    wait_until_gone([pid])
-    checker.close()
-    assert checker.pids == []
+def test_bombs_take_a_bounded_time_and_are_told_apart_from_wrong(shared: MathChecker) -> None:
+    shared.start_step()
+    before = cpu_seconds(shared.pids)
+    assert shared.check("72", [BOMB, "$(10^9)!$", "7" * 30_000, "73"]) == [L, L, L, W]
+    assert shared.check("72", [BOMB, "$8^{9^{9^{9}}}$", "72"]) == [L, L, C]
+    used = cpu_seconds(shared.pids) - before
+    assert 1.5 <= used < 1.5 + 4 * 0.2 + 1  # the last for forks, and for what the kernel's clock takes too much
 
 
-def test_a_worker_killed_while_it_works_is_asked_once_more(make: Callable[..., MathChecker]) -> None:
-    checker = make(workers=1)
-    checker.check("72", ["72"])
-    killer = threading.Timer(0.1, os.kill, (group(checker.pids[0])[-1], signal.SIGKILL))
+def test_a_killed_worker_costs_no_verdict(alone: MathChecker) -> None:
+    """First the process that made the fork, which goes on without it."""
+    (pgid,) = alone.pids
+    for pid in group(pgid):
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda pid=pid: pid not in group(pgid))
+        assert alone.check("72", ["72", "73"]) == [C, W]
+    assert alone.pids != [pgid]
+
+
+def test_a_worker_killed_while_it_works_is_asked_once_more(alone: MathChecker) -> None:
+    """The fork, whose parent ends with it."""
+    alone.start_step()
+    killer = threading.Timer(0.1, os.kill, (group(alone.pids[0])[-1], signal.SIGKILL))
     killer.start()
-    assert checker.check("72", [slow(1), "72"]) == [W, C]
+    assert alone.check("72", [slow(1), "72"]) == [W, C]
     killer.join()
 
 
-def test_a_stopped_worker_is_replaced(make: Callable[..., MathChecker]) -> None:
-    checker = make(seconds=0.15, workers=1)
-    checker.check("72", ["72"])
-    (first,) = checker.pids
-    os.killpg(first, signal.SIGSTOP)  # it hangs where no limit on CPU time reaches it, and reads nothing
-    assert checker.check("72", ["7" * 19_000, "72", "73"]) == [W, C, W]
-    assert checker.pids != [first]
+def test_a_stopped_worker_is_replaced(alone: MathChecker) -> None:
+    (pid,) = alone.pids
+    os.killpg(pid, signal.SIGSTOP)  # it hangs where no limit on CPU time reaches it, and reads nothing
+    (worker,) = alone._workers
+    worker._socket.settimeout(1.0)  # its patience until it is started again
+    assert alone.check("72", ["7" * 19_000, "72", "73"]) == [W, C, W]
+    assert alone.pids != [pid]
 
 
-def test_an_interrupt_does_not_shift_the_replies(make: Callable[..., MathChecker]) -> None:
-    checker = make(workers=1)
-    checker.check("72", ["72"])
-
+def test_an_interrupt_does_not_shift_the_replies(alone: MathChecker) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -164,10 +154,10 @@ def test_an_interrupt_does_not_shift_the_replies(make: Callable[..., MathChecker
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.1)
         with pytest.raises(KeyboardInterrupt):
-            checker.check("72", [BOMB])
+            alone.check("72", [BOMB])
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert [checker.check("72", [answer]) for answer in ("72", "73", "72")] == [[C], [W], [C]]
+    assert [alone.check("72", [answer]) for answer in ("72", "73", "72")] == [[C], [W], [C]]
 
 
 def test_workers_end_with_a_parent_that_is_killed() -> None:
@@ -175,7 +165,7 @@ def test_workers_end_with_a_parent_that_is_killed() -> None:
     script = (
         "import threading, time\n"
         "from gapg.tasks.mathcheck import MathChecker\n"
-        "checker = MathChecker(seconds=3.0, workers=2)\n"
+        "checker = MathChecker(seconds=1.0, workers=2)\n"
         "checker.check('72', ['72', '73'])\n"
         f"threading.Thread(target=checker.check, args=('72', [{BOMB!r}])).start()\n"
         "print(*checker.pids, flush=True)\n"
@@ -186,11 +176,11 @@ def test_workers_end_with_a_parent_that_is_killed() -> None:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2 and all(len(group(pid)) == 2 for pid in pids)
         parent.kill()
-    wait_until_gone(pids)
+    wait_until(lambda: not any(map(group, pids)))
 
 
 def test_the_workers_see_no_secrets(shared: MathChecker) -> None:
-    assert len(shared.pids) == 3
+    assert len(shared.pids) == 2
     for pid in [pid for pgid in shared.pids for pid in group(pgid)]:
         assert b"sk-secret" not in Path(f"/proc/{pid}/environ").read_bytes()
 

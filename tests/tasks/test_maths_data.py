@@ -13,7 +13,7 @@ import pytest
 from gapg.judge import parse
 from gapg.tasks import load_task
 from gapg.tasks.base import HELP_PHRASE, Verdict
-from gapg.tasks.maths import Maths, _last_boxed
+from gapg.tasks.maths import Maths
 
 C, W = Verdict.CORRECT, Verdict.WRONG
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
@@ -233,10 +233,15 @@ def test_a_folder_of_gzipped_splits(folder):
         Maths({"path": str(folder), "split": "dev"}, {})
 
 
-def test_escaped_braces_in_a_box_are_signs():
-    assert _last_boxed(r"so \boxed{\left\{ x \right.} and more}") == r"\left\{ x \right."
-    assert _last_boxed(r"\boxed{\{1, \frac{1}{2}\}}") == r"\{1, \frac{1}{2}\}"
-    assert _last_boxed(r"\boxed{1") is None is _last_boxed("1")
+def test_the_last_box_of_a_solution_is_the_gold(tmp_path):
+    solutions = {
+        r"so \boxed{\left\{ x \right.} and more}": r"\left\{ x \right.",
+        r"\boxed{1}, no, \boxed{\{1, \frac{1}{2}\}}": r"\{1, \frac{1}{2}\}",
+        r"\boxed 4 of 7": "4",
+        "1": "1",
+    }
+    task = Maths(write_problems(tmp_path, *map(json.dumps, solutions)), {})
+    assert [p.answer for p in task.prompts("train")] == list(solutions.values())
 
 
 def test_an_empty_box_is_no_answer(tmp_path):
