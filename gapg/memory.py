@@ -131,7 +131,7 @@ def print_plan(config: RunConfig) -> None:
         if pack:
             say("memory: as if this model packs; a run tries it. --update.pack false shows what padded rows need")
     if plan := _plan_if_any(model, config, default_device()):
-        Console(highlight=False).print(plan.table())
+        Console(highlight=False, markup=False, emoji=False).print(plan.table())
         check(plan, model, config, default_device())
 
 

@@ -47,7 +47,9 @@ def load_tokenizer(config: ModelConfig, task: Task) -> PreTrainedTokenizerBase:
     load_shape(config.path)  # for its errors, which loading a tokenizer would say in other words
     try:
         tokenizer = AutoTokenizer.from_pretrained(check_folder(config.path), trust_remote_code=False)
-    except Exception as error:  # whatever a folder's files make the code of transformers say
+    except BaseException as error:  # whatever a folder's files make the code of transformers say
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's, of tokenizers
+            raise
         raise ConfigError(
             f"model.path={config.path}: no tokenizer: {one_line(error)}; it wants a whole tokenizer.json"
         ) from None

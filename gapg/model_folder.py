@@ -36,6 +36,8 @@ def load_shape(path: str) -> PretrainedConfig:
     folder = check_folder(path)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if not isinstance(config.get_text_config(), PretrainedConfig):
+            raise ValueError("text_config is of no known model")
     except Exception as error:  # whatever a config makes the code of transformers say
         raise ConfigError(f"model.path={path}: no model config: {one_line(error)}") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

@@ -57,10 +57,13 @@ def check_cache(config: RunConfig, file: Path, given: Collection[str]) -> None:
 def where_questions_go(config: RunConfig, file: Path, given: Collection[str]) -> str | None:
     """One line to be said before anything is asked; None where the user chose the server, or none is asked."""
     oracle = config.oracle
-    if oracle.kind == "solver" or all(_is_given(f"oracle.{key}", given) for key in ("base_url", "api_key_env")):
+    key = bool(os.environ.get(oracle.api_key_env))
+    chosen = ("oracle.base_url", "oracle.api_key_env") if key else ("oracle.base_url",)
+    theirs = [name for name in chosen if not _is_given(name, given)]
+    if oracle.kind == "solver" or not theirs:
         return None
-    key = f", with the key in {oracle.api_key_env}" if os.environ.get(oracle.api_key_env) else ""
-    return f"oracle: questions go to {oracle.base_url}{key} (from {file})"
+    opens = f", with the key in {oracle.api_key_env}" if key else ""
+    return f"oracle: questions go to {oracle.base_url}{opens} ({' and '.join(theirs)} from {file})"
 
 
 def _named(config: RunConfig) -> Iterator[tuple[str, str]]:

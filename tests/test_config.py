@@ -313,6 +313,17 @@ def test_the_last_of_two_counts() -> None:
     assert config.warm_start.steps == 7
 
 
+def test_a_value_that_cannot_be_kept_is_refused(tmp_path: Path) -> None:
+    """An alias may put a value into itself; others are used as they should be."""
+    file = tmp_path / "mine.yaml"
+    for args in ("&a {x: *a}", "{x: &a [*a]}", "{x: !!binary /w==}"):
+        file.write_text(f"task: {{name: countdown, args: {args}}}")
+        with pytest.raises(ConfigError, match=f"^config '{file}' holds a value that cannot be kept: "):
+            load_config(str(file))
+    file.write_text("task: countdown\nwarm_start: {optim: &o {lr: 1e-3}}\noptim: {<<: *o, warmup_steps: 1}")
+    assert load_config(str(file)).optim.lr == 1e-3
+
+
 def test_show_holds_every_key() -> None:
     """`gapg config show` is the reference."""
     shown = yaml.safe_load(dump_config(load_config("quickstart")))

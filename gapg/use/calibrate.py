@@ -10,20 +10,20 @@ part of the problems that do not call: no bisection over samples, and smooth in 
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from gapg.config import ConfigError
-from gapg.files import write_whole
+from gapg.files import write_whole, writing
 from gapg.jsonl import to_json
 from gapg.judge import parse
 from gapg.rollout.records import HelpControl, HelpSpelling
@@ -169,9 +169,9 @@ class Calibration:
     called: the part of the n calibration problems that calls. interval: 95%, of the call fraction on `new` others.
     """
 
-    temperature: float
-    cloud_fraction: float
-    bias: float
+    temperature: Annotated[FiniteFloat, Field(ge=0)]
+    cloud_fraction: FiniteFloat
+    bias: FiniteFloat
     called: float
     calibrated_on: str
     n: int
@@ -189,32 +189,36 @@ class Calibration:
         return f"{how}, calibrated to {100 * self.cloud_fraction:.4g}%"
 
 
+_ENTRIES = TypeAdapter(list[Calibration])
+
+
 def load_calibration(model_folder: Path) -> list[Calibration]:
     """The calibrations of the model in this folder; none when there is no file. Raises ConfigError for a broken one."""
     path = model_folder / FILE
-    if not path.exists():
-        return []
     try:
-        return [_entry(row) for row in json.loads(path.read_text())]
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise ConfigError(f"{path}: no calibration ({error}); delete it and run gapg calibrate again") from None
+        return _ENTRIES.validate_json(path.read_bytes()) if path.exists() else []
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+    except OSError as error:
+        why = str(error.strerror)
+    raise ConfigError(f"{path}: no calibration ({why}); delete it and run gapg calibrate again")
 
 
-def _entry(row: dict[str, Any]) -> Calibration:
-    spellings = tuple(
-        HelpSpelling(int(s["token_id"]), tuple(s["prefix_ids"]), tuple(s["rest_ids"])) for s in row["spellings"]
-    )
-    low, high = row["interval"]
-    return Calibration(**{**row, "spellings": spellings, "interval": (low, high)})
+def check_saves(model_folder: Path) -> None:
+    """Raises ConfigError where `save_calibration` would."""
+    load_calibration(model_folder)
+    if not os.access(model_folder, os.W_OK):
+        raise ConfigError(f"{model_folder / FILE} cannot be written; copy the model to a folder of yours")
 
 
 def save_calibration(model_folder: Path, entry: Calibration) -> Path:
     """Adds an entry to the model's file, in the place of an older one of the same temperature and fraction.
 
-    Raises ConfigError where the folder cannot be written or its file is broken.
+    Raises DiskFull, and ConfigError where the folder cannot be written or its file is broken.
     """
     path = model_folder / FILE
-    try:
+    with writing(path):
         folder = os.open(model_folder, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)  # two calibrations at once must not lose one
@@ -224,7 +228,4 @@ def save_calibration(model_folder: Path, entry: Calibration) -> Path:
             write_whole(path, to_json([asdict(e) for e in entries], indent=1) + "\n")
         finally:
             os.close(folder)
-    except (OSError, ConfigError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{path} ")
-        raise ConfigError(f"{path}: {why}; or copy the model to a folder of yours") from None
     return path

@@ -26,7 +26,7 @@ from gapg.rollout.text import spoken
 from gapg.seeding import derive
 from gapg.tasks.base import STOP, Budgeted, Prompt, Task, Verdict
 from gapg.tracking import Display, printable, say, warn
-from gapg.use.calibrate import LIMIT, Calibration, MaskedPass, help_control, masked, save_calibration
+from gapg.use.calibrate import LIMIT, Calibration, MaskedPass, check_saves, help_control, masked, save_calibration
 from gapg.use.evaluate import oracle_errors
 from gapg.use.evaluate_command import Target, open_target
 from gapg.use.report import BLUE, GREEN, GREY, save_figure
@@ -70,8 +70,8 @@ def calibrate_command(
     prompts, described = calibration_set(target, wanted.problems)
     check_enough(fraction, len(prompts))
     new = len(fitting_prompts(config, target.task, target.tokenizer, "heldout")) or len(prompts)
-    folder = output or target.beside("calibrate") / f"T{wanted.temperature:g}"
-    folder.mkdir(parents=True, exist_ok=True)
+    check_saves(target.model_path)
+    folder = target.place(target.beside("calibrate") / f"T{wanted.temperature:g}", output)
     asked = wanted.accuracy or config.oracle.kind == "solver"
     oracle = target.oracle(folder) if asked else None
     try:
@@ -259,7 +259,8 @@ def plot(decoded: MaskedPass, entry: Calibration, title: str, path: Path) -> Non
     axis.plot(called, [p["local_accuracy"] for p in points], color=GREEN, label="answered locally and right")
     axis.axvline(entry.cloud_fraction, color="black", linewidth=0.8, linestyle="--", label="wanted")
     axis.axvspan(*entry.interval, color=GREY, alpha=0.3, label=f"95% on {entry.new} new problems")
-    axis.set(xlabel="call fraction", ylabel="accuracy", title=title)
+    axis.set(xlabel="call fraction", ylabel="accuracy")
+    axis.set_title(printable(title), parse_math=False)  # a task's name may hold dollars
     axis.legend(fontsize=8)
     save_figure(figure, path)
     plt.close(figure)

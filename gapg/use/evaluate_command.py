@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,8 +45,7 @@ def evaluate_command(
     Raises ConfigError where the folder or the config is missing, or brings code, naming the fix; and OracleDown.
     """
     opened = open_target(target, config_name, overrides, trust_code=trust_code)
-    folder = output or opened.beside("eval")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = opened.place(opened.beside("eval"), output)
     oracle = opened.oracle(folder)
     try:
         engine = opened.engine()
@@ -108,6 +108,24 @@ class Target:
         names += [part for part in real.relative_to(self.run_folder.resolve()).parts if part != "checkpoints"]
         return self.run_folder / kind / "-".join(names).removesuffix("-model")
 
+    def place(self, usual: Path, wanted: Path | None) -> Path:
+        """The folder for results, made: `wanted`, or `usual`.
+
+        Raises ConfigError, before anything is spent, where nothing can be written, and where a link, which may be
+        someone else's, puts `usual` outside the run's folder.
+        """
+        folder = wanted or usual
+        try:
+            if wanted is None and self.run_folder and not folder.resolve().is_relative_to(self.run_folder.resolve()):
+                raise ValueError("a link leads out of the run's folder")
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise ValueError("it cannot be written")
+        except (OSError, ValueError, RuntimeError) as error:  # the last for links in a circle
+            why = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{folder}: no place for results: {why}; choose another --output-dir") from None
+        return folder
+
 
 def open_target(
     target: Path, config_name: str | None, overrides: Mapping[str, str], *, trust_code: bool = False
@@ -116,7 +134,10 @@ def open_target(
 
     Nothing is imported for a config that the folder brings, unless it is of this package or `trust_code` is set.
     """
-    model_path, run_folder = find_model(target)
+    try:
+        model_path, run_folder = find_model(target)
+    except OSError as error:
+        raise ConfigError(f"{target}: {error.strerror}; name a folder that you can read") from None
     notice = None
     if config_name is not None:
         config = load_config(config_name, overrides)

@@ -5,7 +5,7 @@ import math
 import shutil
 import socket
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +25,13 @@ from gapg.use.calibrate import (
     FILE,
     Calibration,
     MaskedPass,
+    check_saves,
     help_control,
     load_calibration,
     masked,
     save_calibration,
 )
-from gapg.use.calibrate_command import masked_pass
+from gapg.use.calibrate_command import masked_pass, plot
 from gapg.use.evaluate_command import Target
 
 INF = math.inf
@@ -142,13 +143,29 @@ def test_the_file_keeps_every_entry_and_replaces_its_own(tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == [FILE]
 
 
-@pytest.mark.parametrize("text", ["{", "[{}]", '[{"spellings": [], "interval": [0, 1], "new": 3}]', "3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "[{}]", '[{"spellings": [], "interval": [0, 1], "new": 3}]', "3", "[" * 100_000),
+        *(json.dumps([asdict(ENTRY) | {key: value}]) for key, value in {
+            "bias": "much", "temperature": -1, "cloud_fraction": [1], "spellings": {}, "interval": [1]
+        }.items()),
+        *(json.dumps([asdict(ENTRY) | {key: INF}]) for key in ("bias", "temperature", "cloud_fraction")),
+    ],
+)  # fmt: skip
 def test_a_broken_file_is_named_and_never_overwritten(tmp_path: Path, text: str) -> None:
     (tmp_path / FILE).write_text(text)
-    for use in (lambda: load_calibration(tmp_path), lambda: save_calibration(tmp_path, ENTRY)):
-        with pytest.raises(ConfigError, match=f"{FILE}: .*delete it"):
-            use()
+    for use in (load_calibration, check_saves, lambda folder: save_calibration(folder, ENTRY)):
+        with pytest.raises(ConfigError, match=f"{FILE}: .*delete it") as caught:
+            use(tmp_path)
+        assert str(caught.value).count(FILE) == 1
     assert (tmp_path / FILE).read_text() == text
+
+
+def test_a_title_may_hold_dollars(tmp_path: Path) -> None:
+    one = decoded(0.0, [2.0, -1.0, -3.0], [[]] * 3)
+    plot(one, ENTRY, "a $\\bad$ \x1b name", tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
 @pytest.fixture

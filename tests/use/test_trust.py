@@ -203,6 +203,21 @@ def test_code_in_a_model_folder_does_not_run(folder: Callable[..., Path], mark: 
     assert not mark.exists()
 
 
+def test_files_that_no_code_of_transformers_foresaw(folder: Callable[..., Path]) -> None:
+    """A text part of no known model; a tokenizer on which the code in Rust panics, which is no Exception in Python."""
+    path = folder()
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(settings | {"text_config": {"model_type": "none"}}))
+    with pytest.raises(ConfigError, match="text_config"):
+        load_tokenizer(ModelConfig(path=str(path)), Countdown())
+    (path / "config.json").write_text(json.dumps(settings))
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match=r"no tokenizer: PanicException: .*wants a whole tokenizer.json"):
+        load_tokenizer(ModelConfig(path=str(path)), Countdown())
+
+
 def test_a_chat_template_is_no_program(tokenizer: PreTrainedTokenizerBase, mark: Path) -> None:
     class Templated(Countdown):
         def render(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -238,11 +253,14 @@ def cloud(**oracle: Any) -> RunConfig:
 
 def test_the_server_and_the_key_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "config.yaml"
-    assert trust.where_questions_go(cloud(), file, {}) == f"oracle: questions go to {CLOUD['base_url']} (from {file})"
+    url = f"oracle: questions go to {CLOUD['base_url']}"
+    assert trust.where_questions_go(cloud(), file, {}) == f"{url} (oracle.base_url from {file})"
+    assert trust.where_questions_go(cloud(), file, {"oracle.base_url": ""}) is None, "no key goes there"
     monkeypatch.setenv("THEIR_KEY", "sk-0123456789abcdef")
-    said = f"oracle: questions go to {CLOUD['base_url']}, with the key in THEIR_KEY (from {file})"
+    said = f"{url}, with the key in THEIR_KEY (oracle.base_url and oracle.api_key_env from {file})"
     assert trust.where_questions_go(cloud(), file, {}) == said
-    assert trust.where_questions_go(cloud(), file, {"oracle.base_url": "x"}) == said, "the key's name is still theirs"
+    said = f"{url}, with the key in THEIR_KEY (oracle.api_key_env from {file})"
+    assert trust.where_questions_go(cloud(), file, {"oracle.base_url": ""}) == said
     assert trust.where_questions_go(cloud(), file, {"oracle.base_url": "", "oracle.api_key_env": ""}) is None
     assert trust.where_questions_go(cloud(kind="solver"), file, {}) is None
 
@@ -367,3 +385,26 @@ def test_each_model_has_a_place_of_its_own(tmp_path: Path, monkeypatch: pytest.M
         assert place(Path("model")) == found
         monkeypatch.chdir(model)
         assert place(Path()) == found
+
+
+def test_results_go_where_they_can_and_no_link_leads_them_away(
+    shared: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = shared(task={"name": "countdown", "args": {"max_number": 5, "max_target": 20}})
+    run, away = checkpoint.parents[1], tmp_path / "away"
+    away.mkdir()
+    (tmp_path / "file").touch()
+    for command in ("eval", "calibrate"):
+        (run / command).symlink_to(away)
+        line = refusal(capsys, command, str(checkpoint))
+        assert line.startswith(f"gapg: {run}/{command}/step-1")
+        assert line.endswith("no place for results: a link leads out of the run's folder; choose another --output-dir")
+        assert "Not a directory" in refusal(capsys, command, str(checkpoint), "--output-dir", f"{tmp_path}/file/x")
+    target = Target(*find_model(checkpoint), None, None, None)  # type: ignore[arg-type]
+    (run / "circle").symlink_to("circle")
+    for usual, wanted in ((run / "circle", None), (away, None), (run, tmp_path / "file"), (run, Path("a\0b"))):
+        with pytest.raises(ConfigError, match="no place for results"):
+            target.place(usual, wanted)
+    assert target.place(run / "x" / "y", None).is_dir()
+    assert target.place(run, away / "x") == away / "x"
+    assert "File name too long" in refusal(capsys, "eval", "x" * 5000)
