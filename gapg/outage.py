@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import wait
+from heapq import nsmallest
 from typing import TYPE_CHECKING
 
 from gapg.rollout.records import Oracle, OracleAnswer, OracleUsage
@@ -26,21 +26,20 @@ class OracleDown(RuntimeError):
     """The cloud answers nothing that it is asked: one line with its words. What was trained is saved."""
 
 
-def check_cloud(oracle: Oracle, task: Task, patience_s: float) -> OracleUsage:
+def check_cloud(oracle: Oracle, task: Task) -> OracleUsage:
     """Asks one question before anything is trained, and returns what that cost.
 
     It is that of the shortest training problem, as training would ask it: the cheapest whose answer is of use later,
-    and a server that refuses the key, the model or a setting refuses it too.
-
-    patience_s: seconds until no answer counts as a failure. Raises OracleDown.
+    and a server that refuses the key, the model or a setting refuses it too. A failure of that question's own
+    (moderation, a reply without text) says nothing of others, so up to two more are asked then. Raises OracleDown.
     """
-    prompt = min(task.prompts("train"), key=lambda p: len(p.text))
-    asked = oracle.ask(task.question(prompt))
-    if not wait([asked], timeout=patience_s).done:
-        raise OracleDown(f"the oracle did not answer a first question within {patience_s:.3g} s; nothing was trained")
-    if failed := [a for a in asked.result() if a.text is None]:
-        raise OracleDown(f"the oracle failed a first question, so nothing was trained: {failed[0].error}")
-    return oracle.usage
+    for prompt in nsmallest(3, task.prompts("train"), key=lambda p: len(p.text)):
+        answers = oracle.ask(task.question(prompt)).result()
+        if any(a.text is not None for a in answers):
+            return oracle.usage
+        if not answers[0].own:
+            break
+    raise OracleDown(f"the oracle failed a first question, so nothing was trained: {answers[0].error}")
 
 
 def watch(run: Run, groups: Sequence[Group]) -> None:

@@ -28,10 +28,11 @@ from gapg.use.evaluate_command import evaluate
 from gapg.use.validate import validate
 from gapg.warm_start import check_demonstrations, warm_start
 
-PROCESSES = {"WORLD_SIZE": "RANK", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK"}
-"""What torchrun and mpirun tell each process: how many there are, and which one it is."""
+PROCESSES = {"WORLD_SIZE": "RANK", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK", "PMI_SIZE": "PMI_RANK"}
+"""What torchrun, and mpirun of Open MPI and of MPICH, tell each process: how many there are, and which one it is."""
 
 
+@stop.listening()
 def train_command(name: str, overrides: Mapping[str, str], *, resume: bool) -> None:
     """Runs the preset or YAML file `name`, or goes on with it.
 
@@ -42,7 +43,7 @@ def train_command(name: str, overrides: Mapping[str, str], *, resume: bool) -> N
     task = make_task(config)
     tokenizer = load_tokenizer(config.model, task)
     _check(config, task, tokenizer)
-    with open_folder(config, resume=resume), stop.listening():
+    with open_folder(config, resume=resume):
         run_identity.begin(config.output_dir, config, task, tokenizer)
         asked = _first_question(config, task)
         preset.remember(name, config.output_dir)
@@ -57,10 +58,10 @@ def train_command(name: str, overrides: Mapping[str, str], *, resume: bool) -> N
 
 def _refuse_many() -> None:
     for size, rank in PROCESSES.items():
-        if int(os.environ.get(size) or 1) > 1:
+        if (number := os.environ.get(size, "")).isdecimal() and int(number) > 1:
             if os.environ.get(rank, "0") != "0":
                 sys.exit(2)  # one of them says it
-            raise ConfigError(f"{size}={os.environ[size]}: a run is one process; start gapg train without a launcher")
+            raise ConfigError(f"{size}={number}: a run is one process; start it without a launcher, or unset {size}")
 
 
 def _check(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -74,11 +75,14 @@ def _check(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _first_question(config: RunConfig, task: Task) -> OracleUsage:
-    oracle = make_oracle(config, task, config.output_dir)
+    """One sample is enough. A cloud that hangs has one time limit, or a minute: a busy one may ask for that."""
+    deadline_s = min(config.oracle.deadline_s, max(60.0, config.oracle.timeout_s))
+    one = config.oracle.model_copy(update={"samples": 1, "deadline_s": deadline_s})
+    oracle = make_oracle(config.model_copy(update={"oracle": one}), task, config.output_dir)
     try:
         if config.oracle.kind != "solver":
             say(f"asking {config.oracle.model} at {config.oracle.base_url} a first question")
-        return check_cloud(oracle, task, patience_s=config.oracle.timeout_s + 5)
+        return check_cloud(oracle, task)
     finally:
         oracle.close()
 

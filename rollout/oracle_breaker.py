@@ -62,7 +62,7 @@ class Breaker:
         self._row = 0  # failures since the last right answer
         self._row_since_s = 0.0  # when the first of them was sent
         self._row_begins = 0  # how many were sent when it failed
-        self._last = ""
+        self._row_says = ""
         self._refusals = 0
         self._refusal: int | None = None
         self._ever_right = False
@@ -151,7 +151,7 @@ class Breaker:
         if not self._row:
             self._row_since_s, self._row_begins = attempt.sent_at, self._sent
         self._row += 1
-        self._last = error
+        self._row_says = f"the oracle is down: {self._row} requests in a row failed, the last one: {error}"
         pending = any(0 < other.number <= self._row_begins for other in self._attempts)
         lasted_s = _now() - self._row_since_s
         if self._again_at is None and self._row >= ROW and lasted_s >= self._pause_s and not pending:
@@ -181,11 +181,7 @@ class Breaker:
         if self._verdict is not None:
             return Unavailable(self._verdict, permanent=True)
         wait_s = max(0.0, (self._again_at or 0.0) - _now())
-        return Unavailable(
-            f"the oracle is down: {self._row} requests in a row failed, the last one: {self._last}; "
-            f"asked again in {wait_s:.1f} s",
-            permanent=False,
-        )
+        return Unavailable(f"{self._row_says}; asked again in {wait_s:.1f} s", permanent=False)
 
 
 def _now() -> float:

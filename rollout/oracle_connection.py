@@ -16,8 +16,6 @@ import openai
 from gapg.rollout.oracle_endpoint import Endpoint
 from gapg.rollout.oracle_reply import ReplyError
 
-PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
-
 
 class ReplyTooLarge(ReplyError):
     """The body is longer than any answer. It may have been billed; another request would be paid again."""
@@ -114,7 +112,7 @@ class _Client(openai.DefaultAsyncHttpxClient):
             await response.aclose()
         if 300 <= response.status_code < 400:
             raise _redirect(str(request.url), response.headers.get("location", ""), response.status_code)
-        kept = {"retry-after", "retry-after-ms", "x-request-id"}
+        kept = {"retry-after", "retry-after-ms"}  # others may repeat the key, and the client logs them
         headers = {name: value for name, value in response.headers.items() if name in kept}
         return type(response)(response.status_code, headers=headers, content=body, request=request)
 
@@ -256,5 +254,5 @@ def _shown(lower: str) -> str:
         port = f":{parts.port}" if parts.port else ""
     except ValueError:
         return name
-    clear = value.isprintable() and "@" not in parts.path + parts.query + parts.fragment
+    clear = re.fullmatch(r"[!-~]+", value) and "@" not in parts.path + parts.query + parts.fragment
     return f"{name}={parts.scheme}://{parts.hostname or ''}{port}" if clear else name

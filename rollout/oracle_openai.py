@@ -195,7 +195,7 @@ class OpenAIOracle:
         try:
             answers = list(await asyncio.gather(*(self._answer(question, i) for i in range(self._samples))))
         except Exception as error:  # a failure is an answer, never an exception
-            logger.warning("the oracle failed on question %s: %s", question.id, self._clean(traceback.format_exc()))
+            logger.debug("%s", self._clean(traceback.format_exc()))
             words = shorten(f"{type(error).__name__}: {error}", self._clean)
             answers = [OracleAnswer(None, error=words)] * self._samples
         finally:
@@ -242,7 +242,7 @@ class OpenAIOracle:
                 return result
             error = result.error
             if not result.retry:
-                return OracleAnswer(None, error=error)
+                return OracleAnswer(None, error=error, own=result.about == "question")
             left_s -= pause_s + self._loop.time() - attempt.sent_at
             pause_s = backoff_s(tried - 1, result.retry_after_s, self._jitter.random())
             if tried <= self._max_retries and pause_s >= left_s:

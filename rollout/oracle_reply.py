@@ -24,6 +24,11 @@ PERMANENT = {
 RETRIED = (408, 409, 429)
 """Numeric codes under 500 that another request may cure."""
 _TEXT_PARTS = ("text", "output_text", None)
+_SAID = (
+    "message", "msg", "detail", "error_description", "errors", "error_msg", "error_message", "status_msg", "base_resp",
+    "Message", "title",
+)  # fmt: skip
+"""Where servers put an error's words; those that come first say most."""
 _TWICE = object()  # the value of a key that an object holds twice: it has none
 
 
@@ -160,8 +165,7 @@ def _error_of(reply: dict[str, Any], choice: object) -> object:
         return reply["error"] if isinstance(reply["error"], str | dict | list) else reply
     if isinstance(choice, dict) and choice.get("error"):
         return choice["error"]
-    said = any(reply.get(key) for key in ("message", "detail", "errors"))
-    if reply.get("object") == "error" or ("choices" not in reply and said):
+    if reply.get("object") == "error" or (not reply.get("choices") and any(reply.get(key) for key in _SAID)):
         return reply
     return None
 
@@ -181,11 +185,11 @@ def _words_of(error: object) -> tuple[str, str]:
     if not isinstance(error, Mapping):
         return plain(error if isinstance(error, str) else _dump(error)), ""
     inner = error.get("error")
-    said = [error.get(key) for key in ("message", "msg", "detail", "error_description", "errors")]
+    said = (error.get(key) for key in _SAID)
     first = inner if isinstance(inner, Mapping | str) and inner else next((value for value in said if value), error)
     words, code = (plain(_dump(error)), "") if first is error else _words_of(first)
     words = words or plain(_dump(error))
-    codes = [error.get(key) for key in ("code", "type", "status")]
+    codes = [error.get(key) for key in ("code", "type", "status", "error_code", "status_code")]
     own = next((plain(str(value)) for value in codes if isinstance(value, str | int | float) and value), "")
     return words, code or own
 
@@ -210,24 +214,26 @@ def _text_of(choice: object) -> tuple[str, str]:
     if message.get("tool_calls") or message.get("function_call"):
         return "", "the reply has no text: it calls a tool, and none was offered"
     if finish == "length":
-        return "", "the reply has no text (finish_reason length): the model used its tokens up before it answered"
+        why = "the model used its tokens up before it answered: raise max_tokens"
+        return "", f"the reply has no text (finish_reason length): {why}"
     return "", f"the reply has no text (finish_reason {plain(_dump(finish))})"
 
 
 def _join(content: object) -> str | None:
-    """The text of a message's content, a string or a list of parts; None if it is something else."""
+    """The text of a message's content, a string, a part or a list of parts; None if it is something else."""
     if content is None:
         return ""
     if isinstance(content, str):
         return content
-    return "".join(map(_part, content)) if isinstance(content, list) else None
+    parts = [content] if isinstance(content, dict) else content
+    return "".join(map(_part, parts)) if isinstance(parts, list) else None
 
 
 def _part(part: object) -> str:
     """The text of one part; "" for thoughts and what is unknown."""
     if isinstance(part, str):
         return part
-    if not isinstance(part, dict) or part.get("type") not in _TEXT_PARTS:
+    if not isinstance(part, dict) or part.get("type") not in _TEXT_PARTS or part.get("thought") is True:
         return ""
     text = part.get("text")
     if isinstance(text, dict):
@@ -243,9 +249,10 @@ def _counts(usage: object, limit: int) -> Counts:
         return Counts(0, 0, False)
     prompt, completion, total = (_count(usage.get(f"{key}_tokens"), limit) for key in ("prompt", "completion", "total"))
     reasoning = _detail(usage, "completion_tokens_details", "reasoning_tokens", limit)
+    reasoning = max(reasoning, _count(usage.get("reasoning_tokens"), limit) or 0)
     read = _detail(usage, "prompt_tokens_details", "cached_tokens", limit)
-    beside = reasoning if total is None and reasoning > (completion or 0) else 0  # more than the whole: no part of it
-    said = max((completion or 0) + beside, (total or 0) - (prompt or 0), reasoning)
+    beside = reasoning if reasoning > (completion or 0) else 0  # more than the whole: no part of it
+    said = max((completion or 0) + beside, (total or 0) - (prompt or 0))
     complete = None not in (prompt, completion) and (total is not None or usage.get("total_tokens") is None)
     return Counts(max(prompt or 0, read), said, complete)
 

@@ -32,19 +32,25 @@ PAID_UP = "no waiting helps: fill the account up or raise its limit"
 MAX_SHOWN = 300
 """Characters of a server's words in an error."""
 
+_WORDS = r"(?:[a-z]{1,20}[ _]){0,3}"
+_MONEY = r"(?:quota|balance|credits?|funds?)"
+_LIMIT = r"(?:spend|spending|usage|credit|key|budget)[ _](?:limits?|cap)"
 NO_MONEY = re.compile(
-    r"insufficient[ _](quota|balance|credit|fund)|exceeded[ _](your[ _])?current[ _]quota|quota[ _]exhausted"
-    r"|billing[ _](hard[ _]limit|not[ _]active|error)|check your (plan and )?billing|credit balance"
-    r"|balance is (insufficient|too low|not enough)|out of credits|used all available credits|any credits yet"
-    r"|(spend|spending|credit|key) limit (reached|exceeded)|arrearage|account (is|has been) (suspended|deactivated)",
+    rf"(?<![a-z])(?:insufficient|not[ _]enough|out[ _]of|used[ _]all|no|any)[ _]{_WORDS}{_MONEY}\b"
+    rf"|{_MONEY}[ _]{_WORDS}(?:exhausted|depleted|insufficient|too[ _]low|not[ _]enough|used[ _]up)"
+    r"|exceeded[ _](?:(?:your|its|the)[ _])?(?:current[ _]quota|monthly[ _](?:spending|included|budget))"
+    rf"|(?:reached|hit|exceeded)[ _]{_WORDS}{_LIMIT}|{_LIMIT}[ _]{_WORDS}(?:reached|exceeded)"
+    rf"|budget[ _]{_WORDS}exceeded|check your (?:plan and )?billing|credit balance|payment required"
+    r"|billing[ _](?:hard[ _]limit|not[ _]active|error)|account (?:is|has been) (?:suspended|deactivated)"
+    r"|arrearage|余额不足|欠费",
     re.IGNORECASE,
 )
 """The spellings of an exhausted account; with any status, 400 and 429 among them."""
 
-NO_KEY = re.compile(r"invalid_api_key|authentication_error|invalid_authentication", re.IGNORECASE)
-"""The codes of a refused key where no status says it."""
+NO_KEY = re.compile(r"invalid_api_key|authentication_error|invalid_authentication|api key (?:not valid|expired)", re.I)
+"""The spellings of a refused key, where no status says it."""
 
-PASSES = re.compile(r"retry in|try again in|per (minute|hour|day)", re.IGNORECASE)
+PASSES = re.compile(r"(retry|try again) (in|after)|retry_?(after|delay)|per[ _-](minute|hour|day)|concurren", re.I)
 """Words of a rate limit, which some servers call a quota too."""
 
 ONE_QUESTION = re.compile(
@@ -146,8 +152,6 @@ def _words_of(body: bytes, otherwise: str) -> tuple[str, tuple[int, int]]:
 
 def _of_reply(error: ReplyError, url: str, shown: Callable[[object], str]) -> Failure:
     status = int(error.code) if error.code.isdecimal() and len(error.code) == 3 else None
-    if NO_KEY.search(error.code):
-        status = 401
     words = f"{error.code} {error.words}"
     about = _about(status or 400, words)
     if error.billed:  # it ran
@@ -166,9 +170,9 @@ def _of_reply(error: ReplyError, url: str, shown: Callable[[object], str]) -> Fa
 
 
 def _about(status: int, text: str) -> About:
-    if status < 500 and NO_MONEY.search(text) and not PASSES.search(text):
+    if status < 500 and status != 422 and NO_MONEY.search(text) and not PASSES.search(text):  # 422 repeats the question
         return "account"
-    if status in (401, 402):
+    if status in (401, 402) or (status < 500 and NO_KEY.search(text)):
         return "account"
     if status in (413, 429) or (status < 500 and ONE_QUESTION.search(text)):
         return "question"
@@ -178,8 +182,11 @@ def _about(status: int, text: str) -> About:
 
 
 def _hint(status: int | None, about: About, text: str) -> str:
-    if about == "account" and status not in (401, 402) and NO_MONEY.search(text):
-        return f" ({PAID_UP})"
+    if about == "account" and status not in (401, 402):
+        if NO_MONEY.search(text):
+            return f" ({PAID_UP})"
+        if NO_KEY.search(text):
+            status = 401
     return f" ({HINTS[status]})" if status in HINTS and about != "question" else ""
 
 
@@ -207,5 +214,5 @@ def backoff_s(attempt: int, asked_s: float, jitter: float) -> float:
 
     Never under `asked_s`; the spread comes on top of it, so that clients told the same do not return together.
     """
-    own = min(30.0, 0.5 * 2**attempt)
+    own = min(30.0, 0.5 * 2 ** min(attempt, 6))
     return max(own * (0.5 + 0.5 * jitter), asked_s + own * 0.25 * jitter if asked_s else 0.0)

