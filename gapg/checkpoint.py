@@ -197,7 +197,7 @@ def prune(root: Path, keep: int, also: set[int]) -> None:
             # renamed first: a kill during the deletion must not leave half a checkpoint under a whole one's name
             doomed = partial_name(root / f"step-{step}")
             os.replace(root / f"step-{step}", doomed)
-            shutil.rmtree(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)  # what a network file system keeps goes the next time
     if root.is_dir():
         remove_partials(root)
 
@@ -210,8 +210,9 @@ def forget_optimizer(path: Path) -> None:
     # at every moment the manifest is right: it does not name the file while that changes
     manifest.write(path, about, others)
     partial = partial_name(path / OPTIMIZER)
-    save_file({}, partial)
-    os.replace(partial, path / OPTIMIZER)
+    with writing(path / OPTIMIZER):
+        save_file({}, partial)
+        os.replace(partial, path / OPTIMIZER)
     manifest.write(path, about, {*others, OPTIMIZER})
 
 

@@ -13,7 +13,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, subcommand
 
 from gapg.config import ConfigError, dump_config, load_config, parse_overrides, presets
 from gapg.config_keys import needs_value, take_option
-from gapg.stop import Stopped
+from gapg.stop import Stopped, listening
 from gapg.tracking import printable
 
 EXITS = {"ConfigError": 2, "OracleDown": 3, "Stopped": 4, "Diverged": 1, "BaselineFailed": 1, "DiskFull": 1}
@@ -168,9 +168,10 @@ def _run(argv: list[str]) -> None:
     overrides = parse_overrides(rest)
     match command:
         case Train():
-            from gapg.train_command import train_command
+            with listening():  # from here on: the imports alone take seconds
+                from gapg.train_command import train_command
 
-            train_command(command.config, overrides, resume=command.resume)
+                train_command(command.config, overrides, resume=command.resume)
         case Eval(checkpoint, config, output_dir, trust_code):
             from gapg.use.evaluate_command import evaluate_command
 

@@ -49,7 +49,7 @@ def remove_partials(folder: Path) -> None:
     """Deletes what killed writers left in a folder. Only for who has it alone: others' may still be written."""
     for leftover in folder.iterdir():
         if PARTIAL.fullmatch(leftover.name):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

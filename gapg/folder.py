@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import IO
 
+from pydantic import ValidationError
+
 from gapg import run_identity
 from gapg.config import ConfigError, RunConfig, dump_config, load_config
 from gapg.config_keys import flat
@@ -51,7 +53,7 @@ def open_folder(config: RunConfig, *, resume: bool) -> IO[str]:
     if saved.exists():
         if not resume:
             raise ConfigError(f"output_dir={folder}: holds a run; go on with --resume, or choose another --output-dir")
-        _check_same_run(load_config(str(saved)), config)
+        _check_same_run(_began_with(folder), config)
     else:
         _refuse_checkpoints(folder)
         (folder / run_identity.FILE).unlink(missing_ok=True)  # of a run that was killed while it began
@@ -69,12 +71,16 @@ def _lock(lock: IO[str], folder: Path) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
-        except OSError:
+        except BlockingIOError:
             if attempt == 19:
                 raise ConfigError(
                     f"output_dir={folder}: another run is writing there; choose another --output-dir"
                 ) from None
             time.sleep(0.25)
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir={folder}: cannot be locked ({error.strerror}); choose an --output-dir elsewhere"
+            ) from None
 
 
 def _refuse_checkpoints(folder: Path) -> None:
@@ -86,12 +92,23 @@ def _refuse_checkpoints(folder: Path) -> None:
         )
 
 
-def _check_same_run(saved: RunConfig, now: RunConfig) -> None:
-    trees = (flat(config.model_dump(mode="json")) for config in (saved, now))
+def _began_with(folder: Path) -> RunConfig:
+    """The settings that the run began with: config.yaml may have been edited since. Raises ConfigError."""
+    path = folder / run_identity.FILE
+    if not path.exists():  # which `run_identity.begin` refuses if anything was trained
+        return load_config(str(folder / "config.yaml"))
+    try:
+        return RunConfig.model_validate(run_identity.read(folder)["config"])
+    except (ValidationError, LookupError):
+        raise ConfigError(f"{path}: not as it was written; put it back as it was") from None
+
+
+def _check_same_run(began: RunConfig, now: RunConfig) -> None:
+    trees = (flat(config.model_dump(mode="json")) for config in (began, now))
     before, after = ({key: value for key, value in tree.items() if value != {}} for tree in trees)
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE):
             raise ConfigError(
-                f"{key}: the run has {before.get(key)!r}, not {after.get(key)!r}, and a resumed run stays the same; "
-                "drop the option, or choose another --output-dir"
+                f"{key}: the run began with {before.get(key)!r}, not {after.get(key)!r}, and a resumed run stays the "
+                "same; drop the option or put the file back, or choose another --output-dir"
             )

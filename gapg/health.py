@@ -87,16 +87,14 @@ def watch(run: Run, row: dict[str, Any], selection: Selection) -> None:
             warn(f"{state.idle_steps} of {step} steps trained on nothing, the last because {_why_idle(selection)}")
 
 
-def check_bad_steps(run: Run, row: dict[str, Any], last: Path | None) -> None:
-    """Raises Diverged where as many steps as end a run were skipped in a row, up to the one that `row` tells of."""
-    if run.state.bad_in_a_row < BAD_STEPS:
-        return
+def bad_steps(run: Run, row: dict[str, Any], last: Path | None) -> Diverged:
+    """What ends a run of which BAD_STEPS steps in a row were skipped, up to the one that `row` tells of."""
     if row["rollout_lost"]:
         fix = "mend the engine, or change rollout.engine or model.dtype"
     else:
         penalty = ", loss.kl_coef" if run.config.loss.kl_coef else ""
         fix = f"lower optim.lr{penalty} or the rewards"
-    raise diverged(f"step {run.state.step}", f"{_why_bad(row)}, {BAD_STEPS} steps in a row", fix, last)
+    return diverged(f"step {run.state.step}", f"{_why_bad(row)}, {BAD_STEPS} steps in a row", fix, last)
 
 
 def _why_bad(row: dict[str, Any]) -> str:

@@ -41,9 +41,15 @@ def read(folder: Path) -> dict[str, Any]:
         raise BadManifest(f"it has no {FILE}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise BadManifest(f"its {FILE} cannot be read ({type(error).__name__})") from None
-    if not isinstance(content, dict) or content.pop("sha256", None) != digest(content) or "files" not in content:
+    if not isinstance(content, dict) or content.pop("sha256", None) != digest(content) or not _lists_files(content):
         raise BadManifest(f"its {FILE} is not as it was written")
     return content
+
+
+def _lists_files(content: dict[str, Any]) -> bool:
+    files = content.get("files")
+    entries = files.values() if isinstance(files, dict) else [None]
+    return all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in entries)
 
 
 def fault(folder: Path, manifest: Mapping[str, Any], *, hashes: bool = True) -> str | None:

@@ -28,42 +28,56 @@ def resolve(name: str, overrides: Mapping[str, str], *, resume: bool) -> RunConf
     saved = config.output_dir / "config.yaml"
     if not (resume and saved.exists()):
         return config
-    return load_config(str(saved), _changes(name, config.output_dir, saved) | dict(overrides))
+    return load_config(str(saved), _changes(name, saved) | dict(overrides))
 
 
 def remember(name: str, folder: Path) -> None:
-    """Keeps the settings of `name` as they are now."""
-    write_whole(folder / FILE, yaml.safe_dump({"name": name, "settings": load_tree(name)}, sort_keys=False))
+    """Keeps what `name` sets; on a resume only what that may change, beside what the run began with."""
+    path, saved = folder / FILE, folder / "config.yaml"
+    if Path(name).resolve() == saved.resolve():
+        return
+    settings = _sets(name)
+    if saved.exists() and path.exists():
+        name, began = _read(path)
+        settings = {key: value for key, value in settings.items() if key.startswith(MAY_CHANGE)}
+        settings |= {key: value for key, value in began.items() if not key.startswith(MAY_CHANGE)}
+    write_whole(path, yaml.safe_dump({"name": name, "settings": settings}, sort_keys=False))
 
 
-def _changes(name: str, folder: Path, saved: Path) -> dict[str, str]:
-    """What `name` says otherwise than the run's preset did and than the run has it (`saved`), as overrides."""
-    path = folder / FILE
+def _changes(name: str, saved: Path) -> dict[str, str]:
+    """What `name` sets otherwise than the run's preset did and than the run has it (`saved`), as overrides."""
+    path = saved.with_name(FILE)
     if not path.exists():
         return {}
-    try:
-        began = yaml.safe_load(path.read_text(encoding="utf-8"))
-        before = _settings(began["settings"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read ({type(error).__name__}); delete it to resume without it") from None
-    now, run = _settings(load_tree(name)), _settings(load_tree(str(saved)))
-    different = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    different = [key for key in different if key not in now or now[key] != run.get(key)]
+    first, before = _read(path)
+    sets, here, run = _sets(name), _flat(name), _flat(str(saved))
+    different = [key for key in sorted(before | sets) if here.get(key) not in (before.get(key), run.get(key))]
     if fixed := [key for key in different if not key.startswith(MAY_CHANGE)]:
         key = fixed[0]
         raise ConfigError(
-            f"{name}: the run in {folder} began with {began['name']}, where {key} is {_shown(before, key)}; here it is "
-            f"{_shown(now, key)}; resume with the config that it began with, or choose another --output-dir"
+            f"{name}: the run in {saved.parent} began with {first}, and has {key}={run.get(key)!r}; here it is "
+            f"{here.get(key)!r}; resume with {saved}, or choose another --output-dir"
         )
-    return {key: _as_option(now[key]) for key in different if key in now}
+    return {key: _as_option(here[key]) for key in different if key in sets}
 
 
-def _settings(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return flat({**tree, "task": {"name": tree["task"]}} if isinstance(tree.get("task"), str) else tree)
+def _read(path: Path) -> tuple[str, dict[str, Any]]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return str(content["name"]), dict(content["settings"])
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read ({type(error).__name__}); delete it to resume without it") from None
 
 
-def _shown(tree: dict[str, Any], key: str) -> str:
-    return repr(tree[key]) if key in tree else "not set"
+def _sets(name: str) -> dict[str, Any]:
+    """What `name` itself sets, as dotted keys."""
+    said = tuple(f"{key}." for key in flat(load_tree(name)))
+    return {key: value for key, value in _flat(name).items() if f"{key}.".startswith(said)}
+
+
+def _flat(name: str) -> dict[str, Any]:
+    """All settings of `name`, its defaults included."""
+    return flat(load_config(name).model_dump(mode="json"))
 
 
 def _as_option(value: Any) -> str:

@@ -1,6 +1,6 @@
 """What a run began with, kept in its folder: a resumed run is compared with it, and a difference is refused by name.
 
-<run>/run.json         its id, and hashes of data, prompts, tokenizer, model and demonstrations
+<run>/run.json         its id, its config, and hashes of data, prompts, tokenizer, model and demonstrations
      /run-data.json    [id, hash of the text, hash of the gold answer] of each problem, in order, to name what differs
 """
 
@@ -64,7 +64,8 @@ def begin(folder: Path, config: RunConfig, task: Task, tokenizer: PreTrainedToke
             f"be resumed: put it back, or choose another --output-dir (gapg eval {saved[0]} takes that model as before)"
         )
     write_whole(folder / DATA_FILE, json.dumps(data))
-    write_whole(folder / FILE, json.dumps({"id": secrets.token_hex(8), **now}, indent=1))
+    about = {"id": secrets.token_hex(8), "config": config.model_dump(mode="json")}
+    write_whole(folder / FILE, json.dumps(about | now, indent=1))
 
 
 def saved_steps(folder: Path) -> list[Path]:
@@ -121,9 +122,7 @@ def _model_config(config: ModelConfig) -> str | None:
         content = json.loads(Path(cached_file(check_folder(config.path), "config.json") or "").read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={config.path}: no model config: {one_line(error)}") from None
-    return digest(
-        {key: value for key, value in content.items() if key not in ("transformers_version", "_name_or_path")}
-    )
+    return digest({key: value for key, value in content.items() if key not in WRITTEN_BY})
 
 
 def _rows(config: RunConfig, task: Task, split: Split) -> Rows | None:
@@ -142,10 +141,17 @@ def _prompts(task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[s
     return {
         p.id: {
             "tokens": digest(list(map(int, render(task, p, tokenizer)))),
-            "words for the cloud": digest([dict(message) for message in task.question(p).messages]),
+            "words for the cloud": _question(task, p),
         }
         for p in chosen
     }
+
+
+def _question(task: Task, prompt: Prompt) -> str:
+    try:
+        return digest([dict(message) for message in task.question(prompt).messages])
+    except Exception as error:  # a task's own code
+        raise ConfigError(f"task {task.name!r}: question() of prompt {prompt.id!r}: {one_line(error)}") from None
 
 
 def _tokenizer(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

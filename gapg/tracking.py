@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import sys
@@ -17,7 +18,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gapg.files import write_whole, writing
 from gapg.jsonl import append_jsonl, read_jsonl, to_json
 
-console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more (the `tee` of a pipe has ended): that ends no run."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+console = _Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 _STEERING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 and C1 but newline and tab: escape sequences, carriage returns, bells

@@ -57,7 +57,8 @@ def train(run: Run, validate: Validate) -> None:
             _warn_if_collapsed(run, row)
             row |= {f"seconds/{name}": seconds for name, seconds in run.phases.take().items()}
             run.tracker.log({"step": state.step, **row})
-            health.check_bad_steps(run, row, checkpoint.newest(run.folder / "checkpoints"))
+            if state.bad_in_a_row >= health.BAD_STEPS:
+                raise health.bad_steps(run, row, checkpoint.newest(run.folder / "checkpoints"))
             late = state.step % config.checkpoint_every == 0 or time.monotonic() - saved_at >= most_s
             due = not row["skipped"] and (late or last or best)
             down, signal = outage.verdict(run, last), stop.requested()

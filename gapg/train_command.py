@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from gapg import preset, run_identity, stop
+from gapg import preset, run_identity
 from gapg.config import ConfigError, RunConfig
 from gapg.folder import open_folder, save_config
 from gapg.model import load_tokenizer
@@ -32,7 +32,6 @@ PROCESSES = {"WORLD_SIZE": "RANK", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK
 """What torchrun, and mpirun of Open MPI and of MPICH, tell each process: how many there are, and which one it is."""
 
 
-@stop.listening()
 def train_command(name: str, overrides: Mapping[str, str], *, resume: bool) -> None:
     """Runs the preset or YAML file `name`, or goes on with it.
 

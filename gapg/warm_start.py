@@ -80,7 +80,7 @@ def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTraine
             lr = learning_rate(settings.optim, step, settings.steps)
             norm = float(clip_and_step(optimizer, lr, settings.optim.grad_clip, total))
             bad_in_a_row = 0 if math.isfinite(norm) else bad_in_a_row + 1
-            _check_health(step + 1, bad_in_a_row, model, compute, checkpoint.newest(folder))
+            _check_health(step + 1, bad_in_a_row, model, compute, folder)
             display.advance(f"loss {float(total):.3f}" if step % 10 == 9 else "")
             done, signal = step + 1, stop.requested()
             late = done % settings.checkpoint_every == 0 or time.monotonic() - saved_at >= most_s
@@ -93,17 +93,17 @@ def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTraine
     return folder / f"step-{settings.steps}" / "model"
 
 
-def _check_health(
-    step: int, bad_in_a_row: int, model: PreTrainedModel, compute: torch.dtype, last: Path | None
-) -> None:
+def _check_health(step: int, bad_in_a_row: int, model: PreTrainedModel, compute: torch.dtype, folder: Path) -> None:
     """Warns of a step that was skipped. Raises Diverged where the last ones were, and where the weights are ruined."""
     where, fix = f"warm start, step {step}", "lower warm_start.optim.lr"
     if bad_in_a_row:
         health.warn_skipped(where, health.NOT_FINITE, bad_in_a_row)
     if bad_in_a_row >= health.BAD_STEPS:
-        raise health.diverged(where, f"{health.NOT_FINITE}, {bad_in_a_row} steps in a row", fix, last)
+        raise health.diverged(
+            where, f"{health.NOT_FINITE}, {bad_in_a_row} steps in a row", fix, checkpoint.newest(folder)
+        )
     if not health.is_finite(model, compute):
-        raise health.diverged(where, health.RUINED, fix, last)
+        raise health.diverged(where, health.RUINED, fix, checkpoint.newest(folder))
 
 
 def check_demonstrations(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:

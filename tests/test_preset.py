@@ -37,7 +37,9 @@ def test_options_need_not_be_given_again(began: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["quickstart", "countdown-qwen2.5-3b", "gsm8k-smollm2"])
 def test_another_preset_is_refused(name: str, began: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"{name}: the run in .* began with .*mine.yaml, where .*--output-dir"):
+    with pytest.raises(
+        ConfigError, match=rf"{name}: the run in .* began with .*mine.yaml, and has .*; resume with .*/config.yaml, or"
+    ):
         resumed(name, tmp_path)
 
 
@@ -55,8 +57,31 @@ def test_what_a_resume_may_change_can_be_changed_in_the_file(began: str, tmp_pat
 
 def test_what_it_may_not_is_named(began: str, tmp_path: Path) -> None:
     write(tmp_path / "mine.yaml", reward={"alpha_c": 0.4})
-    with pytest.raises(ConfigError, match=r"where reward.alpha_c is 0.3; here it is 0.4"):
+    with pytest.raises(ConfigError, match=r"and has reward.alpha_c=0.3; here it is 0.4; resume with"):
         resumed(began, tmp_path)
+
+
+def test_a_resume_with_the_saved_config_does_not_make_it_the_preset(began: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    expected, copy = resumed(began, tmp_path), tmp_path / "copy.yaml"
+    copy.write_text((folder / "config.yaml").read_text())
+    for name in (str(folder / "config.yaml"), str(copy)):
+        preset.remember(name, folder)
+        assert resumed(began, tmp_path) == expected, name
+    with pytest.raises(ConfigError, match=r"quickstart: the run in .* began with .*mine.yaml"):
+        resumed("quickstart", tmp_path)
+
+
+def test_the_same_written_otherwise_is_no_change(began: str, tmp_path: Path) -> None:
+    other = {"task": {"name": "countdown"}, "optim": {"lr": "0.0001", "warmup_steps": "10"}, "token_cap": 16384}
+    assert resumed(write(tmp_path / "mine.yaml", **other), tmp_path).seed == 7  # type: ignore[attr-defined]
+
+
+def test_a_preset_of_a_run_that_never_began_counts_for_nothing(began: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "config.yaml").unlink()  # killed just before it was written
+    preset.remember("quickstart", folder)
+    assert yaml.safe_load((folder / preset.FILE).read_text())["name"] == "quickstart"
 
 
 @pytest.mark.parametrize("text", ["", "name: x", "[", "\x00", "settings: 3"])

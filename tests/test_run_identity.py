@@ -214,6 +214,32 @@ def test_a_run_killed_before_its_first_checkpoint_goes_on(
     assert left == {".lock", "config.yaml", "run.json", "run-data.json"}
 
 
+def test_a_config_that_was_edited_is_not_what_the_run_began_with(
+    small_config: Callable[..., RunConfig], countdown: Countdown, tmp_path: Path
+) -> None:
+    args = {"task__args": "{max_number: 8, max_target: 30}", "rollout__vllm_args": "{a: {1: x}}"}
+    config, folder = small_config(tmp_path / "run", **args), tmp_path / "run"
+    with open_folder(config, resume=False):
+        run_identity.begin(folder, config, countdown, countdown.tokenizer())
+        save_config(config)
+    edited = config.model_copy(update={"steps": 9, "seed": 9})
+    save_config(edited)
+    with pytest.raises(
+        ConfigError, match=r"^seed: the run began with 0, not 9, .*drop the option or put the file back"
+    ):
+        open_folder(edited, resume=True)
+    open_folder(edited.model_copy(update={"seed": 0}), resume=True).close()
+
+
+def test_a_question_that_cannot_be_put_is_one_line(begun: Callable[..., None]) -> None:
+    class Broken(Sums):
+        def question(self, prompt: Prompt) -> OracleQuestion:
+            raise RuntimeError("not\nyet")
+
+    with pytest.raises(ConfigError, match=r"^task 'sums': question\(\) of prompt '1\+1': RuntimeError: not yet$"):
+        begun(Broken(sums().train, sums().heldout))
+
+
 def test_a_run_of_an_older_version_is_refused(begun: Callable[..., None], tmp_path: Path) -> None:
     (tmp_path / "run" / "run.json").unlink()
     (tmp_path / "run" / "checkpoints" / "step-3").mkdir(parents=True)

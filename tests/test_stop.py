@@ -1,5 +1,6 @@
 """Signals: the step ends, the run is saved, and goes on with the same bits; a second signal ends it at once."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from gapg.cli import main
 from gapg.jsonl import read_jsonl
 from gapg.run import Run
 from gapg.train import train
+from gapg.train_command import PROCESSES
 from gapg.use.validate import validate
 
 SMALL = [
@@ -77,11 +79,79 @@ def test_a_signal_after_the_last_look_is_not_lost() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def test_a_signal_that_a_library_lost_ends_the_run_before_its_next_step() -> None:
+    with stop.listening(), pytest.raises(stop.Stopped, match="SIGTERM: stopped"):
+        with contextlib.suppress(stop.Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with stop.between_steps():
+            pytest.fail("a step began")
+
+
 def test_a_child_whose_parent_decides_bears_more_signals() -> None:
     with stop.listening(once=False), pytest.raises(stop.Stopped), stop.between_steps():
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), signum)
         assert stop.requested() == "SIGINT"
+
+
+STEP = """
+import sys, time
+from gapg import stop
+print("loading", flush=True)
+time.sleep(float(sys.argv[1]))
+try:
+    with stop.listening(), stop.between_steps():
+        print("in a step", flush=True)
+        while not stop.requested():
+            time.sleep(0.01)
+        print("saved", file=sys.stderr, flush=True)
+        print("saved", flush=True)
+except stop.Stopped:
+    sys.exit(4)
+"""
+
+
+def step_of_a_run(loading_s: float = 0.0) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", STEP, str(loading_s)], text=True, **pipes)
+
+
+def reads(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdout is not None and process.stdout.readline() == f"{line}\n"
+
+
+def test_the_same_signal_from_a_launcher_too_is_no_second_one() -> None:
+    process = step_of_a_run()
+    reads(process, "loading")
+    reads(process, "in a step")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(stop.ECHO_S / 10)
+    process.send_signal(signal.SIGTERM)
+    reads(process, "saved")
+    assert process.wait() == 4
+
+
+def test_a_reader_of_its_output_that_is_gone_does_not_end_the_step() -> None:
+    """Ctrl-C in `gapg train … 2>&1 | tee log` ends tee at once."""
+    process = step_of_a_run()
+    reads(process, "loading")
+    reads(process, "in a step")
+    assert process.stderr is not None
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    reads(process, "saved")
+    assert process.wait() == 4
+
+
+def test_signals_that_are_held_back_are_not_lost() -> None:
+    with stop.held_back():
+        process = step_of_a_run(loading_s=0.3)
+    reads(process, "loading")
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 4
+    assert "Traceback" not in process.communicate()[1]
+    with stop.listening(), pytest.raises(stop.Stopped, match="SIGUSR1"), stop.held_back():
+        os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def test_minutes_between_checkpoints(start: Callable[..., Run]) -> None:
@@ -129,7 +199,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []
 
 
-@pytest.mark.parametrize(("size", "rank"), [("WORLD_SIZE", "RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")])
+@pytest.mark.parametrize(("size", "rank"), PROCESSES.items())
 def test_a_launcher_of_many_processes_is_refused_once(
     size: str, rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

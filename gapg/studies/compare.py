@@ -12,13 +12,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from gapg import run_identity, stop
 from gapg.config import ConfigError, RunConfig
-from gapg.files import DiskFull, write_whole
+from gapg.files import DiskFull, remove_partials, write_whole, writing
 from gapg.folder import open_folder, save_config
 from gapg.health import Diverged
 from gapg.jsonl import read_jsonl, to_json
@@ -72,8 +73,8 @@ def task_tuned_config(config: RunConfig) -> RunConfig:
 
 def check_alive(baseline: BaseProcess, folder: Path) -> None:
     """Raises as soon as the baseline has failed, so that nobody waits for half a comparison: OracleDown where the cloud
-    failed it, else BaselineFailed."""
-    if baseline.exitcode:
+    failed it, else BaselineFailed. A signal that ends this run may have ended it too: that is no failure."""
+    if baseline.exitcode and not stop.requested():
         log = folder / "task-tuned" / "log.txt"
         if baseline.exitcode == CLOUD_FAILED:
             raise OracleDown(f"the oracle failed the task-tuned baseline; see {log}, mend it, then go on with --resume")
@@ -86,38 +87,50 @@ def task_tuned(config: RunConfig, warm_model: Path | None) -> Iterator[BaseProce
 
     Where this process ends early, so does that one: after its step, which it saves.
     """
-    process = multiprocessing.get_context("spawn").Process(
-        target=_task_tuned, args=(task_tuned_config(config), warm_model), name="task-tuned", daemon=True
+    context = multiprocessing.get_context("spawn")
+    begun, begins = context.Pipe(duplex=False)
+    process = context.Process(
+        target=_task_tuned, args=(task_tuned_config(config), warm_model, begins), name="task-tuned", daemon=True
     )
-    process.start()
+    # here, because starting it would let the signals through
+    resource_tracker.ensure_running()
+    with stop.held_back():
+        process.start()
     try:
         yield process
     finally:
-        if process.is_alive():
+        if process.is_alive() and begun.poll():
             process.terminate()
             process.join(LAST_STEP_S)
-            process.kill()
+        process.kill()
 
 
-def _task_tuned(config: RunConfig, warm_model: Path | None) -> None:
+def _task_tuned(config: RunConfig, warm_model: Path | None, begins: connection.Connection[Any, Any]) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
-    begun = (config.output_dir / "config.yaml").exists()
-    with open_folder(config, resume=begun), stop.listening(once=False):
+    try:
+        with writing(config.output_dir):
+            config.output_dir.mkdir(exist_ok=True)
+            sys.stderr = (config.output_dir / "log.txt").open("a", buffering=1)
+        with stop.listening(once=False):
+            begins.send(True)
+            _train_task_tuned(config, warm_model)
+    except (OracleDown, ConfigError, DiskFull, Diverged, stop.Stopped) as error:
+        say(f"gapg: {error}")
+        sys.exit(CLOUD_FAILED if isinstance(error, OracleDown) else 1)
+
+
+def _train_task_tuned(config: RunConfig, warm_model: Path | None) -> None:
+    with open_folder(config, resume=(config.output_dir / "config.yaml").exists()):
         task = make_task(config)
         run_identity.begin(config.output_dir, config, task, load_tokenizer(config.model, task))
         save_config(config)
-        sys.stderr = (config.output_dir / "log.txt").open("a", buffering=1)
         set_threads(config)
+        run = build_run(config, config.output_dir, task, warm_model)
         try:
-            run = build_run(config, config.output_dir, task, warm_model)
-            try:
-                train(run, validate)
-                assess_task_tuned(run)
-            finally:
-                run.close()
-        except (OracleDown, ConfigError, DiskFull, Diverged, stop.Stopped) as error:
-            say(f"gapg: {error}")
-            sys.exit(CLOUD_FAILED if isinstance(error, OracleDown) else 1)
+            train(run, validate)
+            assess_task_tuned(run)
+        finally:
+            run.close()
 
 
 def assess_task_tuned(run: Run) -> None:
@@ -149,13 +162,14 @@ def assess(run: Run, name: str, temperature: float, control: HelpControl) -> lis
 
     Kept with the step they belong to, and made again where the oracle failed.
     """
+    stop.look()
     path = _predictions(run.folder, name, run.state.step)
-    kept = read_jsonl(path, whole=True)
-    if kept and all(row["oracle_score"] is not None for row in kept):
-        return kept
     prompts = run.validation
     if name.startswith("heldout"):
         prompts = fitting_prompts(run.config, run.task, run.tokenizer, "heldout")
+    kept = read_jsonl(path, whole=True)
+    if [row["id"] for row in kept] == [p.id for p in prompts] and all(row["oracle_score"] is not None for row in kept):
+        return kept
     rollout = run.config.rollout
     sampling = Sampling(
         max_new_tokens=rollout.max_new_tokens,
@@ -172,6 +186,7 @@ def assess(run: Run, name: str, temperature: float, control: HelpControl) -> lis
     oracle.close()
     rows = [prediction(g, run.config.reward) for g in groups]
     path.parent.mkdir(exist_ok=True)
+    remove_partials(path.parent)
     write_whole(path, "".join(to_json(row) + "\n" for row in rows))
     check_evaluation(groups)
     return rows
@@ -184,18 +199,20 @@ def _predictions(folder: Path, name: str, step: int) -> Path:
 def compare(config: RunConfig, bias: float) -> dict[str, Any]:
     """A row a method, on the same held-out problems, and the paired tests. Reads predictions only.
 
-    Problems on which the cloud failed any of them are left out of all, and counted.
+    Problems on which the cloud failed any of them, and such as not all have because eval.heldout was changed on the
+    way, are left out of all, and counted.
     """
     c, last = config.budget.cloud_fraction, config.steps
     folder, tuned = config.output_dir, config.output_dir / "task-tuned"
     names = ("heldout-before", "heldout-sampled", "heldout-greedy", "heldout-calibrated")
     ours = {n: read_jsonl(_predictions(folder, n, 0 if n == "heldout-before" else last)) for n in names}
     theirs = {n: read_jsonl(_predictions(tuned, n, last)) for n in ("heldout-greedy", "heldout-sampled")}
-    everything = [*ours.values(), *theirs.values()]
-    scores = zip(*([row["oracle_score"] for row in rows] for rows in everything), strict=True)
-    known = [i for i, of_problem in enumerate(scores) if None not in of_problem]
-    ours = {name: [rows[i] for i in known] for name, rows in ours.items()}
-    theirs = {name: [rows[i] for i in known] for name, rows in theirs.items()}
+    everything = [{row["id"]: row for row in rows} for rows in (*ours.values(), *theirs.values())]
+    problems = list(dict.fromkeys(id for rows in everything for id in rows))
+    known = [i for i in problems if all(i in rows and rows[i]["oracle_score"] is not None for rows in everything)]
+    ours, theirs = (
+        {name: [row for row in rows if row["id"] in known] for name, rows in side.items()} for side in (ours, theirs)
+    )
 
     results, tests = [_result("before training (T=1)", ours["heldout-before"])], []
     for decoding, mine in (
@@ -220,7 +237,7 @@ def compare(config: RunConfig, bias: float) -> dict[str, Any]:
         "seed": config.seed,
         "oracle": config.oracle.kind,
         "help_bias": bias,
-        "left_out": len(everything[0]) - len(known),
+        "left_out": len(problems) - len(known),
         "rows": [r.row() for r in results],
         "paired_tests": tests,
     }

@@ -23,7 +23,7 @@ from typing import Any
 
 from gapg import checkpoint, run_identity
 from gapg.config import ConfigError, RunConfig, load_config
-from gapg.files import write_whole
+from gapg.files import remove_partials, write_whole
 from gapg.folder import save_config
 from gapg.jsonl import read_jsonl, to_json
 from gapg.model import load_tokenizer
@@ -216,6 +216,7 @@ def _alone(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_partials(folder)
         yield
 
 
