@@ -76,8 +76,11 @@ def _sets(name: str) -> dict[str, Any]:
 
 
 def _flat(name: str) -> dict[str, Any]:
-    """All settings of `name`, its defaults included."""
-    return flat(load_config(name).model_dump(mode="json"))
+    """All settings of `name`, its defaults included; as they are written where it needs options to be complete."""
+    try:
+        return flat(load_config(name).model_dump(mode="json"))
+    except ConfigError:
+        return flat(load_tree(name))
 
 
 def _as_option(value: Any) -> str:

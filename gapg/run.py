@@ -215,6 +215,8 @@ def _restore(
 def _say_schedule(saved: dict[str, Any], config: RunConfig, step: int) -> None:
     """Says what a number of steps that was changed means for the learning rate."""
     before = saved.get("config", {}).get("steps", config.steps)
+    if step > config.steps:
+        say(f"steps: {before} -> {config.steps}: the run has {step} behind it, so nothing more is trained")
     if before == config.steps or step >= config.steps:
         return
     was, now = (learning_rate(config.optim, min(step, n - 1), n) for n in (before, config.steps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
@@ -174,3 +175,13 @@ def say_once(message: str, about: str | None = None) -> None:
 def warn(message: str) -> None:
     """Something the user must not miss."""
     console.print(f"warning: {printable(message)}", markup=False, style="bold red")
+
+
+class _Warnings(logging.Handler):
+    """What modules that know nothing of the console warn of."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warn(record.getMessage())
+
+
+logging.getLogger("gapg").addHandler(_Warnings(logging.WARNING))

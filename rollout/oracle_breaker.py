@@ -145,7 +145,7 @@ class Breaker:
         self._refusals = self._refusals + 1 if failure.status == self._refusal else 1
         self._refusal = failure.status
         if self._refusals >= ROW and not self._ever_right:
-            self.stop(f"{failure.error}; the first {self._refusals} requests all ended so")
+            self.stop(f"{failure.error}; {self._refusals} requests in a row ended so")
 
     def _count(self, attempt: Attempt, error: str) -> None:
         if not self._row:

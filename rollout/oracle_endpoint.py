@@ -22,6 +22,7 @@ LOOPBACK_KEY = "EMPTY"
 EDGE, MIDDLE = 6, 8
 """Characters of a key's begin or end, and of its middle, that give it away; fewer are chance."""
 _MASK = re.compile(r"[*•…#]+|\.{2,}|x{4,}")  # in sk-ab***yz
+_ESCAPE = re.compile(r"\\+u([0-9a-fA-F]{4})|(?:\\+x|%)([0-9a-fA-F]{2})|&#x([0-9a-fA-F]{1,5});|&#(\d{1,6});")
 _FOLDED = str.maketrans(string.ascii_uppercase, string.ascii_lowercase, "\\")
 
 
@@ -43,6 +44,11 @@ class Secret:
         """
         if self.value in ("", LOOPBACK_KEY):
             return text
+        plain = _ESCAPE.sub(_escaped, text).encode(errors="replace").decode()
+        hidden = self._hide(plain)
+        return self._hide(text) if hidden == plain else hidden  # a key may be escaped character by character
+
+    def _hide(self, text: str) -> str:
         kept = [i for i, char in enumerate(text) if char != "\\"]  # quotes may be escaped any number of times
         folded = _fold(text)
         hidden = bytearray(len(text))
@@ -92,6 +98,11 @@ class Secret:
         edges = {piece for form in forms for piece in (form[:EDGE], form[-EDGE:])}
         middles = {form[i : i + MIDDLE] for form in forms for i in range(len(form) - MIDDLE + 1)}
         return {EDGE: edges, MIDDLE: middles}
+
+
+def _escaped(found: re.Match[str]) -> str:
+    hexadecimal = found[1] or found[2] or found[3]
+    return chr(int(hexadecimal, 16) if hexadecimal else int(found[4]))
 
 
 def _fold(text: str) -> str:

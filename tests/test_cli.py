@@ -82,6 +82,7 @@ def test_it_is_fast_and_quiet_in_a_process_of_its_own(tmp_path: Path) -> None:
         (["train", "quickstart", "--task.args.numbrs", "3"], ["task.args", "numbrs", "numbers"]),
         (["train", "quickstart", "--task.args.numbers", "9"], ["numbers", "2 to 6"]),
         (["train", "quickstart", "--warm-start.demonstrations", "no.jsonl"], ["warm_start.demonstrations", "no.jsonl"]),
+        (["train", "quickstart", "--eval.heldout", "0"], ["compare=true", "eval.heldout=0", "compare=false"]),
         (["train", "quickstart", "--token-cap", "20"], ["token_cap=20", "raise"]),
         (["train", "quickstart", "--output-dir", "/dev/null/x"], ["output_dir=/dev/null/x", "choose"]),
         (["eval", "/no/such/run"], ["/no/such/run", "no model"]),

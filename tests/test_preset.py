@@ -89,3 +89,16 @@ def test_a_damaged_record_is_one_line(text: str, began: str, tmp_path: Path) -> 
     (tmp_path / "run" / preset.FILE).write_text(text)
     with pytest.raises(ConfigError, match=r"preset.yaml: cannot be read .*delete it"):
         resumed(began, tmp_path)
+
+
+def test_a_file_that_is_complete_only_with_options(tmp_path: Path) -> None:
+    name, folder = str(tmp_path / "open.yaml"), tmp_path / "run"
+    Path(name).write_text("{steps: 4, oracle: {kind: openai}}")
+    folder.mkdir()
+    given = {"output_dir": str(folder), "oracle.model": "m", "task.name": "countdown"}
+    config = preset.resolve(name, given, resume=False)
+    preset.remember(name, folder)
+    (folder / "config.yaml").write_text(dump_config(config))
+    assert preset.resolve(name, given, resume=True) == config
+    Path(name).write_text("{steps: 9, oracle: {kind: openai}}")
+    assert preset.resolve(name, given, resume=True).steps == 9

@@ -148,7 +148,7 @@ def test_what_changes_nothing_is_no_difference(begun: Callable[..., None], tmp_p
     (tmp_path / "demonstrations.jsonl").rename(tmp_path / "moved.jsonl")
     moved = {"model.path": str(tmp_path / "moved"), "warm_start.demonstrations": str(tmp_path / "moved.jsonl")}
     begun(sums(), moved | {"eval.heldout": "2"})
-    begun(replace(sums(), heldout=[]), moved | {"eval.heldout": "0"})
+    begun(replace(sums(), heldout=[]), moved | {"eval.heldout": "0", "compare": "false"})
 
 
 def test_a_model_of_the_hub_is_known_by_its_files(
@@ -305,6 +305,8 @@ def test_more_steps_say_what_becomes_of_the_learning_rate(
         "steps: 2 -> 5: the learning rate follows the schedule of 5 steps from here on: 2.00e-04 at step 3, instead of"
     )
     assert f"{said} 0.00e+00" in capsys.readouterr().err
+    start(steps="1", **settings)
+    assert "steps: 2 -> 1: the run has 2 behind it, so nothing more is trained" in capsys.readouterr().err
 
 
 def test_a_queue_of_other_data_is_refused(start: Callable[..., Run], capsys: pytest.CaptureFixture[str]) -> None:

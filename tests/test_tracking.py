@@ -1,5 +1,6 @@
 """What a run writes about itself, whatever a model writes: files cut by a kill, markup in transcripts, step counts."""
 
+import logging
 import math
 import unicodedata
 from pathlib import Path
@@ -150,3 +151,8 @@ def test_the_display_on_no_terminal_prints_its_last_step(capsys: pytest.CaptureF
     with Display("quiet", 3, quiet=True) as display:
         display.advance(by=3)
     assert "quiet" not in capsys.readouterr().err
+
+
+def test_modules_that_know_no_console_warn_like_all_others(capsys: pytest.CaptureFixture[str]) -> None:
+    logging.getLogger("gapg.jsonl").warning("metrics.jsonl: line 3 left out \x1b[2J")
+    assert capsys.readouterr().err == "warning: metrics.jsonl: line 3 left out \\x1b[2J\n"

@@ -163,13 +163,13 @@ def _based(found: re.Match[str]) -> str:
         digits[0].isdecimal() or all(int(digit, 36) < base for digit in digits.replace(".", ""))
     ):
         return found[0]
-    return f"N_{{{digits.upper()}b{base}}}"
+    return f"N_{{{re.sub('^0+(?=[0-9A-Z])', '', digits.upper())}b{base}}}"
 
 
 _PREFIXES = {"x": 16, "o": 8, "b": 2}
 _START = r"(?<![\w.^}/)\\])"
 _INTEGER = r"(\d{1,3}(?:,\d{3}){1,5}|\d{1,15})"
-_IN_BASE = r"([0-9A-Z][0-9A-Za-z]{0,60}(?:\.[0-9A-Za-z]{1,60})?)"
+_IN_BASE = r"((?:[0-9A-Z]|[a-f](?=[0-9A-Za-z]))[0-9A-Za-z]{0,60}(?:\.[0-9A-Za-z]{1,60})?)"
 _TEXT_BASE = r"\\(?:text|mathrm) ?\{ ?(?:base[ -]?)?(\w{1,8}) ?\}"
 _FRACTION = r"\\[dtc]?frac *(?:\{ *(\d{1,15}) *\}|(\d)) *(?:\{ *(\d{1,15}) *\}|(\d))"
 

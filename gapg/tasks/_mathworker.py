@@ -66,6 +66,7 @@ _ALGEBRA = re.compile(
 )
 """Signs that a number in a text is not all that the text says."""
 _FRACTION = re.compile(r"\\frac\{(\d+)\}\{(\d+)\}")
+_CLOCK = re.compile(r"(?<=\d) ?([ap])\.? ?m\b\.?", re.IGNORECASE)
 _UNIT_POWER = re.compile(r"(?<=\d)( m| ?[a-z]{2,})\^ ?\{?[23]\}?\Z")
 _BOUND = re.compile(r"<|(?<![-=])>|\\(?:[lg]eq?|neq?|[lg]t)(?![A-Za-z])")
 _OPERATORS: dict[type[ast.operator], Any] = {
@@ -171,10 +172,13 @@ def judge(gold: str, answer: str) -> str:
     gold, answer = notation.without_name(notation.reading(gold), notation.reading(answer))
     if notation.has_base(gold) != notation.has_base(answer):  # one of them leaves the base out
         gold, answer = notation.without_base(gold), notation.without_base(answer)
+    gold, answer = (_CLOCK.sub(lambda found: f" {found[1].lower()}m", text) for text in (gold, answer))
     if gold == answer:
         return "correct" if gold else "wrong"
     if notation.is_based(gold) and notation.is_based(answer):
         return "wrong"
+    if len({found[1] for found in map(_CLOCK.search, (gold, answer)) if found}) == 2:
+        return "wrong"  # `3 am` is not `3 pm`
     expected, got = notation.value(gold), notation.value(answer)
     if expected is not None and got is not None:
         return "correct" if expected.equals(got) else "wrong"

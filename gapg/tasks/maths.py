@@ -293,6 +293,10 @@ def _digits(value: object) -> str | None:
 
 
 def _gold(where: str, source: Source, text: str, place: str) -> str:
+    if text.lower() in ("nan", "null"):
+        raise ValueError(
+            f"{where}.answer: {place} has {text!r}, which an export writes for an empty cell; drop the row"
+        )
     if source.answer_pattern is None:
         boxed = last_box(text)
         if boxed == "":

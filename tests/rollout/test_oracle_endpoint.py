@@ -183,6 +183,10 @@ def test_base64_hides_nothing(before: str) -> None:
         (f"cut here: {KEY[:9]}", "cut here: [K]"),
         (f"{KEY[5:]} is no key", "[K] is no key"),
         ("nothing of it ... **at all**, sk is short", "nothing of it ... **at all**, sk is short"),
+        ("every character: " + "".join(f"\\u{ord(c):04x}" for c in KEY), "every character: [K]"),
+        ("every character: " + "".join(f"%{ord(c):02X}" for c in KEY), "every character: [K]"),
+        ("every character: " + "".join(f"&#{ord(c)};" for c in KEY), "every character: [K]"),
+        ("no key: \\u0041 100%25 &#65;", "no key: \\u0041 100%25 &#65;"),
     ],
 )
 def test_what_servers_say_of_a_key(text: str, cleaned: str) -> None:

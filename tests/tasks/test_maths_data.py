@@ -153,6 +153,14 @@ def test_numbers_of_a_function_or_the_hub(tmp_path, number, text):
     assert [p.answer for p in task.prompts("train")] == [text]
 
 
+@pytest.mark.parametrize("cell", ["nan", "NaN", "null"])
+def test_what_an_export_writes_for_an_empty_cell_is_no_answer(tmp_path, cell):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"question": "q", "answer": cell}) + "\n")
+    (tmp_path / "test.jsonl").write_text('{"question": "r", "answer": "1"}\n')
+    with pytest.raises(ValueError, match=rf"task.args.train.answer: .*train.jsonl:1 has '{cell}', which an export"):
+        Maths(train=str(tmp_path), heldout={"path": str(tmp_path), "split": "test"})
+
+
 NEEDED = "in column {column!r}, where a text or a number is needed; mend or drop the row, or name a function"
 
 
