@@ -89,7 +89,7 @@ class RunConfig(Section):
         if self.compare and self.rollout.engine != "transformers":
             raise ValueError("compare=true trains two models side by side: it needs rollout.engine=transformers")
         if self.compare and self.eval.heldout == 0:
-            raise ValueError("compare=true compares on held-out problems: eval.heldout=0 leaves none; raise it, or set compare=false")
+            raise ValueError("compare=true needs held-out problems, and eval.heldout=0: raise it, or set compare=false")
         if self.wandb and find_spec("wandb") is None:
             raise ValueError("wandb=true: W&B is not installed; pip install 'gapg[wandb]'")
         return self
