@@ -177,3 +177,28 @@ def test_which_steps_are_lost(start: Callable[..., Run]) -> None:
         assert (run.failure is None) == (groups == [local, local])
     assert outage.verdict(run, last=False) is None
     assert "every question of the last step: on fire" in str(outage.verdict(run, last=True))
+
+
+def test_the_key_is_written_nowhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, make_server: Any
+) -> None:
+    """A run whose cloud answers once and then echoes the key: it is in no file and no line of output."""
+    server = make_server()
+    server.plan("cloud", {}, {"status": 503, "message": "not with Bearer sk-very-secret-123, sk-very-secr…"})
+    monkeypatch.setenv("GAPG_TEST_KEY", "sk-very-secret-123")
+    argv = [
+        *("train", "quickstart", *SMALL, "--output-dir", str(tmp_path / "run"), "--steps", "9"),
+        *("--oracle.kind", "openai", "--oracle.model", "cloud", "--oracle.api-key-env", "GAPG_TEST_KEY"),
+        *("--oracle.base-url", server.url, "--oracle.max-retries", "0", "--oracle.timeout-s", "2"),
+    ]
+    with pytest.raises(SystemExit) as left:
+        main(argv)
+    assert left.value.code == 3
+    captured = capsys.readouterr()
+    assert "GAPG_TEST_KEY" in captured.err, "it was shown under its name"
+    assert "sk-very" not in captured.out + captured.err
+    files = [p for p in (tmp_path / "run").rglob("*") if p.is_file()]
+    assert {"oracle.sqlite", "config.yaml", "state.json"} <= {p.name for p in files}
+    assert not any(b"sk-very" in p.read_bytes() for p in files)
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert all(row["groups/unknown"] + row["groups/d1"] == 2 for row in rows)
