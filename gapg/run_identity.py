@@ -175,7 +175,7 @@ def _demonstrations(config: RunConfig) -> str | None:
     if not path:
         return None
     try:
-        return sha256s([Path(path)])[0]
+        return sha256s([Path(path).expanduser()])[0]
     except OSError as error:
         raise ConfigError(f"warm_start.demonstrations={path}: cannot be read: {error.strerror}") from None
 

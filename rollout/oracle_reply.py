@@ -22,7 +22,7 @@ PERMANENT = {
 }  # fmt: skip
 """Codes and types of errors that no second request cures."""
 RETRIED = (408, 409, 429)
-"""Numeric codes under 500 that another request may cure."""
+"""HTTP statuses, and such numbers in a reply, under 500 that another request may cure. Those from 500 on all may."""
 _TEXT_PARTS = ("text", "output_text", None)
 _SAID = (
     "message", "msg", "detail", "error_description", "errors", "error_msg", "error_message", "status_msg", "base_resp",

@@ -13,10 +13,7 @@ from typing import Literal
 import openai
 
 from gapg.rollout.oracle_connection import ReplyTooLarge
-from gapg.rollout.oracle_reply import ReplyError, plain, read_reply
-
-RETRIED = (408, 409, 429)
-"""Statuses under 500 that another try may cure. Those from 500 on are all tried again."""
+from gapg.rollout.oracle_reply import RETRIED, ReplyError, plain, read_reply
 
 HINTS = {
     401: "check the key in the environment variable that api_key_env names",

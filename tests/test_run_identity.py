@@ -140,7 +140,9 @@ def test_another_file_is_refused_by_name(begun: Callable[..., None], tmp_path: P
     assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_what_changes_nothing_is_no_difference(begun: Callable[..., None], tmp_path: Path) -> None:
+def test_what_changes_nothing_is_no_difference(
+    begun: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another place, another writer, fewer held-out problems."""
     (tmp_path / "model").rename(tmp_path / "moved")
     _edit("config.json", lambda c: c.update(transformers_version="9.9"))(tmp_path / "moved")
@@ -148,6 +150,8 @@ def test_what_changes_nothing_is_no_difference(begun: Callable[..., None], tmp_p
     (tmp_path / "demonstrations.jsonl").rename(tmp_path / "moved.jsonl")
     moved = {"model.path": str(tmp_path / "moved"), "warm_start.demonstrations": str(tmp_path / "moved.jsonl")}
     begun(sums(), moved | {"eval.heldout": "2"})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    begun(sums(), moved | {"warm_start.demonstrations": "~/moved.jsonl"})
     begun(replace(sums(), heldout=[]), moved | {"eval.heldout": "0", "compare": "false"})
 
 
