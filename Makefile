@@ -27,7 +27,7 @@ test-native:
 lint: .venv/.full
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy gapg
+	$(BIN)/mypy -p gapg -p gapg_kernels -p gapg_rollout -p gapg_packing
 	$(BIN)/lint-imports
 
 # Wheels that a GPU machine without a network lacks, for Python 3.12 on Linux x86-64, into .wheels/ (bench/GPU.md).
@@ -35,7 +35,7 @@ gpu-wheels: .venv/.small
 	$(BIN)/python bench/gpu_wheels.py fetch
 
 clean:
-	rm -rf .venv build *.egg-info gapg/*.so
+	rm -rf .venv build *.egg-info csrc/gapg_packing/*.so
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gapg needs Python 3.11 or newer: make PYTHON=python3.12 quickstart")'

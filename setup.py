@@ -8,7 +8,7 @@ from setuptools import setup
 # A contracted multiply-add rounds once instead of twice: without it, modelled costs, and so packings, are the same on
 # every machine.
 packer = Pybind11Extension(
-    "gapg._csrc",
+    "gapg_packing._csrc",
     ["csrc/bindings.cpp"],
     depends=sorted(glob("csrc/*.h")),
     cxx_std=20,

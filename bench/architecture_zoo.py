@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from gapg import attention
+from gapg.model import attention
 
 Settings = dict[str, Any]
 

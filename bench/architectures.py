@@ -4,8 +4,8 @@
     python bench/architectures.py --only lfm2,granite --output /tmp/some.json
 
 Each route's log-probs and gradients, in training mode, are compared with those of transformers' own eager model given
-one sequence at a time. Beside them stands what `gapg.policy.choose_route` says of the model: the row is WRONG where
-that route is off, or padded without need. The script exits with 1 if a row is. Results go to
+one sequence at a time. Beside them stands what `gapg.model.policy.choose_route` says of the model: the row is WRONG
+where that route is off, or padded without need. The script exits with 1 if a row is. Results go to
 bench/results/architectures.json and, as a table, to docs/architectures.md; those of chosen architectures to --output.
 """
 
@@ -18,20 +18,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script: bench/kernels.py would shadow Hugging Face's package `kernels`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bench import record
-from bench.architecture_zoo import SIZE, ZOO, build
-from bench.record import Row
-from gapg.batching import Example, PackedBatch, packed_batches
+import record
+from architecture_zoo import SIZE, ZOO, build
+from gapg.batches.batching import Example, PackedBatch, packed_batches
 from gapg.config import ConfigError
-from gapg.policy import choose_route, response_logprobs
+from gapg.model.policy import choose_route, response_logprobs
+from record import Row
 
 RESULTS = record.ROOT / "bench" / "results" / "architectures.json"
 PAGE = record.ROOT / "docs" / "architectures.md"

@@ -32,7 +32,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from gapg.kernels import odds_gemm, odds_pass, odds_rows, policy_loss_kernel
+from gapg_kernels import cublas_odds as odds_pass
+from gapg_kernels import odds_gemm, policy_loss_kernel
+from gapg_kernels import row_kernels as odds_rows
 
 SHARED, RESERVED = 228 << 10, 1 << 10
 """Bytes of shared memory of a multiprocessor of sm_90, and those of them that each program on it takes unasked."""

@@ -110,10 +110,10 @@ stage_A() {
   # pytest's own limit comes first: it then still prints what failed.
   step tests 110 env OMP_NUM_THREADS=2 "$python" -m pytest tests/gpu -m gpu --confcutdir tests/gpu \
     -p no:cacheprovider -n "$workers" --maxfail 20 -rs -o timeout=60 -o session_timeout=95
-  step errors 50 "$python" bench/kernels.py --only-errors --shape "$errors" --impl "gapg,PyTorch eager" \
+  step errors 50 "$python" bench/heads.py --only-errors --shape "$errors" --impl "gapg,PyTorch eager" \
     --output "$out/kernels"
   step tiles 45 "$python" bench/tiles.py --shape "$tiles" --output "$out/tiles"
-  step head 100 "$python" bench/kernels.py --shape "$shape" --case train,peaked,zero,frozen,forward \
+  step head 100 "$python" bench/heads.py --shape "$shape" --case train,peaked,zero,frozen,forward \
     --impl "gapg,PyTorch eager" --output "$out/kernels"
   if [ -n "$dry" ]; then
     skip roofline "a dry run is no card"
@@ -150,9 +150,9 @@ stage_B() {
 stage_C() {
   install peers 40
   # Two processes: an illegal access or a hang of one ends all that come after it in the same.
-  step peers 115 "$python" bench/kernels.py "${peers[@]}" --case train,forward \
+  step peers 115 "$python" bench/heads.py "${peers[@]}" --case train,forward \
     --impl "gapg fused_policy_loss,main_grad,linear_logprob,cce,verl,TRL" --output "$out/peers"
-  step cutlass 115 "$python" bench/kernels.py "${peers[@]}" --case train,forward \
+  step cutlass 115 "$python" bench/heads.py "${peers[@]}" --case train,forward \
     --impl "gapg fused_policy_loss,main_grad,linear_logprob,Liger scaled,Liger cross entropy (CuTe),quack" --output "$out/cutlass"
   local profiler
   profiler=$(command -v ncu || ls /usr/local/cuda/bin/ncu 2>/dev/null)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from bench import kernels_report
-from bench.record import Row
-from bench.update_step_report import GOAL, OURS, TRL
+import heads_report
+from record import Row
+from update_step_report import GOAL, OURS, TRL
 
 SHAPE = "(16384, 2048, 151936)"
 """T, H, V where the head is judged: Qwen2.5-3B's."""
@@ -63,18 +63,18 @@ def _judged(what: str, wanted: str, value: float | None, of: str, met: bool) -> 
 
 def _of_bare(rows: list[Row], case: str) -> tuple[float | None, str]:
     """The fastest of ours."""
-    times, _ = kernels_report.times_of(rows, case)
-    ours = kernels_report.fastest(times, ours=True)
-    return (times[ours] / times[kernels_report.FLOOR], ours) if ours and kernels_report.FLOOR in times else (None, "")
+    times, _ = heads_report.times_of(rows, case)
+    ours = heads_report.fastest(times, ours=True)
+    return (times[ours] / times[heads_report.FLOOR], ours) if ours and heads_report.FLOOR in times else (None, "")
 
 
 def _other(results: HasRows, case: str, *, sums: bool) -> tuple[float | None, str]:
     """The fastest of the peers, each beside ours of its own run; stage C only, as A has none but eager."""
     found: dict[str, float] = {}
     for name in ("peers", "cutlass"):
-        times = kernels_report.times_of(results.rows(name), case)
-        ours = kernels_report.fastest(times[0], ours=True)
-        other = kernels_report.fastest(times[sums], ours=False)
+        times = heads_report.times_of(results.rows(name), case)
+        ours = heads_report.fastest(times[0], ours=True)
+        other = heads_report.fastest(times[sums], ours=False)
         if ours and other:
             found[other] = times[sums][other] / times[0][ours]
     fastest = min(found, key=found.__getitem__, default="")

@@ -10,19 +10,18 @@ heading with its reason.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script: bench/kernels.py would shadow Hugging Face's package `kernels`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from bench import gpu_report_picture as picture
-from bench import kernels_report, record, roofline, update_step_report
-from bench.gpu_goals import Goal, goals
-from bench.record import Row
+import gpu_report_picture as picture
+import heads_report
+import record
+import roofline
+import update_step_report
+from gpu_goals import Goal, goals
+from record import Row
 
 MARKERS = ("<!-- gpu: drawn by bench/gpu_report.py --readme -->", "<!-- end of gpu -->")
 RECORDS = {
@@ -147,20 +146,20 @@ def _goals(found: list[Goal]) -> Iterator[str]:
 def _head(rows: list[Row]) -> Iterator[str]:
     """A table a case, the fastest first: times, and ratios to the bare products and to the fastest of ours."""
     for case in dict.fromkeys(row["case"] for row in rows if row.get("metric") == "time"):
-        found = kernels_report.by_metric([row for row in rows if row["case"] == case])
-        times, _ = kernels_report.times_of(rows, case)
-        ours = kernels_report.fastest(times, ours=True)
+        found = heads_report.by_metric([row for row in rows if row["case"] == case])
+        times, _ = heads_report.times_of(rows, case)
+        ours = heads_report.fastest(times, ours=True)
         yield from (f"**T H V = {case}**", "")
         yield "| | ms (20 to 80%) | of bare | of ours | peak GiB | dH error | log-prob error | |"
         yield "|---|---:|---:|---:|---:|---:|---:|---|"
         for impl in sorted((i for i in found if "time" in found[i]), key=lambda i: found[i]["time"]["median"]):
             row = found[impl]
             ms = " to ".join(f"{row['time'][key] * 1e3:.2f}" for key in ("p20", "p80"))
-            bare = row["time"]["median"] / times[kernels_report.FLOOR]
+            bare = row["time"]["median"] / times[heads_report.FLOOR]
             own = f"{row['time']['median'] / times[ours]:.2f}" if ours else ""
             peak = f"{row['peak_memory']['median'] / 2**30:.2f}" if "peak_memory" in row else ""
             errors = [f"{row[m]['median']:.0e}" if m in row else "" for m in ("dH_error", "logprob_error")]
-            note = "sums a cross entropy" if row["time"].get("computes") == kernels_report.ENTROPY else ""
+            note = "sums a cross entropy" if row["time"].get("computes") == heads_report.ENTROPY else ""
             yield (
                 f"| {impl} | {row['time']['median'] * 1e3:.2f} ({ms}) | {bare:.2f} | {own} | {peak} | "
                 f"{' | '.join(errors)} | {note} |"
@@ -180,7 +179,7 @@ def _roofline(results: Results) -> Iterator[str]:
 def _errors(results: Results) -> Iterator[str]:
     if "errors" in results.records:
         yield "Relative error of dH, and the worst error of a log-prob in nats, against float64:"
-        yield from ("", kernels_report.error_table(results.records["errors"]))
+        yield from ("", heads_report.error_table(results.records["errors"]))
 
 
 def _tiles(rows: list[Row]) -> Iterator[str]:

@@ -8,9 +8,10 @@ from typing import Any
 
 import matplotlib
 
-from bench import kernels_report, roofline
-from bench.gpu_goals import HasRows
-from bench.record import Row
+import heads_report
+import roofline
+from gpu_goals import HasRows
+from record import Row
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
@@ -64,8 +65,8 @@ def _bars(axis: Any, times: dict[str, Row], base: str, title: str) -> None:
     unit = times[base]["median"]
     for y, impl in enumerate(order):
         median, low, high = (times[impl][key] / unit for key in ("median", "p20", "p80"))
-        colour = "black" if impl == kernels_report.FLOOR else OURS if impl.startswith(("gapg", "+")) else OTHERS
-        note = ", sums a cross entropy" if times[impl].get("computes") == kernels_report.ENTROPY else ""
+        colour = "black" if impl == heads_report.FLOOR else OURS if impl.startswith(("gapg", "+")) else OTHERS
+        note = ", sums a cross entropy" if times[impl].get("computes") == heads_report.ENTROPY else ""
         axis.barh(y, median, xerr=[[median - low], [high - median]], color=colour, height=0.7)
         axis.text(max(high, median), y, f" {median:.2f}{note}", va="center", fontsize=7)
     axis.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
@@ -75,7 +76,7 @@ def _bars(axis: Any, times: dict[str, Row], base: str, title: str) -> None:
 
 
 def _head(title: str, times: dict[str, Row]) -> Callable[[Any], None]:
-    return lambda axis: _bars(axis, times, kernels_report.FLOOR, f"{title}: times the bare products")
+    return lambda axis: _bars(axis, times, heads_report.FLOOR, f"{title}: times the bare products")
 
 
 def _updates(case: str, times: dict[str, Row]) -> Callable[[Any], None]:

@@ -72,7 +72,7 @@ IMAGE = {
 
 UNUSED = {"nvidia-cutlass-dsl": "nvidia-cutlass-dsl-libs-cu12", "verl": "*"}
 """Wheel: what it requires and we do without. The libraries for CUDA 13 do for those for 12; of verl two files are
-loaded, which need torch and triton (`bench.peers.heads`)."""
+loaded, which need torch and triton (`peers.heads`)."""
 
 SITECUSTOMIZE = """\
 import os

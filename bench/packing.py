@@ -4,7 +4,7 @@
     python bench/packing.py --counts 1000    # only so many lengths
     python bench/packing.py --report         # no measuring: the table and the plot of the record there is
 
-Every ratio is of calls that took turns in the same rounds. Who the peers are stands in `bench.peers.packers`. Results
+Every ratio is of calls that took turns in the same rounds. Who the peers are stands in `peers.packers`. Results
 go to bench/results/packing/, or to the folder given as --output.
 """
 
@@ -20,17 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script: bench/kernels.py would shadow Hugging Face's package `kernels`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
-from bench import record
-from bench.peers.packers import OURS, PEERS, Lengths, Peer
-from bench.record import Row
-from gapg.packing import Cost, pack
+import record
+from gapg_packing.pack import Cost, pack
+from peers.packers import OURS, PEERS, Lengths, Peer
+from record import Row
 
 RESULTS = record.ROOT / "bench" / "results" / "packing"
 SEED, CAP, RANKS = 0, 16_384, 8

@@ -16,19 +16,18 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script: bench/kernels.py would shadow Hugging Face's package `kernels`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import torch
 
-from bench import record, roofline_report
-from bench.roofline_designs import (
+import record
+import roofline_report
+from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan
+from gapg_kernels.odds_gemm import TILES
+from roofline_designs import (
     BARE,
     BARE_FORWARD,
     CARDS,
@@ -42,8 +41,6 @@ from bench.roofline_designs import (
     Range,
     Shape,
 )
-from gapg.kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan
-from gapg.kernels.odds_gemm import TILES
 
 RESULTS = record.ROOT / "bench" / "results" / "roofline"
 SASS = record.ROOT / "bench" / "results" / "sass" / "triton-3.7.1.json"
@@ -147,7 +144,7 @@ def chunk_count(head: Head, shape: Shape, workspace: int = DEFAULT_WORKSPACE) ->
 
 
 def chunk_rows(head: Head, shape: Shape, workspace: int) -> list[int]:
-    """Rows of every chunk, as `gapg.kernels.chunks` cuts them."""
+    """Rows of every chunk, as `gapg_kernels.chunks` cuts them."""
     rows = round(shape.tokens * head.rows)
     if head.fixed_rows is not None:
         return [min(head.fixed_rows, rows - at) for at in range(0, rows, head.fixed_rows)]
@@ -224,7 +221,7 @@ def write(folder: Path) -> dict[str, Any]:
 
 
 def compare(measured: dict[str, Any]) -> str:
-    """The prediction beside a record of bench/kernels.py or bench/tiles.py, for the card it ran on: rows that say what
+    """The prediction beside a record of bench/heads.py or bench/tiles.py, for the card it ran on: rows that say what
     they are predicted as, at whatever shape; first from the stated rates, then from those that the record measured.
 
     Raises:
@@ -275,7 +272,7 @@ def matched(rows: list[dict[str, Any]], card: Card) -> list[tuple[dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compare", type=Path, nargs="+", help="records of bench/kernels.py or bench/tiles.py")
+    parser.add_argument("--compare", type=Path, nargs="+", help="records of bench/heads.py or bench/tiles.py")
     paths = parser.parse_args().compare
     if paths is None:
         found = write(RESULTS)

@@ -4,34 +4,31 @@
     python bench/shared_prompt.py --case P1024-R256 --seconds 20     # or by number, from 0
 
 Beside the times (by device events, on a CPU in processor time) each case has the round-by-round ratio, what
-`gapg.sharing` predicts for it, and how far the two runs' gradients lie apart: both are float32 on a CPU and bfloat16 on
-a GPU. Results go to bench/results/shared_prompt/<device>.json, those of chosen cases only where --output says.
+`gapg.batches.sharing` predicts for it, and how far the two runs' gradients lie apart: both are float32 on a CPU and
+bfloat16 on a GPU. Results go to bench/results/shared_prompt/<device>.json, those of chosen cases only where --output
+says.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script: bench/kernels.py would shadow Hugging Face's package `kernels`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from bench import record
-from bench.record import Row
-from gapg import attention
-from gapg.kernels.linear_logprob import linear_logprob
-from gapg.kernels.shared_prompt_attention import share
-from gapg.sharing import RATES, saving, shape_of
+import record
+from gapg.batches.sharing import RATES, saving, shape_of
+from gapg.model import attention
+from gapg_kernels.linear_logprob import linear_logprob
+from gapg_kernels.shared_prompt_attention import share
+from record import Row
 
 RESULTS = record.ROOT / "bench" / "results" / "shared_prompt"
 

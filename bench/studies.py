@@ -6,15 +6,10 @@ python bench/studies.py
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from bench.record import ROOT, draw_between
 from gapg.studies.experiment import markdown
+from record import ROOT, draw_between
 
 RESULTS = ROOT / "bench" / "results" / "studies"
 MARKERS = ("<!-- studies: drawn by bench/studies.py -->", "<!-- end of studies -->")

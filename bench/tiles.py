@@ -9,7 +9,7 @@ the small launches before and after its GEMM. Errors are the worst log-prob's an
 error is too large is not timed. The kernels are for compute capability 9.0; on a CPU they run in Triton's interpreter,
 in float32, where a time says nothing about a GPU's. Results go to bench/results/tiles/, or to the folder given as
 --output; the exit code is 1 where no tile ran. To make a winner the choice for its V, change
-`gapg.kernels.odds_gemm.tile_for`.
+`gapg_kernels.odds_gemm.tile_for`.
 """
 
 from __future__ import annotations
@@ -25,23 +25,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-if not __package__:  # run as a script: `kernels.py` beside it would shadow Hugging Face's package `kernels`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import torch
 from torch import Tensor
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # heeded only before triton is imported, which the next lines do
 
-from bench import problems, record
-from bench.problems import Problem
-from bench.record import Row
-from bench.roofline_designs import Shape
-from gapg.kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan, pitch
-from gapg.kernels.definition import RowOdds
-from gapg.kernels.head import KERNEL_CAPABILITY
-from gapg.kernels.odds_gemm import TILES, fused_odds, tile_for
+import problems
+import record
+from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan, pitch
+from gapg_kernels.head import KERNEL_CAPABILITY
+from gapg_kernels.odds_gemm import TILES, fused_odds, tile_for
+from gapg_kernels.reference import RowOdds
+from problems import Problem
+from record import Row
+from roofline_designs import Shape
 
 DEVICE: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
 RESULTS = record.ROOT / "bench" / "results" / "tiles"
@@ -57,7 +55,7 @@ E_ROWS = 256
 """Rows of E that are held to float64, element by element."""
 UNITS = {"logprob_error": "nats", "e_error": "relative"}
 PREDICTED = {BARE: "bare GEMM, forward", "wide": "ours, forward only", "pair": "ours, forward only, pair tile"}
-"""Names in `bench.roofline` of what is timed, where that is the forward of all T rows."""
+"""Names in `roofline` of what is timed, where that is the forward of all T rows."""
 
 
 def name_of(shape: Shape, store: bool) -> str:
@@ -90,7 +88,7 @@ class Chunk(NamedTuple):
         return name_of(self.shape, self.e is not None)
 
     def predicted_as(self, impl: str) -> str | None:
-        """The name in `bench.roofline` of what an implementation does here."""
+        """The name in `roofline` of what an implementation does here."""
         whole = self.e is None and len(self.hidden) == self.shape.tokens
         return PREDICTED.get(impl) if whole else None
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from bench.peers import updates
-from bench.update_step_report import OURS
-from gapg.batching import Example, PackedBatch, packed_batches
+from gapg.batches.batching import Example, PackedBatch, packed_batches
 from gapg.config import RunConfig, load_config
-from gapg.kernels.policy_loss import group_advantages
 from gapg.update import with_gradient
+from gapg_kernels.policy_loss import group_advantages
+from peers import updates
+from update_step_report import OURS
 
 SETTINGS = ("pack", "response_positions", "skip_zero_advantage", "share_prompts")
 IMPLS = (*OURS, *updates.PEERS)

@@ -23,17 +23,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from bench import record
-from bench.peers import updates
-from bench.record import Row
-from bench.update_cases import Case
-from bench.update_step_report import OURS
-from gapg import attention
-from gapg.batching import PackedBatch
-from gapg.kernels import flash
-from gapg.kernels.policy_loss import PolicyLossOptions
-from gapg.memory_trace import head_bytes
-from gapg.policy import response_loss
+import record
+from gapg.batches.batching import PackedBatch
+from gapg.model import attention
+from gapg.model.memory_trace import head_bytes
+from gapg.model.policy import response_loss
+from gapg_kernels import flash
+from gapg_kernels.policy_loss import PolicyLossOptions
+from peers import updates
+from record import Row
+from update_cases import Case
+from update_step_report import OURS
 
 ATTENTION = ("attention", "bmm")  # bmm: of scores where there is no fused kernel
 

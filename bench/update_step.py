@@ -7,7 +7,7 @@
     python bench/update_step.py --only timed --shape 512,2048,16 --prompts 8
     python bench/update_step.py --table README.md     # the counts as Markdown, between the markers in that file
 
-What is counted, and how, stands in `bench.update_count`. A micro-batch is eight sequences for the peers and as many
+What is counted, and how, stands in `update_count`. A micro-batch is eight sequences for the peers and as many
 tokens as the cap allows for ours, so its tokens stand beside its bytes. Counts predict no time, and are a file of their
 own because they do not depend on what they are made on.
 
@@ -34,25 +34,22 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-if not __package__:  # run as a script: bench/kernels.py would shadow Hugging Face's package `kernels`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from bench import record
-from bench import update_step_report as report
-from bench.peers import updates
-from bench.record import Row
-from bench.update_cases import CASES, IMPLS, QWEN, REAL, SMALL, Case, own_case, parse_shape
-from bench.update_count import counted_rows, update_flops
-from bench.update_step_report import OURS
-from gapg import attention
+import record
+import update_step_report as report
 from gapg.config import RunConfig
-from gapg.memory import fitting_token_cap
+from gapg.model import attention
+from gapg.model.memory import fitting_token_cap
 from gapg.optim import clip_and_step, make_optimizer
 from gapg.update import policy_update
+from peers import updates
+from record import Row
+from update_cases import CASES, IMPLS, QWEN, REAL, SMALL, Case, own_case, parse_shape
+from update_count import counted_rows, update_flops
+from update_step_report import OURS
 
 RESULTS = record.ROOT / "bench" / "results" / "update_step"
 ROUNDS = {"cpu": 3, "cuda": 5}

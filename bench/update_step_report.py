@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.record import Row, draw_between
+from record import Row, draw_between
 
 MARKERS = ("<!-- update step: drawn by bench/update_step.py --table -->", "<!-- end of update step -->")
 

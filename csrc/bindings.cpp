@@ -1,4 +1,4 @@
-// gapg._csrc: the numpy face of packing.h and layout.h. Whatever the arguments, and whatever other threads write to the
+// gapg_packing._csrc: the numpy face of packing.h and layout.h. Whatever the arguments, and whatever other threads write to the
 // arrays during a call, a call is right or raises; with arrays that change it may be right for neither state.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -168,7 +168,7 @@ void lay_out_shared(const py::object& tokens, const py::object& starts, const py
 
 PYBIND11_MODULE(_csrc, m, py::mod_gil_not_used()) {
   using py::arg;
-  m.doc() = "Sequence packing in C++; use it through gapg.packing, which says what everything means.";
+  m.doc() = "Sequence packing in C++; use it through gapg_packing.pack, which says what everything means.";
   m.def("pack", &pack, arg("lengths"), arg("cap"), arg("ranks") = 1, arg("linear") = 1.0, arg("quadratic") = 0.0,
         "int64 lengths [n] -> (order int64 [n], offsets int64 [bins + 1]); ValueError on lengths outside 1..cap.");
   m.def("pack_groups", &pack_groups, arg("lengths"), arg("prompts"), arg("groups"), arg("cap"), arg("ranks"),

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from gapg.rollout.records import OracleQuestion
 from gapg.tasks.base import Prompt, Split, Verdict
 from gapg.tasks.templates import ANSWER_ONLY, ENDINGS, render_instruction
+from gapg_rollout.records import OracleQuestion
 
 
 class Sums:

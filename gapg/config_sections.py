@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic_core import PydanticCustomError
 
 from gapg import config_keys
-from gapg.rollout.oracle_endpoint import check_api_key_env, check_url
+from gapg_rollout.oracle_endpoint import check_api_key_env, check_url
 
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]

@@ -14,8 +14,6 @@ from enum import Enum
 from typing import Literal
 
 from gapg.config import ConfigError, one_line
-from gapg.rollout.records import Completion, Oracle, OracleAnswer
-from gapg.rollout.text import spoken
 from gapg.tasks.base import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
@@ -27,6 +25,8 @@ from gapg.tasks.base import (
     Task,
     Verdict,
 )
+from gapg_rollout.records import Completion, Oracle, OracleAnswer
+from gapg_rollout.text import spoken
 
 # A tokenizer whose tags are special tokens may put one blank more beside them, or swallow the one that is there.
 _PHRASE = re.compile(HELP_PHRASE.replace(" ", " +").replace("> +", "> *").replace(" +<", " *<"))
@@ -151,7 +151,7 @@ class Judge:
 
     The oracle is asked when any response calls, when no response is right (the prompt filter must know whether the
     cloud is; `ask_unsolved=False` where there is no filter), and otherwise only with `ask_always`.
-    thinking: the task's prompts open a think block (`gapg.endings.opens_think`).
+    thinking: the task's prompts open a think block (`gapg.model.endings.opens_think`).
     """
 
     def __init__(

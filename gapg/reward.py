@@ -15,8 +15,8 @@ import torch
 
 from gapg.config import ConfigError, RunConfig
 from gapg.judge import Group, Outcome, parse
-from gapg.rollout.records import Completion, OracleAnswer
 from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_PHRASE, Prompt, Task
+from gapg_rollout.records import Completion, OracleAnswer
 
 RewardFunction = Callable[[Group, float, float, float], Iterable[Any]]
 """(group, alpha_a, alpha_c, alpha_f) -> one finite number a response, in any ordered collection."""

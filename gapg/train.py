@@ -19,17 +19,17 @@ from typing import Any
 
 import torch
 
-from gapg import checkpoint, health, outage, stop
-from gapg.batching import Example
+from gapg.batches.batching import Example
 from gapg.filtering import Selection, select
 from gapg.judge import Group, Outcome
-from gapg.kernels.policy_loss import group_advantages
 from gapg.optim import learning_rate
 from gapg.reward import RewardError, group_rewards
-from gapg.run import Run, Validate
+from gapg.runs import checkpoint, health, outage, stop
+from gapg.runs.run import Run, Validate
+from gapg.runs.tracking import Display, warn
 from gapg.seeding import derive
-from gapg.tracking import Display, warn
 from gapg.update import policy_update
+from gapg_kernels.policy_loss import group_advantages
 
 COLLAPSED_AFTER = 20
 

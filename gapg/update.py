@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from gapg import sharing
-from gapg.batching import Example, PackedBatch, packed_batches
+from gapg.batches import sharing
+from gapg.batches.batching import Example, PackedBatch, packed_batches
 from gapg.config import ConfigError, RunConfig
-from gapg.kernels.policy_loss import PolicyLossOptions, group_advantages, summarize
+from gapg.model.policy import response_logprobs, response_loss
 from gapg.optim import clip_and_step, learning_rate
-from gapg.policy import response_logprobs, response_loss
+from gapg_kernels.policy_loss import PolicyLossOptions, group_advantages, summarize
 
 
 def policy_update(

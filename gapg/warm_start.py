@@ -11,21 +11,21 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg import checkpoint, health, stop
-from gapg.batching import Example, packed_batches
+from gapg.batches.batching import Example, packed_batches
+from gapg.build import fitting_prompts, make_engine
 from gapg.config import ConfigError, RunConfig
 from gapg.data import split_validation
-from gapg.endings import opens_think
 from gapg.judge import parse
-from gapg.memory import refuse
-from gapg.model import device, load_model
+from gapg.model.endings import opens_think
+from gapg.model.load import device, load_model
+from gapg.model.memory import refuse
+from gapg.model.policy import choose_route, response_logprobs
 from gapg.optim import clip_and_step, learning_rate, make_optimizer
-from gapg.parts import fitting_prompts, make_engine
-from gapg.policy import choose_route, response_logprobs
+from gapg.runs import checkpoint, health, stop
+from gapg.runs.tracking import Display, say
 from gapg.seeding import derive
 from gapg.tasks import load_demonstrations
 from gapg.tasks.base import Demonstrated, Demonstration, Task
-from gapg.tracking import Display, say
 
 
 def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTrainedTokenizerBase) -> Path:

@@ -20,11 +20,11 @@ import torch
 from hypothesis import settings
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg import tracking
+from gapg.build import make_task
 from gapg.config import RunConfig, load_config
-from gapg.model import load_tokenizer
-from gapg.parts import make_task
-from gapg.run import Run, build_run
+from gapg.model.load import load_tokenizer
+from gapg.runs import tracking
+from gapg.runs.run import Run, build_run
 from gapg.tasks.countdown import Countdown
 from gapg.warm_start import warm_start
 
@@ -51,7 +51,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase) -> Callable[..., PreTrainedMo
 
     Weights are four times the usual size, so that its distributions are far from uniform.
     """
-    from gapg import attention
+    from gapg.model import attention
 
     def make(seed: int = 0, **settings: object) -> PreTrainedModel:
         attention.register()

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SHELVES = {"gapg.kernels": ROOT / "kernels", "gapg.rollout": ROOT / "rollout"}
+SHELVES = {"gapg_kernels": ROOT / "kernels", "gapg_rollout": ROOT / "rollout"}
 
 
 def modules() -> dict[str, Path]:
@@ -65,9 +65,9 @@ def reachable(start: str, known: dict[str, Path]) -> dict[str, str]:
 
 def test_the_walk_sees_the_package() -> None:
     known = modules()
-    assert {"gapg.train", "gapg.kernels.linear_logprob", "gapg.rollout.records", "gapg.tasks.base"} <= set(known)
-    assert "gapg.rollout.records" in imports("gapg.judge", known["gapg.judge"], set(known))
-    assert "gapg.kernels.linear_logprob" in reachable("gapg.train", known)
+    assert {"gapg.train", "gapg_kernels.linear_logprob", "gapg_rollout.records", "gapg.tasks.base"} <= set(known)
+    assert "gapg_rollout.records" in imports("gapg.judge", known["gapg.judge"], set(known))
+    assert "gapg_kernels.linear_logprob" in reachable("gapg.train", known)
 
 
 def test_kernels_and_rollout_know_nothing_of_the_rest() -> None:
@@ -80,10 +80,10 @@ def test_kernels_and_rollout_know_nothing_of_the_rest() -> None:
 
 
 def test_the_method_knows_no_use_no_study_no_integration() -> None:
-    for start in ("gapg.train", "gapg.warm_start", "gapg.run"):
+    for start in ("gapg.train", "gapg.warm_start", "gapg.runs.run"):
         came_from = reachable(start, modules())
         for name in came_from:
-            if name.startswith(("gapg.studies", "gapg.use", "gapg.integrations", "gapg.cli")):
+            if name.startswith(("gapg.studies", "gapg.evaluation", "gapg.integrations", "gapg.commands.cli")):
                 trail = [name]
                 while came_from[trail[-1]]:
                     trail.append(came_from[trail[-1]])
@@ -93,15 +93,15 @@ def test_the_method_knows_no_use_no_study_no_integration() -> None:
 def test_what_is_done_with_a_model_knows_no_study() -> None:
     known = modules()
     for name in known:
-        if name.startswith("gapg.use"):
-            assert not any(n.startswith(("gapg.studies", "gapg.cli")) for n in reachable(name, known)), name
+        if name.startswith("gapg.evaluation"):
+            assert not any(n.startswith(("gapg.studies", "gapg.commands.cli")) for n in reachable(name, known)), name
 
 
 def test_packing_knows_integers_only() -> None:
     known = modules()
-    assert imports("gapg.packing", known["gapg.packing"], set(known)) <= {
+    assert imports("gapg_packing.pack", known["gapg_packing.pack"], set(known)) <= {
         "numpy",
-        "gapg._csrc",
+        "gapg_packing._csrc",
         "operator",
         "dataclasses",
     }

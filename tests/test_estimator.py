@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg.batching import Example, packed_batches
+from gapg.batches.batching import Example, packed_batches
 from gapg.filtering import select
 from gapg.judge import Group, Outcome, rewards
-from gapg.kernels.policy_loss import group_advantages
-from gapg.policy import response_logprobs
-from gapg.rollout.records import Completion
+from gapg.model.policy import response_logprobs
 from gapg.tasks.base import Prompt
+from gapg_kernels.policy_loss import group_advantages
+from gapg_rollout.records import Completion
 
 Floats = np.ndarray
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from gapg.config_sections import BudgetConfig
 from gapg.filtering import select
 from gapg.judge import Group, Outcome
-from gapg.rollout.records import Completion
 from gapg.tasks.base import Prompt
+from gapg_rollout.records import Completion
 
 RIGHT, CALL, MISSED, WRONG, FAILED = (
     Outcome.LOCAL_CORRECT,

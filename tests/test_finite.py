@@ -13,22 +13,22 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg import checkpoint, health, manifest
-from gapg.cli import main
+from gapg.build import make_task
+from gapg.commands.cli import main
 from gapg.config import RunConfig
 from gapg.config_sections import OptimConfig
+from gapg.evaluation.validate import validate
 from gapg.filtering import Selection
-from gapg.health import BAD_STEPS, IDLE_STEPS, Diverged
 from gapg.jsonl import read_jsonl
 from gapg.judge import Group, rewards
-from gapg.model import load_tokenizer
+from gapg.model.load import load_tokenizer
 from gapg.optim import clip_and_step, make_optimizer
-from gapg.parts import make_task
-from gapg.rollout.records import Completion, Sampling
-from gapg.run import Run, TrainState, build_run
+from gapg.runs import checkpoint, health, manifest
+from gapg.runs.health import BAD_STEPS, IDLE_STEPS, Diverged
+from gapg.runs.run import Run, TrainState, build_run
 from gapg.train import train
-from gapg.use.validate import validate
 from gapg.warm_start import warm_start
+from gapg_rollout.records import Completion, Sampling
 
 Start = Callable[..., Run]
 NAN, INF = math.nan, math.inf

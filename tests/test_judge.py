@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gapg.judge import Group, Judge, Outcome, Parsed, parse, rewards
-from gapg.rollout.oracle_solver import SolverOracle
-from gapg.rollout.records import Completion, OracleAnswer, OracleUsage
-from gapg.rollout.text import THINK
 from gapg.tasks.base import HELP_PHRASE
 from gapg.tasks.countdown import Countdown
+from gapg_rollout.oracle_solver import SolverOracle
+from gapg_rollout.records import Completion, OracleAnswer, OracleUsage
+from gapg_rollout.text import THINK
 
 TASK = Countdown()
 PROMPT = next(p for p in TASK.prompts("train") if p.id.startswith("3 8 "))

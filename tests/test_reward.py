@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from gapg.config import ConfigError, RunConfig
 from gapg.judge import Group, Outcome, parse, rewards
 from gapg.reward import RewardError, group_rewards, try_reward
-from gapg.rollout.records import Completion
 from gapg.studies import da_grpo
 from gapg.tasks.base import Prompt
 from gapg.tasks.countdown import Countdown
+from gapg_rollout.records import Completion
 
 OUTCOMES = (Outcome.LOCAL_CORRECT, Outcome.CLOUD_CORRECT, Outcome.LOCAL_WRONG)
 GROUP = Group(

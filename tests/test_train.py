@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from gapg import checkpoint, tracking
+from gapg.evaluation.validate import validate
 from gapg.jsonl import read_jsonl
 from gapg.judge import Judge
-from gapg.outage import LOST_STEPS, OracleDown
-from gapg.rollout.records import OracleAnswer, OracleQuestion, OracleUsage
-from gapg.run import Run
+from gapg.runs import checkpoint, tracking
+from gapg.runs.outage import LOST_STEPS, OracleDown
+from gapg.runs.run import Run
 from gapg.train import COLLAPSED_AFTER, _warn_if_collapsed, train, train_step
-from gapg.use.validate import validate
+from gapg_rollout.records import OracleAnswer, OracleQuestion, OracleUsage
 
 KEYS = {
     *("step", "accuracy", "local_accuracy", "call_fraction", "alpha_c", "lr", "grad_norm", "clipped", "logprob_gap"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from gapg.batching import Example
+from gapg.batches.batching import Example
 from gapg.config import ConfigError, RunConfig, load_config
 from gapg.optim import make_optimizer
 from gapg.update import policy_update

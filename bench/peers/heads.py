@@ -1,4 +1,4 @@
-"""Every way from hidden states to a policy gradient that `bench/kernels.py` compares, ours among them.
+"""Every way from hidden states to a policy gradient that `bench/heads.py` compares, ours among them.
 
 Each peer is called as its users call it and made to compute the same thing: the gradients, for hidden and weight, of
 ``sum_t coefficient_t logprob_t``. Losses that know no coefficient for each token are compared with the float64 gradient
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.problems import Problem
+from problems import Problem
 
 POLICY, ENTROPY = "policy gradient", "cross entropy"
 
@@ -54,7 +54,7 @@ class Peer:
     computes: str = POLICY
     trained_only: bool = False
     predicted_as: str | None = None
-    """its name in `bench.roofline`"""
+    """its name in `roofline`"""
 
     def coefficient(self, problem: Problem) -> Tensor:
         """[T]: d loss / d logprob of what it computes."""
@@ -132,13 +132,13 @@ def bare_packages(*names: str) -> None:
 
 
 def _linear_logprob() -> LogProb:
-    from gapg.kernels.linear_logprob import linear_logprob
+    from gapg_kernels.linear_logprob import linear_logprob
 
     return linear_logprob
 
 
 def _fused(problem: Problem, trained: bool, *, summed: bool = False, **options: Any) -> Run:
-    from gapg.kernels.fused_policy_loss import fused_policy_loss
+    from gapg_kernels.fused_policy_loss import fused_policy_loss
 
     hidden, weight = leaves(problem, trained and not summed)
     total = torch.zeros_like(weight, dtype=torch.float32) if summed else None
@@ -156,7 +156,7 @@ def _fused(problem: Problem, trained: bool, *, summed: bool = False, **options: 
 
 @contextmanager
 def _without_the_fused_gemm() -> Iterator[None]:
-    from gapg.kernels import head
+    from gapg_kernels import head
 
     with mock.patch.object(head, "uses_kernel", lambda hidden: False):
         yield

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gapg.packing import pack
+from gapg_packing.pack import pack
 
 Lengths = NDArray[np.int64]
 Run = Callable[[], Any]
@@ -51,7 +51,7 @@ def first_fit(lengths: Lengths, cap: int) -> Run:
 def compiled_first_fit() -> Callable[[Lengths, int], tuple[Lengths, Lengths]]:
     """Each sequence, as it comes, into the first bin that holds it: the plainest loops over arrays, compiled by numba.
 
-    Gives what `gapg.packing.pack` gives: order [n] and offsets [bins + 1].
+    Gives what `gapg_packing.pack.pack` gives: order [n] and offsets [bins + 1].
     """
     import numba
 

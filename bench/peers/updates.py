@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gapg.batching import Example
+from gapg.batches.batching import Example
 
 LR = 1e-6
 """Of every implementation: they all move one model."""

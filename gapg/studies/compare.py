@@ -17,28 +17,28 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from gapg import run_identity, stop
+from gapg.build import fitting_prompts, make_oracle, make_task, oracle_account
 from gapg.config import ConfigError, RunConfig
+from gapg.evaluation.calibrate import fit_bias, help_control, masked
+from gapg.evaluation.evaluate import Result, mcnemar, prediction, respond
+from gapg.evaluation.report import plot_run, print_table
+from gapg.evaluation.validate import validate
 from gapg.files import DiskFull, remove_partials, write_whole, writing
-from gapg.folder import open_folder, save_config
-from gapg.health import Diverged
 from gapg.jsonl import read_jsonl, to_json
 from gapg.judge import Judge
-from gapg.model import load_tokenizer
-from gapg.outage import OracleDown, check_evaluation
-from gapg.parts import fitting_prompts, make_oracle, make_task, oracle_account
-from gapg.rollout.records import HelpControl, Sampling
-from gapg.run import Run, build_run, set_threads
+from gapg.model.load import load_tokenizer
+from gapg.runs import run_identity, stop
+from gapg.runs.health import Diverged
+from gapg.runs.outage import OracleDown, check_evaluation
+from gapg.runs.run import Run, build_run, set_threads
+from gapg.runs.run_dir import open_folder, save_config
+from gapg.runs.tracking import say, warn
 from gapg.seeding import derive
 from gapg.studies.pool import end_with_parent
 from gapg.studies.routers import at_random, by_logprob, logprob_threshold, offload
 from gapg.tasks.base import STOP
-from gapg.tracking import say, warn
 from gapg.train import train
-from gapg.use.calibrate import fit_bias, help_control, masked
-from gapg.use.evaluate import Result, mcnemar, prediction, respond
-from gapg.use.report import plot_run, print_table
-from gapg.use.validate import validate
+from gapg_rollout.records import HelpControl, Sampling
 
 CLOUD_FAILED = 3
 """Exit code of a baseline that the cloud failed."""

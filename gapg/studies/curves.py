@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gapg.use.evaluate import Result
+from gapg.evaluation.evaluate import Result
 
 FloatArray = npt.NDArray[np.float64]
 

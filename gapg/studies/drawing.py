@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gapg.use.report import BLUE as BLUE
-from gapg.use.report import GREEN as GREEN
-from gapg.use.report import GREY as GREY
-from gapg.use.report import ORANGE as ORANGE
+from gapg.evaluation.report import BLUE as BLUE
+from gapg.evaluation.report import GREEN as GREEN
+from gapg.evaluation.report import GREY as GREY
+from gapg.evaluation.report import ORANGE as ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

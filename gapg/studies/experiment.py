@@ -14,14 +14,14 @@ import matplotlib
 import numpy as np
 
 from gapg.config import ConfigError
+from gapg.evaluation.report import save_figure
 from gapg.files import write_whole
+from gapg.runs.tracking import say, warn
 from gapg.studies.pool import Job, run_jobs
 from gapg.studies.products import STANDARD
 from gapg.studies.provenance import machine, revision, versions
 from gapg.studies.runs import Place, check, make_run, make_warm_start, place
 from gapg.studies.study import Finished, Report, Study, Unit
-from gapg.tracking import say, warn
-from gapg.use.report import save_figure
 
 matplotlib.use("agg")
 from matplotlib.figure import Figure

@@ -19,18 +19,18 @@ import torch
 from scipy import stats
 from transformers import PreTrainedModel
 
-from gapg.batching import Example, packed_batches
+from gapg.batches.batching import Example, packed_batches
 from gapg.judge import Group, Judge
-from gapg.policy import response_logprobs
+from gapg.model.policy import response_logprobs
 from gapg.reward import group_rewards
-from gapg.rollout.records import Sampling
-from gapg.run import Run
+from gapg.runs.run import Run
+from gapg.runs.tracking import Display
 from gapg.seeding import derive
 from gapg.studies.curves import FloatArray
 from gapg.studies.drawing import COLOURS, SMALL
 from gapg.studies.study import Finished, Table
 from gapg.tasks.base import STOP, Prompt
-from gapg.tracking import Display
+from gapg_rollout.records import Sampling
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

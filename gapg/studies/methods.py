@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from gapg.evaluation.evaluate import Result
 from gapg.studies.curves import FloatArray, Routed, apply_threshold, threshold_for
 from gapg.studies.paired import Difference
 from gapg.studies.routers import help_margins
 from gapg.studies.study import Finished
-from gapg.use.evaluate import Result
 
 Rows = list[dict[str, Any]]
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gapg.config import ConfigError, RunConfig
-from gapg.rollout.oracle_solver import SolverOracle
 from gapg.studies import units
 from gapg.studies.curves import FloatArray, accuracies_at
 from gapg.studies.drawing import COLOURS, GREY, SMALL, panels, percent
@@ -24,6 +23,7 @@ from gapg.studies.settings import (
     own_curve,
 )
 from gapg.studies.study import Finished, Report, Study, Table, Unit
+from gapg_rollout.oracle_solver import SolverOracle
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,7 +15,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
-from gapg.tracking import Display, warn
+from gapg.runs.tracking import Display, warn
 
 POLL_SECONDS = 1.0
 

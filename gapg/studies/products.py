@@ -6,20 +6,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gapg.endings import opens_think
+from gapg.build import fitting_prompts, make_oracle
+from gapg.evaluation.calibrate import help_control, masked
+from gapg.evaluation.evaluate import prediction, respond
 from gapg.files import write_whole
 from gapg.jsonl import read_jsonl, to_json
 from gapg.judge import Judge
-from gapg.parts import fitting_prompts, make_oracle
-from gapg.rollout.records import HelpControl, Oracle, Sampling
-from gapg.run import Run
+from gapg.model.endings import opens_think
+from gapg.runs.run import Run
+from gapg.runs.tracking import warn
 from gapg.seeding import derive
 from gapg.studies.study import product_path
 from gapg.tasks import find_object
 from gapg.tasks.base import STOP, Prompt, Task
-from gapg.tracking import warn
-from gapg.use.calibrate import help_control, masked
-from gapg.use.evaluate import prediction, respond
+from gapg_rollout.records import HelpControl, Oracle, Sampling
 
 Rows = list[dict[str, Any]]
 SAMPLES = 5

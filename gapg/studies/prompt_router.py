@@ -21,19 +21,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gapg.build import fitting_prompts
 from gapg.config import ConfigError
 from gapg.config_sections import OptimConfig
 from gapg.jsonl import read_jsonl
-from gapg.model import device
+from gapg.model.load import device
 from gapg.optim import clip_and_step, learning_rate
-from gapg.parts import fitting_prompts
-from gapg.run import Run
+from gapg.runs.run import Run
+from gapg.runs.tracking import Display, say
 from gapg.seeding import derive
 from gapg.studies.curves import FloatArray
 from gapg.studies.products import make_product
 from gapg.studies.study import product_path
 from gapg.tasks.base import Prompt, Task
-from gapg.tracking import Display, say
 
 PRODUCT = "gapg.studies.prompt_router:prompt_router"
 """What a unit names in `products` to get the scores of a router trained on its model's failures."""

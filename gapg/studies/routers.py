@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from gapg.evaluation.evaluate import Result
 from gapg.judge import parse
 from gapg.seeding import derive
 from gapg.studies.curves import FloatArray
-from gapg.use.evaluate import Result
 
 Predictions = Sequence[Mapping[str, Any]]
 """Lines of `predictions.jsonl` with `outcome` and `oracle_score`, of responses decoded with help masked."""

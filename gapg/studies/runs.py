@@ -21,21 +21,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gapg import checkpoint, run_identity
+from gapg.build import check_run, make_reward, make_task
 from gapg.config import ConfigError, RunConfig, load_config
+from gapg.evaluation.validate import validate
 from gapg.files import remove_partials, write_whole
-from gapg.folder import save_config
 from gapg.jsonl import read_jsonl, to_json
-from gapg.model import load_tokenizer
-from gapg.parts import check_run, make_reward, make_task
+from gapg.model.load import load_tokenizer
 from gapg.reward import try_reward
-from gapg.run import build_run, set_threads
+from gapg.runs import checkpoint, run_identity
+from gapg.runs.run import build_run, set_threads
+from gapg.runs.run_dir import save_config
 from gapg.studies.products import PRODUCTS, STANDARD, is_made, make_product
 from gapg.studies.provenance import revision
 from gapg.studies.study import Unit, product_path
 from gapg.tasks import find_object
 from gapg.train import train
-from gapg.use.validate import validate
 from gapg.warm_start import check_demonstrations, warm_start
 
 DEFAULTS = {

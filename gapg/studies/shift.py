@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gapg.config import ConfigError, RunConfig
-from gapg.run import Run
+from gapg.runs.run import Run
 from gapg.seeding import derive
 from gapg.studies import units
 from gapg.studies.curves import FloatArray, threshold_for

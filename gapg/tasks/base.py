@@ -13,7 +13,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
-from gapg.rollout.records import OracleQuestion
+from gapg_rollout.records import OracleQuestion
 
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 HELP_OPEN, HELP_CLOSE = "<unknown>", "</unknown>"

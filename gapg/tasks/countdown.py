@@ -20,11 +20,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from gapg.rollout.records import OracleQuestion
 from gapg.tasks import arithmetic
 from gapg.tasks.arithmetic import Trace
 from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_PHRASE, Demonstration, Prompt, Split, Verdict
 from gapg.tasks.templates import ANSWER_ONLY, ENDINGS, render_instruction
+from gapg_rollout.records import OracleQuestion
 
 _PROBLEM = re.compile(r"([0-9]+(?: [0-9]+)*) = ([0-9]+)(?: :)?")
 

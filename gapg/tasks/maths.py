@@ -27,12 +27,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gapg.jsonl import check_text, kind, read_data
-from gapg.rollout.records import OracleQuestion
 from gapg.tasks import find_object
 from gapg.tasks._mathreading import last_box
 from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_PHRASE, Demonstration, Prompt, Split, Verdict
 from gapg.tasks.mathcheck import MathChecker
 from gapg.tasks.templates import ANSWER_ONLY, ENDINGS, render_instruction
+from gapg_rollout.records import OracleQuestion
 
 _HELP = 0.2
 _log = logging.getLogger(__name__)

@@ -7,9 +7,10 @@ import pytest
 import torch
 import transformers
 
-from bench import architectures, record
-from bench.architecture_zoo import ZOO
-from bench.architectures import fault
+import architectures
+import record
+from architecture_zoo import ZOO
+from architectures import fault
 
 Rows = dict[str, dict[str, Any]]
 

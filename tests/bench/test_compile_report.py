@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.compile_report import Instruction, _epilogue, _in_loops, _programs
+from compile_report import Instruction, _epilogue, _in_loops, _programs
 
 
 def listing(*lines: str) -> list[Instruction]:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from bench import gpu_report, record
-from bench.gpu_goals import SHAPE, goals
-from bench.record import Row
+import gpu_report
+import record
+from gpu_goals import SHAPE, goals
+from record import Row
 
 TRAIN = f"{SHAPE} random"
 H200 = {"device": "NVIDIA H200", "cpu": "x", "cores": 16, "driver": "580.1", "cuda": "13.0", "multiprocessors": 132}

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_report, record
+import gpu_report
+import record
 
 SCRIPT = record.ROOT / "bench" / "gpu.sh"
 MINUTES = {"A": 7, "B": 7, "C": 6}
@@ -80,7 +81,7 @@ def test_every_step_of_a_runs_and_a_failure_stops_none(tmp_path: Path) -> None:
     done, calls = run(tmp_path, "A", python)
     assert done.returncode == 1
     assert [call.split(" --")[0] for call in calls] == [
-        "setup.py build_ext", "-m pytest tests/gpu -m gpu", "bench/kernels.py", "bench/tiles.py", "bench/kernels.py",
+        "setup.py build_ext", "-m pytest tests/gpu -m gpu", "bench/heads.py", "bench/tiles.py", "bench/heads.py",
         "bench/roofline.py", "-m pytest tests/gpu",
     ]  # fmt: skip
     found = steps(tmp_path / "out", "A")

@@ -13,8 +13,9 @@ from zipfile import ZipFile
 
 import pytest
 
-from bench import gpu_wheels, record
-from bench.gpu_wheels import Refused
+import gpu_wheels
+import record
+from gpu_wheels import Refused
 
 SCRIPT = record.ROOT / "bench" / "gpu_wheels.py"
 

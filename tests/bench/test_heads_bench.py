@@ -14,10 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import kernels, kernels_report, problems, record
-from bench.peers import heads
-from bench.peers.heads import Outcome
-from bench.problems import Problem
+import heads as kernels
+import heads_report
+import problems
+import record
+from peers import heads
+from peers.heads import Outcome
+from problems import Problem
 
 PEERS = {peer.name: peer for peer in [*heads.PEERS, heads.DESIGN]}
 COMPILED = {"PyTorch torch.compile", "cut-cross-entropy torch_compile", "Liger GRPO loss"}
@@ -158,7 +161,7 @@ def test_one_case_is_measured_whole() -> None:
     )
     case = kernels.Case(kernels.Shape(64, 32, 2000), zero=True)
     rows = kernels.measure(case, [*chosen, broken])
-    found = kernels_report.by_metric(rows)
+    found = heads_report.by_metric(rows)
     assert {"time", "peak_memory", "dH_error", "dW_error", "logprob_error"} == found["gapg linear_logprob"].keys()
     assert found["broken"]["error"]["error"] == "ArithmeticError: dH_error is not finite"
     assert found["broken"].keys() == {"error"}
@@ -166,7 +169,7 @@ def test_one_case_is_measured_whole() -> None:
     assert time["predicted_as"] == "ours, half the rows zero"
     assert time["tflops"] == pytest.approx(6 * 32 * 32 * 2000 / time["median"] / 1e12)  # 32 of 64 rows count
     assert time["floor_share"] == pytest.approx(found["bare GEMMs"]["time"]["median"] / time["median"])
-    for text in (kernels_report.table(str(case), rows), kernels_report.summary({"rows": rows})):
+    for text in (heads_report.table(str(case), rows), heads_report.summary({"rows": rows})):
         assert str(case) in text
 
 
@@ -183,17 +186,17 @@ def test_a_peer_that_breaks_the_device_leaves_the_reasons(tmp_path: Path) -> Non
 
     lost = dataclasses.replace(PEERS["gapg fused_policy_loss"], name="gapg lost", prepare=prepare)
     rows = kernels.measure(kernels.Case(kernels.Shape(64, 32, 500)), [PEERS["quack chunked cross entropy"], lost])
-    assert [row["impl"] for row in rows] == ["quack chunked cross entropy", kernels_report.FLOOR]
-    assert kernels_report.ours_failed(rows) == f"{kernels_report.FLOOR}: {rows[1]['error']}"
-    assert kernels_report.ours_failed(rows[:1]) is None  # it says itself that it needs a card
-    kernels_report.plot({"rows": rows}, tmp_path / "nothing.png")
-    assert kernels_report.summary({"rows": rows}) and not list(tmp_path.iterdir())
+    assert [row["impl"] for row in rows] == ["quack chunked cross entropy", heads_report.FLOOR]
+    assert heads_report.ours_failed(rows) == f"{heads_report.FLOOR}: {rows[1]['error']}"
+    assert heads_report.ours_failed(rows[:1]) is None  # it says itself that it needs a card
+    heads_report.plot({"rows": rows}, tmp_path / "nothing.png")
+    assert heads_report.summary({"rows": rows}) and not list(tmp_path.iterdir())
 
 
 def test_a_forward_is_asked_of_those_that_have_one() -> None:
     chosen = [PEERS["gapg fused_policy_loss"], PEERS["PyTorch eager"]]
     rows = kernels.measure(kernels.Case(kernels.Shape(64, 32, 500), forward=True), chosen)
-    assert {row["impl"] for row in rows} == {kernels_report.FLOOR, "PyTorch eager"}
+    assert {row["impl"] for row in rows} == {heads_report.FLOOR, "PyTorch eager"}
 
 
 def test_anybody_times_their_own_shape_beside_one_peer(tmp_path: Path) -> None:
@@ -209,7 +212,7 @@ def test_anybody_times_their_own_shape_beside_one_peer(tmp_path: Path) -> None:
     ]
     assert script(*options, "--output", str(tmp_path)).returncode == 0
     rows = record.read(tmp_path / "kernels-cpu.json")["rows"]
-    assert {row["impl"] for row in rows} == {kernels_report.FLOOR, "gapg linear_logprob", "PyTorch eager"}
+    assert {row["impl"] for row in rows} == {heads_report.FLOOR, "gapg linear_logprob", "PyTorch eager"}
     assert list(dict.fromkeys(row["case"] for row in rows)) == [
         f"{shape} random{frozen}" for shape in ("(64, 32, 500)", "(16, 48, 300)") for frozen in ("", ", frozen weight")
     ]
@@ -224,7 +227,7 @@ def test_anybody_times_their_own_shape_beside_one_peer(tmp_path: Path) -> None:
 
 
 def script(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "bench/kernels.py", *options]
+    command = [sys.executable, "bench/heads.py", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, env=environment)
 
@@ -237,7 +240,7 @@ def test_losses_that_sum_stay_in_the_summary_and_are_labelled() -> None:
 
     rows = record.timing_rows("a case", {impl: [value] for impl, value in seconds.items()})
     rows[-1]["computes"] = heads.ENTROPY
-    _, _, ours, other, summed = kernels_report.summary({"rows": rows}).splitlines()
+    _, _, ours, other, summed = heads_report.summary({"rows": rows}).splitlines()
     assert ours.split() == ["a", "case", "1000.00", "1250.00", "0.80"]
     assert other.split() == ["3000.00", "2.40", "eager"]
     assert summed.split()[:3] == ["1200.00", "0.96", "quick"] and "not a policy loss" in summed
@@ -257,14 +260,14 @@ def test_the_table_of_errors_is_drawn_between_its_markers(tmp_path: Path) -> Non
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- errors:begin -->\nold\n<!-- errors:end -->\nafter\n")
     for _ in range(2):  # drawing again changes nothing
-        kernels_report.draw_into(readme, error_record())
+        heads_report.draw_into(readme, error_record())
         assert readme.read_text() == (
             "before\n<!-- errors:begin -->\n| entropy, nats | 8.0 | 0.0 |\n|---|---|---|\n"
             "| ours | 1.7e-3, 2e-6 | 1.6e+5, 2e-6 |\n| only a loss | 1.7e-3 | 1.6e+5 |\n<!-- errors:end -->\nafter\n"
         )
     readme.write_text("no markers\n")
     with pytest.raises(ValueError, match="needs the markers"):
-        kernels_report.draw_into(readme, error_record())
+        heads_report.draw_into(readme, error_record())
     assert readme.read_text() == "no markers\n"
 
 
@@ -272,7 +275,7 @@ def test_a_table_of_errors_that_was_cut_off_shows_what_there_is() -> None:
     rows = error_record()["rows"]
     assert isinstance(rows, list)
     kept = [row for row in rows if (row["case"], row["impl"]) != ("0.0 nats", "ours")]
-    assert "| ours | 1.7e-3, 2e-6 | – |" in kernels_report.error_table({"rows": kept})
+    assert "| ours | 1.7e-3, 2e-6 | – |" in heads_report.error_table({"rows": kept})
 
 
 def test_a_broken_device_does_not_stop_the_cleaning_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +293,7 @@ def test_the_committed_errors_say_what_the_head_promises() -> None:
     cases = list(dict.fromkeys(row["case"] for row in rows))
     assert cases == [f"{nats} nats" for nats in problems.LADDER]
     for case in cases:
-        found = kernels_report.by_metric([row for row in rows if row["case"] == case])
+        found = heads_report.by_metric([row for row in rows if row["case"] == case])
         for ours in ("gapg fused_policy_loss", "gapg linear_logprob"):
             assert found[ours]["logprob_error"]["median"] <= 1e-4
             for metric in ("dH_error", "dW_error"):
@@ -301,11 +304,11 @@ def test_the_committed_errors_say_what_the_head_promises() -> None:
 def test_the_script_does_not_hide_hugging_faces_kernels() -> None:
     """As a script, its folder comes first on sys.path, and in it is a file of that package's name."""
     code = (
-        "import runpy, sys; sys.argv = ['bench/kernels.py', '--help']; sys.path.insert(0, 'bench')\n"
-        "try: runpy.run_path('bench/kernels.py', run_name='__main__')\n"
+        "import runpy, sys; sys.argv = ['bench/heads.py', '--help']; sys.path.insert(0, 'bench')\n"
+        "try: runpy.run_path('bench/heads.py', run_name='__main__')\n"
         "except SystemExit: pass\n"
         "import importlib.util; found = importlib.util.find_spec('kernels')\n"
-        "assert found is None or not (found.origin or '').endswith('bench/kernels.py'), found\n"
+        "assert found is None or not (found.origin or '').endswith('bench/heads.py'), found\n"
         "import trl; from transformers import AutoModelForCausalLM; print('fine')"
     )
     done = subprocess.run(
@@ -321,7 +324,7 @@ def test_the_script_does_not_hide_hugging_faces_kernels() -> None:
 def test_committed_times_are_complete() -> None:
     found = json.loads((kernels.RESULTS / "kernels-cpu.json").read_text())
     for case in {row["case"] for row in found["rows"]}:
-        rows = kernels_report.by_metric([row for row in found["rows"] if row["case"] == case])
+        rows = heads_report.by_metric([row for row in found["rows"] if row["case"] == case])
         timed = {impl: row["time"] for impl, row in rows.items() if "time" in row}
         assert timed["bare GEMMs"]["floor_share"] == 1.0
         assert all(len(row["samples"]) >= kernels.SLOW_ROUNDS for row in timed.values())

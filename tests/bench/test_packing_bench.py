@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import packing
-from bench.peers.packers import PEERS, Peer
+import packing
+from peers.packers import PEERS, Peer
 
 ROOT = Path(__file__).parents[2]
 

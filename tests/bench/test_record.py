@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import record
+import record
 
 
 def test_calls_go_round_robin_after_one_untimed_round() -> None:

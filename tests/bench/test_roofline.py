@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench import record, roofline, roofline_report
-from bench.roofline_designs import CARDS, HEADS, SHAPES, Card, Head, Range, Shape
-from gapg.kernels.odds_gemm import TILES
+import record
+import roofline
+import roofline_report
+from gapg_kernels.odds_gemm import TILES
+from roofline_designs import CARDS, HEADS, SHAPES, Card, Head, Range, Shape
 
 BY_NAME = {head.name: head for head in HEADS}
 OURS, PAIR = BY_NAME["ours"], BY_NAME["ours, pair tile"]

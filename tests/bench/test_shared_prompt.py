@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import record, shared_prompt
-from gapg import attention
+import record
+import shared_prompt
+from gapg.model import attention
 
 
 def test_both_updates_are_one_and_the_rows_fit_the_record(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 import json
 
-from bench import studies
-from bench.record import ROOT
+import studies
+from record import ROOT
 
 
 def test_the_readme_shows_what_is_committed() -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import record
-from bench.roofline_designs import HEADS
+import record
+from roofline_designs import HEADS
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a card takes another record, see tests/gpu")
 
@@ -77,9 +77,10 @@ def test_a_shape_that_does_not_fit_is_refused_in_a_line(tmp_path: Path) -> None:
 PROBLEM = """
 import functools, json, sys, warnings
 import torch
-from bench import problems, tiles
-from bench.roofline_designs import Shape
-from gapg.kernels.odds_gemm import TILES, fused_odds
+import problems
+import tiles
+from roofline_designs import Shape
+from gapg_kernels.odds_gemm import TILES, fused_odds
 
 warnings.simplefilter("ignore")
 shape = Shape(272, 16, 40)  # of the rows E is compared at 256
@@ -157,7 +158,7 @@ found["table"] = tiles.table(shape, chunk.case, found["all"])""")
 
 BROKEN = """
 import os
-from bench import tiles
+import tiles
 for name, tile in tiles.TILES.items():
     tiles.TILES[name] = tile._replace(bn=tile.bn + 1)
 """

@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from bench import record, update_count, update_step, update_step_report
-from bench.peers import updates
-from bench.record import Row
-from bench.update_cases import CASES, IMPLS, TOY, Case
-from bench.update_step_report import OURS, SEQUENCES, TOKEN_CAP, TRL, WORK
-from gapg import attention
-from gapg.kernels.policy_loss import group_advantages
-from gapg.memory import fitting_token_cap, plan_memory
-from gapg.policy import response_logprobs
+import record
+import update_count
+import update_step
+import update_step_report
+from gapg.model import attention
+from gapg.model.memory import fitting_token_cap, plan_memory
+from gapg.model.policy import response_logprobs
+from gapg_kernels.policy_loss import group_advantages
+from peers import updates
+from record import Row
+from update_cases import CASES, IMPLS, TOY, Case
+from update_step_report import OURS, SEQUENCES, TOKEN_CAP, TRL, WORK
 
 attention.register()
 TINY = Case("tiny", TOY, 24, 0.5, prompts=2, samples=4, response=8, token_cap=512)

@@ -13,11 +13,10 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import gapg_packing._csrc as _csrc
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-import gapg._csrc as _csrc
 
 EDGES = [-(2**63), -(2**31), -1, 0, 1, 2, 5, 2**31 - 1, 2**31, 2**62, 2**63 - 1]
 NUMBERS = st.one_of(st.integers(0, 9), st.integers(0, 9), st.sampled_from(EDGES))

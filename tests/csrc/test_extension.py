@@ -6,10 +6,9 @@ import threading
 import time
 from pathlib import Path
 
+import gapg_packing._csrc as _csrc
 import numpy as np
 import pytest
-
-import gapg._csrc as _csrc
 
 
 def int64s(*values: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from gapg import attention
+from gapg.model import attention
 
 HALF, FULL = torch.bfloat16, torch.float32
 VOCAB = 151_936

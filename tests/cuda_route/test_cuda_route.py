@@ -17,7 +17,14 @@ from collections import defaultdict
 
 import pytest
 import torch
-from real_sizes import (
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
+
+from gapg.batches.batching import Example, PackedBatch, packed_batches
+from gapg.model import attention
+from gapg.model.policy import response_logprobs
+from tests.cuda_route.real_sizes import (
     FULL,
     HALF,
     VOCAB,
@@ -29,13 +36,6 @@ from real_sizes import (
     fake_policy,
     qwen,
 )
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
-
-from gapg import attention
-from gapg.batching import Example, PackedBatch, packed_batches
-from gapg.policy import response_logprobs
 
 # --- 1. CUDA's autocast, at the attention ----------------------------------------------------------------------------
 

@@ -14,7 +14,20 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from real_sizes import (
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel, Qwen2Config
+
+from gapg.batches.batching import Example, packed_batches
+from gapg.config import RunConfig, load_config
+from gapg.model import lora
+from gapg.model.policy import response_loss
+from gapg.optim import make_optimizer
+from gapg.update import policy_update, with_gradient
+from gapg_kernels import flash
+from gapg_kernels.policy_loss import PolicyLossOptions
+from gapg_kernels.shared_prompt_attention import Pieces, varlen_backward, varlen_forward
+from tests.cuda_route.real_sizes import (
     FULL,
     HALF,
     SHAPES,
@@ -29,19 +42,6 @@ from real_sizes import (
     qwen,
     tensors,
 )
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel, Qwen2Config
-
-from gapg import lora
-from gapg.batching import Example, packed_batches
-from gapg.config import RunConfig, load_config
-from gapg.kernels import flash
-from gapg.kernels.policy_loss import PolicyLossOptions
-from gapg.kernels.shared_prompt_attention import Pieces, varlen_backward, varlen_forward
-from gapg.optim import make_optimizer
-from gapg.policy import response_loss
-from gapg.update import policy_update, with_gradient
 
 CAP = 8192
 SAVINGS = ("pack", "response_positions", "skip_zero_advantage", "share_prompts")

@@ -3,14 +3,10 @@
 Run alone (`pytest tests/gpu --confcutdir tests/gpu`), this folder needs torch, triton, transformers and pytest only.
 """
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))  # importlib mode leaves the oracles' folder out
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from gapg.attention import packed_attention
-from gapg.kernels.shared_prompt_attention import share, shared_prompt_attention
+from gapg.model.attention import packed_attention
+from gapg_kernels.shared_prompt_attention import share, shared_prompt_attention
 
 DEVICE = "cuda"
 pytestmark = [

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from float64_oracle import Inputs, error, inputs_at, truth
 from torch import Tensor
 
-from gapg.kernels.flash import Lengths, packed
-from gapg.kernels.fused_policy_loss import fused_policy_loss
-from gapg.kernels.linear_logprob import linear_logprob
+from gapg_kernels.flash import Lengths, packed
+from gapg_kernels.fused_policy_loss import fused_policy_loss
+from gapg_kernels.linear_logprob import linear_logprob
+from tests.kernels.float64_oracle import Inputs, error, inputs_at, truth
 
 OTHER = "cuda:1"
 pytestmark = [

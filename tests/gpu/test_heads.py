@@ -7,16 +7,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from float64_entropy import entropies, gaps
-from float64_oracle import ENTROPIES, Inputs, Result, error, inputs_at, truth
 from torch import Tensor
 
-from gapg.kernels import definition, head
-from gapg.kernels.chunks import pitch
-from gapg.kernels.definition import RowOdds
-from gapg.kernels.fused_policy_loss import fused_policy_loss
-from gapg.kernels.linear_logprob import linear_logprob
-from gapg.kernels.odds_gemm import TILES, fused_odds
+from gapg_kernels import head
+from gapg_kernels import reference as definition
+from gapg_kernels.chunks import pitch
+from gapg_kernels.fused_policy_loss import fused_policy_loss
+from gapg_kernels.linear_logprob import linear_logprob
+from gapg_kernels.odds_gemm import TILES, fused_odds
+from gapg_kernels.reference import RowOdds
+from tests.kernels.float64_entropy import entropies, gaps
+from tests.kernels.float64_oracle import ENTROPIES, Inputs, Result, error, inputs_at, truth
 
 DEVICE = "cuda"
 pytestmark = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Lfm2Config, LlamaConfig, PreTrainedModel, Qwen3_5TextConfig
 
-from gapg import attention
+from gapg.model import attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 # the trainer's requirements are more than a card's machine may have

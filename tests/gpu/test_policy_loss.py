@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from policy_loss_oracle import ALL, DENOMINATOR, cases, inputs_for
 from torch import Tensor
 
-from gapg.kernels.policy_loss import PolicyLossOptions, policy_loss, row_losses, summarize
-from gapg.kernels.policy_loss_definition import Rows, plain_row_losses
+from gapg_kernels.policy_loss import PolicyLossOptions, policy_loss, row_losses, summarize
+from gapg_kernels.policy_loss_reference import Rows, plain_row_losses
+from tests.kernels.policy_loss_oracle import ALL, DENOMINATOR, cases, inputs_for
 
 DEVICE = "cuda"
 pytestmark = [

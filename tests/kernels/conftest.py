@@ -1,16 +1,9 @@
-"""Tests here share the float64 oracle beside this file; importlib mode does not put the folder on sys.path."""
-
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # for `bench`, and last, as in tests/bench
 
 
 @pytest.fixture

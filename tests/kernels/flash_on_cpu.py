@@ -6,8 +6,8 @@ It is what their callers get wrong without a GPU: which tokens each entry has, t
 import torch
 from torch import Tensor
 
-from gapg.kernels.equal_lengths import plain_backward, plain_forward
-from gapg.kernels.flash import Lengths, Varlen
+from gapg_kernels.equal_lengths import plain_backward, plain_forward
+from gapg_kernels.flash import Lengths, Varlen
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> None:

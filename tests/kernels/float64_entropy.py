@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from float64_oracle import Inputs
 from torch import Tensor
+
+from tests.kernels.float64_oracle import Inputs
 
 
 def entropies(inputs: Inputs) -> Tensor:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from float64_oracle import ENTROPIES, Inputs, inputs_at
 from torch import Tensor
 
-from gapg.kernels.odds_gemm import TILES, fused_odds, tile_for
-from gapg.kernels.odds_pass import BLOCK, cublas_odds
+from gapg_kernels.cublas_odds import BLOCK, cublas_odds
+from gapg_kernels.odds_gemm import TILES, fused_odds, tile_for
+from tests.kernels.float64_oracle import ENTROPIES, Inputs, inputs_at
 
 ROUTES = {"gemm": fused_odds, "pass": cublas_odds}
 

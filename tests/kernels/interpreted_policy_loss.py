@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from policy_loss_oracle import DENOMINATOR, cases, edges, part
+
+from tests.kernels.policy_loss_oracle import DENOMINATOR, cases, edges, part
 
 
 def interpreted(path: Path) -> None:
-    from gapg.kernels.policy_loss_kernel import fused_row_losses
+    from gapg_kernels.policy_loss_kernel import fused_row_losses
 
     results = {}
     for name, (rows, options) in cases().items():
@@ -32,10 +33,8 @@ def interpreted(path: Path) -> None:
 
 def compiled(path: Path) -> None:
     """Figures of every kind of launch, the sizes of 1 that triton makes constants included."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
     from compile_report import as_launched, compile_figures
-
-    from gapg.kernels import policy_loss_kernel as source
+    from gapg_kernels import policy_loss_kernel as source
 
     pointers = {name: "*fp32" for name in source.policy_loss_kernel.arg_names if name.endswith("_ptr")}
     types = pointers | {"group_ptr": "*i64", "sample_ptr": "*i64", "mask_ptr": "*i1", "denominator": "fp32"}

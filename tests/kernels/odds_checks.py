@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from float64_entropy import entropies, gaps
-from float64_oracle import ENTROPIES, Inputs, Result, error, truth
 from torch import Tensor
 
-from gapg.kernels import definition
+from gapg_kernels import reference as definition
+from tests.kernels.float64_entropy import entropies, gaps
+from tests.kernels.float64_oracle import ENTROPIES, Inputs, Result, error, truth
 
 ROOT = Path(__file__).parents[2]
 CASES = [
@@ -43,7 +43,7 @@ Case = dict[str, Any]
 
 def in_its_own_process(script: str, argument: Path, *, interpret: bool) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "bench"), environment.get("PYTHONPATH", "")])
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, str(ROOT / script), str(argument)]

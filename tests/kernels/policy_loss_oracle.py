@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gapg.kernels.policy_loss import DEFAULTS, PolicyLossOptions, RowLosses, row_losses
-from gapg.kernels.policy_loss_definition import Rows
+from gapg_kernels.policy_loss import DEFAULTS, PolicyLossOptions, RowLosses, row_losses
+from gapg_kernels.policy_loss_reference import Rows
 
 CLIP, CAP, DENOMINATOR = (0.2, 0.28), 1.2, 37.5
 CHOICES = list(

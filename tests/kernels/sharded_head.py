@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Partial
 
-from gapg.kernels.fused_policy_loss import fused_policy_loss
-from gapg.kernels.linear_logprob import linear_logprob
+from gapg_kernels.fused_policy_loss import fused_policy_loss
+from gapg_kernels.linear_logprob import linear_logprob
 
 RANKS, T, H, V = 2, 6, 16, 41
 PLACEMENTS = {"average": [Partial("avg")], "sum": [Partial()], "plain": None}

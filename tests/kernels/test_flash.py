@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from flash_on_cpu import FLASH_ON_CPU
 from torch import Tensor
 
-from gapg.kernels import flash
-from gapg.kernels.flash import Lengths, Varlen
+from gapg_kernels import flash
+from gapg_kernels.flash import Lengths, Varlen
+from tests.kernels.flash_on_cpu import FLASH_ON_CPU
 
 
 def fa2_forward(

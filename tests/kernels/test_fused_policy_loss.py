@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from float64_oracle import ENTROPIES, Inputs, Result, error, inputs_at, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gapg.kernels.fused_policy_loss import FusedLoss, _fused_op, fused_policy_loss
-from gapg.kernels.linear_logprob import linear_logprob
-from gapg.kernels.policy_loss import STATS, PolicyLossOptions, group_advantages, policy_loss, summarize
+from gapg_kernels.fused_policy_loss import FusedLoss, _fused_op, fused_policy_loss
+from gapg_kernels.linear_logprob import linear_logprob
+from gapg_kernels.policy_loss import STATS, PolicyLossOptions, group_advantages, policy_loss, summarize
+from tests.kernels.float64_oracle import ENTROPIES, Inputs, Result, error, inputs_at, truth
 
 DTYPES = [torch.bfloat16, torch.float32]
 ROUNDING = {torch.bfloat16: 3e-3, torch.float32: 1e-5}

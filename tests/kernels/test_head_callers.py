@@ -12,18 +12,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from float64_oracle import error
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from triton.runtime.jit import JITFunction
 
-from gapg.kernels import odds_gemm, odds_pass, odds_rows, policy_loss_kernel
-from gapg.kernels.fused_policy_loss import fused_policy_loss
-from gapg.kernels.linear_logprob import linear_logprob
-from gapg.kernels.policy_loss import DEFAULTS, PolicyLossOptions
-from gapg.kernels.policy_loss_definition import Rows
+from gapg_kernels import cublas_odds as odds_pass
+from gapg_kernels import odds_gemm, policy_loss_kernel
+from gapg_kernels import row_kernels as odds_rows
+from gapg_kernels.fused_policy_loss import fused_policy_loss
+from gapg_kernels.linear_logprob import linear_logprob
+from gapg_kernels.policy_loss import DEFAULTS, PolicyLossOptions
+from gapg_kernels.policy_loss_reference import Rows
+from tests.kernels.float64_oracle import error
 
 T, H, V = 6, 16, 40
 ROWS = ("coefficient", "old_logprob", "rollout_logprob", "reference_logprob")

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from float64_oracle import Inputs, Result, error, truth
 from torch import Tensor
 
-from gapg.kernels.fused_policy_loss import fused_policy_loss
-from gapg.kernels.linear_logprob import linear_logprob
+from gapg_kernels.fused_policy_loss import fused_policy_loss
+from gapg_kernels.linear_logprob import linear_logprob
+from tests.kernels.float64_oracle import Inputs, Result, error, truth
 
 DTYPES = [torch.bfloat16, torch.float32]
 WINNER = torch.tensor([[1.0, 0.0]])

@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from counting import Launch, Work, triton_launches
 
-from gapg.kernels import head, odds_gemm, odds_pass
-from gapg.kernels.chunks import ChunkPlan, pitch
-from gapg.kernels.fused_policy_loss import _fused_op
-from gapg.kernels.linear_logprob import _backward_op, _forward_op
+from gapg_kernels import cublas_odds as odds_pass
+from gapg_kernels import head, odds_gemm
+from gapg_kernels.chunks import ChunkPlan, pitch
+from gapg_kernels.fused_policy_loss import _fused_op
+from gapg_kernels.linear_logprob import _backward_op, _forward_op
+from tests.kernels.counting import Launch, Work, triton_launches
 
 T, H, V = 16_384, 2_048, 151_936
 THV = T * H * V

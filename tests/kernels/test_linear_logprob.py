@@ -8,14 +8,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from float64_oracle import ENTROPIES, Inputs, Result, entropy, error, inputs_at, truth
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from gapg.kernels import definition
-from gapg.kernels.chunks import ChunkPlan
-from gapg.kernels.head import describe
-from gapg.kernels.linear_logprob import _forward_op, linear_logprob
+from gapg_kernels import reference as definition
+from gapg_kernels.chunks import ChunkPlan
+from gapg_kernels.head import describe
+from gapg_kernels.linear_logprob import _forward_op, linear_logprob
+from tests.kernels.float64_oracle import ENTROPIES, Inputs, Result, entropy, error, inputs_at, truth
 
 DTYPES = [torch.bfloat16, torch.float32]
 ROUNDING = {torch.bfloat16: 3e-3, torch.float32: 1e-5}

@@ -7,7 +7,13 @@ import json
 
 import pytest
 import torch
-from odds_checks import (
+
+from compile_report import kernels, sources
+from gapg_kernels import odds_gemm
+from gapg_kernels import reference as definition
+from gapg_kernels import row_kernels as odds_rows
+from gapg_kernels.odds_gemm import TILES
+from tests.kernels.odds_checks import (
     CASES,
     ROOT,
     Case,
@@ -20,10 +26,6 @@ from odds_checks import (
     interpreted_cases,
     temperature_matters,
 )
-
-from bench.compile_report import kernels, sources
-from gapg.kernels import definition, odds_gemm, odds_rows
-from gapg.kernels.odds_gemm import TILES
 
 COMMITTED = {path.stem: json.loads(path.read_text()) for path in (ROOT / "bench/results/sass").glob("*.json")}
 INSTALLED = f"triton-{importlib.metadata.version('triton')}"
@@ -179,7 +181,7 @@ def test_a_kernels_text_and_its_tiles_are_in_the_hash_and_the_lines_above_it_are
     monkeypatch.setattr(kernel, "_src", kernel.src.replace("step + 1", "step + 2"))
     monkeypatch.setitem(TILES, "pair", TILES["pair"]._replace(stages=2))
     changed = {name for name, value in sources().items() if value != before[name]}
-    assert changed == {"gapg.kernels.odds_gemm.odds_gemm_kernel", "launches"}
+    assert changed == {"gapg_kernels.odds_gemm.odds_gemm_kernel", "launches"}
 
 
 def test_the_number_of_rows_never_chooses_the_order_of_a_rows_sums() -> None:

@@ -12,11 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy_loss_oracle import ALL, CHOICES, DENOMINATOR, assert_close, call, cases, edges, inputs_for, part, truth
-from test_odds_gemm import in_its_own_process
 from torch import Tensor
 
-from gapg.kernels.policy_loss import (
+from gapg_kernels.policy_loss import (
     STATS,
     PolicyLossOptions,
     RowLosses,
@@ -25,7 +23,20 @@ from gapg.kernels.policy_loss import (
     row_losses,
     summarize,
 )
-from gapg.kernels.policy_loss_definition import Rows, plain_row_losses
+from gapg_kernels.policy_loss_reference import Rows, plain_row_losses
+from tests.kernels.policy_loss_oracle import (
+    ALL,
+    CHOICES,
+    DENOMINATOR,
+    assert_close,
+    call,
+    cases,
+    edges,
+    inputs_for,
+    part,
+    truth,
+)
+from tests.kernels.test_odds_gemm import in_its_own_process
 
 SCRIPT = "tests/kernels/interpreted_policy_loss.py"
 

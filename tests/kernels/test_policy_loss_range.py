@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from policy_loss_oracle import CHOICES, assert_close, call, extremes, far_apart, inputs_for, part, truth
 
-from gapg.kernels.fused_policy_loss import fused_policy_loss
-from gapg.kernels.policy_loss import STATS, PolicyLossOptions, summarize
-from gapg.kernels.policy_loss_definition import Rows
+from gapg_kernels.fused_policy_loss import fused_policy_loss
+from gapg_kernels.policy_loss import STATS, PolicyLossOptions, summarize
+from gapg_kernels.policy_loss_reference import Rows
+from tests.kernels.policy_loss_oracle import CHOICES, assert_close, call, extremes, far_apart, inputs_for, part, truth
 
 
 @pytest.mark.parametrize("choice", [c for c in CHOICES if not c[4]], ids=lambda c: " ".join(map(str, c)))

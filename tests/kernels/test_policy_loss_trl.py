@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg.kernels.policy_loss import PolicyLossOptions, group_advantages, policy_loss, summarize
+from gapg_kernels.policy_loss import PolicyLossOptions, group_advantages, policy_loss, summarize
 
 
 def test_loss_gradient_and_metrics_are_trls(

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from flash_on_cpu import FLASH_ON_CPU
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from gapg.kernels import equal_lengths, flash
-from gapg.kernels.shared_prompt_attention import (
+from gapg_kernels import equal_lengths, flash
+from gapg_kernels.shared_prompt_attention import (
     Pieces,
     SharedPrompts,
     share,
@@ -23,6 +22,7 @@ from gapg.kernels.shared_prompt_attention import (
     varlen_backward,
     varlen_forward,
 )
+from tests.kernels.flash_on_cpu import FLASH_ON_CPU
 
 Groups = list[tuple[int, list[int]]]
 """Each prompt's length and those of its responses."""

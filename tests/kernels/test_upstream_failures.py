@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from float64_oracle import error, inputs_at, truth
 from torch import Tensor
 
-from gapg.kernels.fused_policy_loss import fused_policy_loss
-from gapg.kernels.linear_logprob import linear_logprob
-from gapg.kernels.policy_loss import PolicyLossOptions
+from gapg_kernels.fused_policy_loss import fused_policy_loss
+from gapg_kernels.linear_logprob import linear_logprob
+from gapg_kernels.policy_loss import PolicyLossOptions
+from tests.kernels.float64_oracle import error, inputs_at, truth
 
 WINNER = torch.tensor([[1.0, 0.0]])
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from gapg.tasks.countdown import Countdown
-
-sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves it out
 
 
 @pytest.fixture(scope="module")

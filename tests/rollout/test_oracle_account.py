@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from gapg.rollout.cache import AnswerCache, Spend
-from gapg.rollout.oracle_openai import OpenAIOracle
-from gapg.rollout.records import OracleAnswer, OracleQuestion, OracleUsage
+from gapg_rollout.cache import AnswerCache, Spend
+from gapg_rollout.oracle_openai import OpenAIOracle
+from gapg_rollout.records import OracleAnswer, OracleQuestion, OracleUsage
 
 BILLED = 15.0  # what the server bills a request at these prices
 WORST = 110.0  # more than what is set aside for one
@@ -30,8 +30,8 @@ SETTINGS: dict[str, Any] = {
 }
 PROGRAM = """
 import json, sys
-from gapg.rollout.oracle_openai import OpenAIOracle
-from gapg.rollout.records import OracleQuestion
+from gapg_rollout.oracle_openai import OpenAIOracle
+from gapg_rollout.records import OracleQuestion
 url, model, path, name, settings = sys.argv[1:]
 oracle = OpenAIOracle(url, model, cache_path=path, **json.loads(settings))
 print("ready", flush=True)

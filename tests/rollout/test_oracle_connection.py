@@ -20,9 +20,9 @@ from typing import BinaryIO
 import openai
 import pytest
 
-from gapg.rollout.oracle_connection import ReplyTooLarge, connect, most_bytes, post
-from gapg.rollout.oracle_endpoint import read_endpoint
-from gapg.rollout.oracle_reply import ReplyError
+from gapg_rollout.oracle_connection import ReplyTooLarge, connect, most_bytes, post
+from gapg_rollout.oracle_endpoint import read_endpoint
+from gapg_rollout.oracle_reply import ReplyError
 
 KEY = "sk-proj-Ab3dEfGh1jKlMn0pQrStUvWx"
 BODY = {"model": "m", "messages": [{"role": "user", "content": "q"}]}
@@ -286,8 +286,8 @@ def test_logs_hold_no_key(
 def test_openais_own_log_holds_no_key(serve: Callable[[Script], Server]) -> None:
     program = """
 import asyncio, os
-from gapg.rollout.oracle_connection import connect, post
-from gapg.rollout.oracle_endpoint import read_endpoint
+from gapg_rollout.oracle_connection import connect, post
+from gapg_rollout.oracle_endpoint import read_endpoint
 client = connect(read_endpoint(os.environ["URL"], "CLOUD_KEY"), timeout_s=5, max_bytes=1000)
 print(asyncio.run(post(client, {"model": "m", "messages": []})))
 """

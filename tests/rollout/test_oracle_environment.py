@@ -13,8 +13,8 @@ import certifi
 import openai
 import pytest
 
-from gapg.rollout.oracle_connection import by_way_of, connect, post
-from gapg.rollout.oracle_endpoint import Endpoint, read_endpoint
+from gapg_rollout.oracle_connection import by_way_of, connect, post
+from gapg_rollout.oracle_endpoint import Endpoint, read_endpoint
 
 KEY = "sk-proj-Ab3dEfGh1jKlMn0pQrStUvWx"
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_server import FAULTS, ODD
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gapg.rollout.oracle_openai import OpenAIOracle
-from gapg.rollout.records import OracleQuestion
+from gapg_rollout.oracle_openai import OpenAIOracle
+from gapg_rollout.records import OracleQuestion
+from tests.rollout.fault_server import FAULTS, ODD
 
 PRICES = {"price_per_million_prompt": 1e6, "price_per_million_completion": 1e6}
 FINAL = ("400", "404", "413", "422", "redirect", "stream", "endless", "bomb", "no text", "refusal")

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from gapg.rollout.cache import CacheError
-from gapg.rollout.oracle_openai import OpenAIOracle
-from gapg.rollout.records import Oracle, OracleAnswer, OracleQuestion, OracleUsage
+from gapg_rollout.cache import CacheError
+from gapg_rollout.oracle_openai import OpenAIOracle
+from gapg_rollout.records import Oracle, OracleAnswer, OracleQuestion, OracleUsage
 
 Make = Callable[..., OpenAIOracle]
 KEY = "sk-test-0123456789-secret"
@@ -192,8 +192,8 @@ def test_answers_outlive_the_oracle(make: Make, server: Any, tmp_path: Path) -> 
 
 def test_two_processes_share_one_cache(make: Make, server: Any, tmp_path: Path) -> None:
     program = f"""
-from gapg.rollout.oracle_openai import OpenAIOracle
-from gapg.rollout.records import OracleQuestion
+from gapg_rollout.oracle_openai import OpenAIOracle
+from gapg_rollout.records import OracleQuestion
 oracle = OpenAIOracle({server.url!r}, "shared", cache_path={str(tmp_path / "c.sqlite")!r})
 print("ready", flush=True)
 asked = [oracle.ask(OracleQuestion(str(i), ({{"role": "user", "content": str(i)}},))) for i in range(40)]

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from gapg.rollout import oracle_openai
-from gapg.rollout.cache import AnswerCache, CachedAnswer, Spend
-from gapg.rollout.oracle_breaker import ROW, Attempt, Breaker, Unavailable
-from gapg.rollout.oracle_openai import OpenAIOracle
-from gapg.rollout.oracle_retry import Failure
-from gapg.rollout.records import OracleAnswer, OracleQuestion, OracleUsage
+from gapg_rollout import oracle_openai
+from gapg_rollout.cache import AnswerCache, CachedAnswer, Spend
+from gapg_rollout.oracle_breaker import ROW, Attempt, Breaker, Unavailable
+from gapg_rollout.oracle_openai import OpenAIOracle
+from gapg_rollout.oracle_retry import Failure
+from gapg_rollout.records import OracleAnswer, OracleQuestion, OracleUsage
 
 Make = Callable[..., OpenAIOracle]
 PRICES = {"price_per_million_prompt": 1e6, "price_per_million_completion": 1e6}

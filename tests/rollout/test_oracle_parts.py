@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gapg.rollout.cache import AnswerCache, CachedAnswer, CacheError, Spend, cache_key
-from gapg.rollout.oracle_limits import Ledger, RateLimiter
-from gapg.rollout.oracle_retry import backoff_s, retry_after_s
-from gapg.rollout.records import OracleUsage
+from gapg_rollout.cache import AnswerCache, CachedAnswer, CacheError, Spend, cache_key
+from gapg_rollout.oracle_limits import Ledger, RateLimiter
+from gapg_rollout.oracle_retry import backoff_s, retry_after_s
+from gapg_rollout.records import OracleUsage
 
 MESSAGES = ({"role": "user", "content": "q"},)
 
@@ -58,7 +58,7 @@ def test_what_is_stored_comes_back(tmp_path: Path, text: str) -> None:
 def test_processes_write_at_once_without_loss(tmp_path: Path) -> None:
     program = """
 import sys
-from gapg.rollout.cache import AnswerCache, CachedAnswer, Spend
+from gapg_rollout.cache import AnswerCache, CachedAnswer, Spend
 cache = AnswerCache(sys.argv[1])
 for i in range(150):
     for key, text in [(f"{sys.argv[2]}-{i}", "x" * 500), (f"both-{i}", "y")]:

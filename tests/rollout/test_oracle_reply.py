@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gapg.rollout.oracle_endpoint import Secret
-from gapg.rollout.oracle_reply import MAX_WORDS, Reply, ReplyError, plain, read_reply
+from gapg_rollout.oracle_endpoint import Secret
+from gapg_rollout.oracle_reply import MAX_WORDS, Reply, ReplyError, plain, read_reply
 
 USAGE = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
 KEY = "sk-proj-Ab3dEfGh1jKlMn0pQrStUvWx"

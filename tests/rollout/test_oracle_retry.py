@@ -9,10 +9,10 @@ import httpx
 import openai
 import pytest
 
-from gapg.rollout.oracle_connection import ReplyTooLarge
-from gapg.rollout.oracle_endpoint import Secret
-from gapg.rollout.oracle_reply import ReplyError, read_reply
-from gapg.rollout.oracle_retry import MAX_SHOWN, Failure, classify
+from gapg_rollout.oracle_connection import ReplyTooLarge
+from gapg_rollout.oracle_endpoint import Secret
+from gapg_rollout.oracle_reply import ReplyError, read_reply
+from gapg_rollout.oracle_retry import MAX_SHOWN, Failure, classify
 
 URL = "https://api.example.com/v1"
 SECRET = Secret("sk-proj-Zq81Lw/mT0+secret", "CLOUD_KEY")

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from gapg.rollout.oracle_solver import SolverOracle
-from gapg.rollout.records import Oracle, OracleQuestion, OracleUsage
+from gapg_rollout.oracle_solver import SolverOracle
+from gapg_rollout.records import Oracle, OracleQuestion, OracleUsage
 
 
 def question(name: str) -> OracleQuestion:
@@ -31,7 +31,7 @@ def test_the_extremes_are_exact(accuracy: float) -> None:
 
 def test_which_questions_are_known_is_the_same_in_another_process() -> None:
     program = (
-        "from gapg.rollout.oracle_solver import SolverOracle\n"
+        "from gapg_rollout.oracle_solver import SolverOracle\n"
         "print([SolverOracle(str, 0.5, '0', seed=3).knows(f'q{i}') for i in range(64)])"
     )
     there = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gapg.rollout.text import response_text
+from gapg_rollout.text import response_text
 
 TAGS = ("<answer>", "</answer>", "<unknown>", "</unknown>", "<think>")
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine_checks import generate
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg.rollout.transformers_engine import TransformersEngine
+from gapg_rollout.transformers_engine import TransformersEngine
+from tests.rollout.engine_checks import generate
 
 SIZE: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16,

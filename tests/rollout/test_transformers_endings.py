@@ -5,17 +5,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from engine_checks import check_stops_outside_thought, generate
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from gapg.batching import Example, packed_batches
-from gapg.policy import response_logprobs
-from gapg.rollout.records import HelpControl, HelpSpelling
-from gapg.rollout.transformers_engine import TransformersEngine
+from gapg.batches.batching import Example, packed_batches
+from gapg.model.policy import response_logprobs
 from gapg.tasks.base import HELP_PHRASE, STOP
+from gapg_rollout.records import HelpControl, HelpSpelling
+from gapg_rollout.transformers_engine import TransformersEngine
+from tests.rollout.engine_checks import check_stops_outside_thought, generate
 
 MakeModel = Callable[..., PreTrainedModel]
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from engine_checks import generate, next_token, p_value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg.batching import Example, packed_batches
-from gapg.policy import response_logprobs
-from gapg.rollout.records import Completion, Sampling
-from gapg.rollout.transformers_engine import TransformersEngine
+from gapg.batches.batching import Example, packed_batches
+from gapg.model.policy import response_logprobs
+from gapg_rollout.records import Completion, Sampling
+from gapg_rollout.transformers_engine import TransformersEngine
+from tests.rollout.engine_checks import generate, next_token, p_value
 
 MakeModel = Callable[..., PreTrainedModel]
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from engine_checks import generate, next_token, p_value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg.rollout.records import HelpControl, HelpSpelling
-from gapg.rollout.transformers_engine import TransformersEngine
 from gapg.tasks.base import HELP_PHRASE, STOP
+from gapg_rollout.records import HelpControl, HelpSpelling
+from gapg_rollout.transformers_engine import TransformersEngine
+from tests.rollout.engine_checks import generate, next_token, p_value
 
 MakeModel = Callable[..., PreTrainedModel]
 

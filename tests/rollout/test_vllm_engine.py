@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from gapg.rollout.records import Completion, Engine, HelpControl, HelpSpelling, Sampling
+from gapg_rollout.records import Completion, Engine, HelpControl, HelpSpelling, Sampling
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -60,7 +60,7 @@ def model(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def start() -> Iterator[Callable[[Path], Any]]:
-    from gapg.rollout.vllm_engine import VLLMEngine
+    from gapg_rollout.vllm_engine import VLLMEngine
 
     made: list[VLLMEngine] = []
 
@@ -174,7 +174,9 @@ def test_a_stop_string_of_two_tokens_ends_the_response_and_stays_in_it(engine: A
 
 @pytest.mark.parametrize("thinking", [False, True])
 def test_a_stop_inside_a_think_block_does_not_count(engine: Any, thinking: bool) -> None:
-    from engine_checks import check_stops_outside_thought  # programs of their own import this file, not that one
+    from tests.rollout.engine_checks import (
+        check_stops_outside_thought,  # programs of their own import this file, not that one
+    )
 
     sampling = Sampling(60, stop=("</answer>",), seed=5, thinking=thinking)
     found = [c for cs in generate(engine, PROMPTS[:3], 150, sampling) for c in cs]
@@ -189,7 +191,7 @@ def test_a_token_may_go_on_behind_a_stop_inside_a_think_block() -> None:
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
-    from gapg.rollout.vllm_engine import _stop_outside_thought
+    from gapg_rollout.vllm_engine import _stop_outside_thought
 
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,22 +12,21 @@ import pytest
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 PROGRAM = """
-import importlib.util, math, sys
+import math, sys
 from pathlib import Path
 
 import pytest
 import torch
 
-spec = importlib.util.spec_from_file_location("helpers", sys.argv[1])
-helpers = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(helpers)
-from gapg.rollout.records import Sampling
-from gapg.rollout.vllm_engine import VLLMEngine
+from tests.rollout import test_vllm_engine as helpers
+from gapg_rollout.records import Sampling
+from gapg_rollout.vllm_engine import VLLMEngine
 
 # experts are stacked in memory and apart in the files, and vLLM's CPU kernels want them packed after every sync
 experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-old, new = (Path(sys.argv[2]) / name for name in ("old", "new"))
+old, new = (Path(sys.argv[1]) / name for name in ("old", "new"))
 model, other = (helpers.save_variant(path, "qwen3_moe", seed, **experts) for seed, path in enumerate((old, new)))
 engine = VLLMEngine(old, dtype="float32", max_model_len=400)
 for current in (model, other, model):
@@ -40,7 +40,7 @@ for temperature in (0.0, 1.0):
 engine.close()
 
 # vLLM loads the experts of gpt-oss once, and would keep them whatever is sent
-folder = Path(sys.argv[2]) / "gpt_oss"
+folder = Path(sys.argv[1]) / "gpt_oss"
 model = helpers.save_variant(folder, "gpt_oss", 0, num_local_experts=4, num_experts_per_tok=2)
 engine = VLLMEngine(folder, dtype="float32", max_model_len=400)
 with pytest.raises(ValueError, match=r"old weights of model\\.layers\\.0\\.mlp\\.experts.*choose") as error:
@@ -52,7 +52,6 @@ engine.close()
 
 def test_experts_are_synced_or_the_sync_is_refused(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
-    helpers = str(Path(__file__).with_name("test_vllm_engine.py"))
-    command = [sys.executable, str(tmp_path / "program.py"), helpers, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]

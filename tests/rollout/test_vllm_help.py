@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gapg.rollout.records import HelpControl, HelpSpelling
+from gapg_rollout.records import HelpControl, HelpSpelling
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -33,7 +33,7 @@ CONTROLS = [
 
 @pytest.fixture
 def trace() -> Iterator[Any]:
-    from gapg.rollout.vllm_help import HelpTrace
+    from gapg_rollout.vllm_help import HelpTrace
 
     yield HelpTrace
     HelpTrace.current = None
@@ -42,7 +42,7 @@ def trace() -> Iterator[Any]:
 def params(row: int | None) -> Any:
     from vllm import SamplingParams
 
-    from gapg.rollout.vllm_help import ARGUMENT
+    from gapg_rollout.vllm_help import ARGUMENT
 
     return SamplingParams(extra_args=None if row is None else {ARGUMENT: row})
 
@@ -51,7 +51,7 @@ def run_first(logits: torch.Tensor) -> torch.Tensor:
     """Batch indices 0, 1, 2 are the requests, and 3 is one without help."""
     from vllm.v1.sample.logits_processor.interface import BatchUpdate
 
-    from gapg.rollout.vllm_help import HelpProcessor
+    from gapg_rollout.vllm_help import HelpProcessor
 
     processor = HelpProcessor(CONFIG, torch.device("cpu"), False)
     added = [(i, params(i), PROMPTS[i], GENERATED[i]) for i in range(3)] + [(3, params(None), [1], [3])]
@@ -61,7 +61,7 @@ def run_first(logits: torch.Tensor) -> torch.Tensor:
 
 def run_second(logits: torch.Tensor) -> torch.Tensor:
     """Slots are the batch indices reversed, and shifted by one, as they may be."""
-    from gapg.rollout.vllm_help import HelpProcessorV2
+    from gapg_rollout.vllm_help import HelpProcessorV2
 
     sequences = [*(p + g for p, g in zip(PROMPTS, GENERATED, strict=True)), [1, 3]]
     lengths = [*map(len, PROMPTS), 1]
@@ -125,7 +125,7 @@ def test_the_second_runner_steers_as_the_definition_says(trace: Any) -> None:
 
 
 def test_rows_that_sample_nothing_are_left_alone(trace: Any) -> None:
-    from gapg.rollout.vllm_help import HelpProcessorV2
+    from gapg_rollout.vllm_help import HelpProcessorV2
 
     trace.current = trace(CONTROLS[1], 1.0, 1, 4, "cpu")
     states: Any = SimpleNamespace(
@@ -149,7 +149,7 @@ def test_rows_that_sample_nothing_are_left_alone(trace: Any) -> None:
 @pytest.mark.parametrize("control", [c for c in CONTROLS if c.bias < math.inf])
 def test_vllm_and_the_in_process_engine_steer_alike(trace: Any, control: HelpControl, temperature: float) -> None:
     """The same logits, decoded greedily for twelve tokens: same choices, margins and log-odds."""
-    from gapg.rollout.transformers_help import HelpSteering
+    from gapg_rollout.transformers_help import HelpSteering
 
     generator = torch.Generator().manual_seed(1)
     rows, steps = torch.arange(64), 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,21 +12,20 @@ import pytest
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 PROGRAM = """
-import importlib.util, os, sys
+import os, sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-spec = importlib.util.spec_from_file_location("helpers", sys.argv[1])
-helpers = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(helpers)
-from gapg.rollout.records import Sampling
-from gapg.rollout.vllm_engine import VLLMEngine
+from tests.rollout import test_vllm_engine as helpers
+from gapg_rollout.records import Sampling
+from gapg_rollout.vllm_engine import VLLMEngine
 
 rank = int(os.environ["RANK"])
-old, new = (Path(sys.argv[2]) / f"{name}{rank}" for name in ("old", "new"))
+old, new = (Path(sys.argv[1]) / f"{name}{rank}" for name in ("old", "new"))
 helpers.save_model(old, seed=0)
 other = helpers.save_model(new, seed=1)
 dist.init_process_group("gloo")
@@ -45,9 +45,12 @@ dist.destroy_process_group()
 
 def test_two_ranks_generate_and_sync_apart_and_keep_their_group(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
-    helpers = str(Path(__file__).with_name("test_vllm_engine.py"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(tmp_path / "program.py"), helpers, str(tmp_path)], capture_output=True, text=True, timeout=300
+        [*command, str(tmp_path / "program.py"), str(tmp_path)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]

@@ -21,7 +21,7 @@ def tiny() -> str:
 
 @pytest.fixture
 def predicted() -> Callable[..., dict[str, Any]]:
-    """`predicted(i, outcome, margin, …)`: a row as `gapg.use.evaluate.prediction` makes it, its id from i."""
+    """`predicted(i, outcome, margin, …)`: a row as `gapg.evaluation.evaluate.prediction` makes it, its id from i."""
 
     def make(i: int, outcome: str, margin: float | None = None, **more: Any) -> dict[str, Any]:
         row = {"id": f"p{i}", "outcome": outcome, "help_margin": margin, "oracle_score": 1.0, "problem": f"problem {i}"}

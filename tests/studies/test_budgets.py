@@ -14,14 +14,14 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg.config import load_config
-from gapg.rollout.records import Completion, Sampling
-from gapg.rollout.transformers_engine import TransformersEngine
+from gapg.evaluation.calibrate import fit_bias, help_control
 from gapg.studies import budgets, holding, units
 from gapg.studies.curves import Routed, apply_threshold, threshold_for
 from gapg.studies.study import Finished
 from gapg.tasks.base import HELP_PHRASE, STOP
 from gapg.tasks.countdown import Countdown
-from gapg.use.calibrate import fit_bias, help_control
+from gapg_rollout.records import Completion, Sampling
+from gapg_rollout.transformers_engine import TransformersEngine
 
 N = 100
 

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from gapg import stop
 from gapg.config import RunConfig
 from gapg.files import partial_name
 from gapg.jsonl import read_jsonl
-from gapg.rollout.records import Completion, Sampling
-from gapg.run import Run
+from gapg.runs import stop
+from gapg.runs.run import Run
 from gapg.studies.compare import (
     BaselineFailed,
     _task_tuned,
@@ -25,6 +24,7 @@ from gapg.studies.compare import (
     check_alive,
     compare,
 )
+from gapg_rollout.records import Completion, Sampling
 
 
 def test_a_policy_that_never_comes_near_the_phrase_is_compared_without_a_bias(

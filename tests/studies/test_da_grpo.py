@@ -7,15 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gapg.build import make_reward
 from gapg.config import load_config
 from gapg.judge import Group, Outcome
 from gapg.judge import rewards as hierarchical
-from gapg.kernels.policy_loss import group_advantages
-from gapg.parts import make_reward
-from gapg.rollout.records import Completion
 from gapg.studies import units
 from gapg.studies.da_grpo import Multiplier, make_multiplier, multiplier_start, rewards
 from gapg.tasks.base import Prompt
+from gapg_kernels.policy_loss import group_advantages
+from gapg_rollout.records import Completion
 
 LC, CC, CW, LW = Outcome.LOCAL_CORRECT, Outcome.CLOUD_CORRECT, Outcome.CLOUD_WRONG, Outcome.LOCAL_WRONG
 

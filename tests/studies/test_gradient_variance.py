@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from gapg.batching import Example
-from gapg.run import Run
+from gapg.batches.batching import Example
+from gapg.runs.run import Run
 from gapg.studies import gradient_variance as gv
 from gapg.studies.gradient_variance import Sampled, agreements, formula, measured, variance_rows, variance_table
 

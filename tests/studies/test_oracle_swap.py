@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from gapg.build import make_oracle, make_task
 from gapg.config import ConfigError, load_config
-from gapg.parts import make_oracle, make_task
 from gapg.studies import oracle_swap
 from gapg.studies.oracle_swap import SWAPPED, TRAINED, with_oracle
 from gapg.studies.study import Finished

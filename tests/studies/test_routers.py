@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gapg.config_sections import RewardConfig
+from gapg.evaluation.evaluate import prediction
 from gapg.judge import Judge
-from gapg.rollout.oracle_solver import SolverOracle
-from gapg.rollout.records import Completion
 from gapg.studies.curves import Routed, apply_threshold, threshold_for
 from gapg.studies.routers import (
     by_logprob,
@@ -25,7 +24,8 @@ from gapg.studies.routers import (
 )
 from gapg.tasks.base import HELP_PHRASE
 from gapg.tasks.countdown import Countdown
-from gapg.use.evaluate import prediction
+from gapg_rollout.oracle_solver import SolverOracle
+from gapg_rollout.records import Completion
 
 
 def row(countdown: Countdown, text: str, logprobs: tuple[float, ...], margin: float | None = None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from gapg.cli import main
+from gapg.commands.cli import main
 from gapg.config import ConfigError, RunConfig
 from gapg.jsonl import read_jsonl
 from gapg.studies.catalog import STUDIES

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from gapg.config import ConfigError, load_config
-from gapg.run import Run
+from gapg.runs.run import Run
 from gapg.studies import shift
 from gapg.studies.shift import PRODUCT, TRAINED, boundary, decisions, make_problems, shapes, ways
 from gapg.studies.study import Finished

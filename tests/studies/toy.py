@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from gapg.config import RunConfig
-from gapg.run import Run
+from gapg.runs.run import Run
 from gapg.studies.experiment import Order, experiment
 from gapg.studies.study import Finished, Report, Study, Table, Unit
 

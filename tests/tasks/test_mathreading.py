@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gapg.judge import oracle_score
-from gapg.rollout.records import OracleAnswer
 from gapg.tasks._mathreading import reading, value
 from gapg.tasks.base import Prompt, Verdict
 from gapg.tasks.mathcheck import MathChecker
+from gapg_rollout.records import OracleAnswer
 
 C, W = Verdict.CORRECT, Verdict.WRONG
 

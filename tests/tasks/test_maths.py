@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from gapg.judge import oracle_score
-from gapg.rollout.records import OracleAnswer
 from gapg.tasks.base import Prompt, Verdict
 from gapg.tasks.mathcheck import MathChecker
+from gapg_rollout.records import OracleAnswer
 
 C, W, L = Verdict.CORRECT, Verdict.WRONG, Verdict.LIMIT
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"

@@ -1,0 +1,1 @@
+"""From the sequences of a step to micro-batches: packed or padded, prompts shared where that pays."""

@@ -1,0 +1,202 @@
+"""From kept groups to packed micro-batches: what is put through the policy, and with which weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+
+import numpy as np
+import torch
+
+from gapg_kernels.shared_prompt_attention import SharedPrompts
+from gapg_kernels.shared_prompt_attention import share as share_layout
+from gapg_packing.pack import Int64s, PackedArrays, SharedArrays, lay_out, lay_out_shared, pack
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt and one response: the response `sample` of row `group` of the reward table; `weight` scales its loss."""
+
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+    weight: float = 1.0
+    rollout_logprobs: Sequence[float] = ()
+    group: int = 0
+    sample: int = 0
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """T tokens of whole sequences end to end, R of them predicted response tokens; all on the model's device.
+
+    With `padded` every sequence is `max_length` tokens long, filled up on the right, and a model is given rows
+    [B, max_length]: no layer can then mix two sequences, whatever it computes.
+
+    input_ids, position_ids [T] int64; cu_seqlens [n+1] int32; response_index [R] int64: the position whose hidden state
+    predicts `target` [R] int64 (-100: none); weight [R] float32; rollout_logprob [R] float32 (NaN where the engine gave
+    none); group and sample [R] int64: the row's place in the reward table. With `shared` the segments are prompts, then
+    their responses, and the attention must know which belong together.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_length: int
+    response_index: torch.Tensor
+    target: torch.Tensor
+    weight: torch.Tensor
+    rollout_logprob: torch.Tensor
+    group: torch.Tensor
+    sample: torch.Tensor
+    shared: SharedPrompts | None = None
+    padded: bool = False
+
+
+def packed_batches(
+    examples: Sequence[Example],
+    token_cap: int,
+    device: torch.device,
+    *,
+    share: bool = False,
+    padded: bool = False,
+    every_position: bool = False,
+) -> list[PackedBatch]:
+    """Packs examples into as few micro-batches of at most `token_cap` tokens as best-fit decreasing finds.
+
+    Args:
+        examples: in any order; empty gives no batch.
+        token_cap: most tokens of a batch.
+        device: where the batches are put, all at once: a copy between two micro-batches would wait for the first.
+        share: one copy of a prompt for the responses of its group that are in a batch; not with `padded`.
+        padded: rows of sequences of like length, each as long as the batch's longest; the padding counts.
+        every_position: the positions that predict nothing are rows of the head too, with target -100 (for comparison).
+
+    Raises ValueError naming an example that is longer than the cap.
+    """
+    if not examples:
+        return []
+    if share and padded:
+        raise ValueError("padded rows share no prompts: set share=False")
+    lengths = np.array([len(e) for e in examples], np.int64)
+    if padded:
+        bins, wide = _rows_of_like_length(lengths, token_cap)
+    elif share:
+        groups, prompts = _groups(examples)
+        bins, wide = pack(lengths, token_cap, groups=groups, prompt_lengths=prompts).bins, lengths
+    else:
+        bins, wide = pack(lengths, token_cap).bins, lengths
+    return _lay_out(examples, bins, wide, device, share=share, padded=padded, every_position=every_position)
+
+
+def one_batch(examples: Sequence[Example], device: torch.device, *, share: bool = False) -> PackedBatch:
+    """The examples packed in the order given, in one batch whatever its size; those of a group must be adjacent."""
+    lengths = np.array([len(e) for e in examples], np.int64)
+    (batch,) = _lay_out(examples, [np.arange(len(examples))], lengths, device, share=share)
+    return batch
+
+
+def _lay_out(
+    examples: Sequence[Example],
+    bins: Sequence[Int64s],
+    wide: Int64s,
+    device: torch.device,
+    *,
+    share: bool,
+    padded: bool = False,
+    every_position: bool = False,
+) -> list[PackedBatch]:
+    """A batch of each bin's members; `wide` [n] is each sequence's length with its padding."""
+    groups, prompts = _groups(examples)
+    lengths = np.array([len(e) for e in examples], np.int64)
+    offsets = np.concatenate([[0], wide.cumsum()])
+    fill = (wide - lengths).tolist()
+    parts = (chain(e.prompt_ids, e.response_ids, [0] * pad) for e, pad in zip(examples, fill, strict=True))
+    tokens = np.fromiter(chain.from_iterable(parts), np.int64, offsets[-1])
+    rows = _Rows(examples, lengths - prompts, every_position)
+    batches = []
+    for members in bins:
+        arrays: PackedArrays | SharedArrays
+        if share:
+            arrays = lay_out_shared(tokens, offsets, prompts, rows.weight, groups, members)
+        else:
+            arrays = lay_out(tokens, offsets, prompts, rows.weight, members)
+        batches.append(rows.batch(arrays, device, padded))
+    return batches
+
+
+def _groups(examples: Sequence[Example]) -> tuple[Int64s, Int64s]:
+    """(group, prompt length) of each, both [n]."""
+    table = np.array([(e.group, len(e.prompt_ids)) for e in examples], np.int64).reshape(-1, 2)
+    return table[:, 0].copy(), table[:, 1].copy()
+
+
+def _rows_of_like_length(lengths: Int64s, token_cap: int) -> tuple[list[Int64s], Int64s]:
+    """(each batch's members, every sequence's length filled up): longest first, as many rows as the cap lets in."""
+    pack(lengths, token_cap)  # for its errors
+    order = np.argsort(-lengths, kind="stable")
+    bins, wide, start = [], lengths.copy(), 0
+    while start < len(order):
+        longest = max(1, int(lengths[order[start]]))
+        members = order[start : start + token_cap // longest]
+        wide[members] = longest
+        bins.append(members)
+        start += len(members)
+    return bins, wide
+
+
+class _Rows:
+    """What the rows of the head carry beside their tokens, by example and by token of its response."""
+
+    def __init__(self, examples: Sequence[Example], responses: Int64s, every_position: bool) -> None:
+        self.starts = np.concatenate([[0], responses.cumsum()])
+        self.responses = responses
+        self.every_position = every_position
+        self.weight = np.array([e.weight for e in examples], np.float32)
+        self.cell = np.array([(e.group, e.sample) for e in examples], np.int64)
+        logprobs = (e.rollout_logprobs or [float("nan")] * len(e.response_ids) for e in examples)
+        self.logprob = np.fromiter(chain.from_iterable(logprobs), np.float32, self.starts[-1])
+
+    def batch(self, arrays: PackedArrays | SharedArrays, device: torch.device, padded: bool) -> PackedBatch:
+        of, at = arrays.sequence_ids, _counts(arrays.sequence_ids)
+        real = at < self.responses[of]  # beyond a response lies padding
+        of, index, target = of[real], arrays.response_index[real], arrays.targets[real]
+        logprob, weight, cell = self.logprob[self.starts[of] + at[real]], arrays.coefficients[real], self.cell[of]
+        if self.every_position:
+            idle = np.setdiff1d(np.arange(len(arrays.input_ids)), index)
+            index = np.concatenate([index, idle])
+            target, weight, logprob = (
+                np.concatenate([x, np.full(len(idle), fill, x.dtype)])
+                for x, fill in ((target, -100), (weight, 0), (logprob, np.nan))
+            )
+            cell = np.concatenate([cell, np.zeros((len(idle), 2), np.int64)])
+        to = partial(torch.as_tensor, device=device)
+        return PackedBatch(
+            input_ids=to(arrays.input_ids),
+            position_ids=to(arrays.position_ids),
+            cu_seqlens=to(arrays.cu_segments if isinstance(arrays, SharedArrays) else arrays.cu_seqlens),
+            max_length=arrays.max_segment if isinstance(arrays, SharedArrays) else arrays.max_length,
+            response_index=to(index),
+            target=to(target),
+            weight=to(weight),
+            rollout_logprob=to(logprob),
+            group=to(cell[:, 0].copy()),
+            sample=to(cell[:, 1].copy()),
+            shared=_layout(arrays, device) if isinstance(arrays, SharedArrays) else None,
+            padded=padded,
+        )
+
+
+def _layout(arrays: SharedArrays, device: torch.device) -> SharedPrompts:
+    return share_layout(arrays.cu_segments, arrays.cu_prompts, arrays.cu_responses, device)
+
+
+def _counts(ids: Int64s) -> Int64s:
+    """0, 1, 2, … within each run of equal ids."""
+    first = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]])) if len(ids) else np.zeros(0, np.int64)
+    lengths = np.diff(np.concatenate([first, [len(ids)]]))
+    return np.arange(len(ids)) - np.repeat(first, lengths)

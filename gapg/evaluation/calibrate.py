@@ -1,0 +1,231 @@
+"""A logit bias on the help phrase that gives a wanted call fraction for one decoding (greedy calls less than T=1).
+
+One pass with help forbidden tells what any bias would do. A biased response is the masked one up to where it calls, so
+a problem calls greedily iff its `help_margin` exceeds -bias. Sampled, a masked path y has the probability of its steps
+among the other tokens, whatever the bias, and the chance that a biased response follows it to its end is
+prod_t (1 - p_t(bias)), with p_t the chance of a deciding token at position t. Its mean over masked paths is exactly the
+part of the problems that do not call: no bisection over samples, and smooth in the bias.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
+from transformers import PreTrainedTokenizerBase
+
+from gapg.config import ConfigError
+from gapg.files import write_whole, writing
+from gapg.jsonl import to_json
+from gapg.judge import parse
+from gapg.tasks.base import ANSWER_OPEN, HELP_PHRASE
+from gapg_rollout.records import HelpControl, HelpSpelling
+from gapg_rollout.text import plain_text
+
+FILE = "help_calibration.json"
+"""Beside a model's weights."""
+
+LIMIT = 1000.0
+"""A bias beyond which nothing changes."""
+
+FloatArray = NDArray[np.float64]
+
+
+def help_control(tokenizer: PreTrainedTokenizerBase) -> HelpControl:
+    """The help phrase in tokens, in every way that the tokenizer writes it, whatever stands before it.
+
+    Real tokenizers join its `<` with a blank or a mark into other tokens (` <`, `.<`). Each spelling is split where it
+    first differs from an answer block in the same place.
+
+    Raises ConfigError for a tokenizer that cannot tell the two endings apart.
+    """
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+    found = []
+    for before in ("x", "x ", "x\n", *_joined(tokenizer)):
+        phrase = encode(before + HELP_PHRASE)
+        split = _shared(phrase, encode(before + ANSWER_OPEN))
+        # a token that only holds what stood before is no part of the phrase; one that joins both is
+        start = min(split, _shared(phrase, encode(before)))
+        # a word tokenizer may have swallowed a part of the phrase with what stood before
+        if split < len(phrase) and parse(plain_text(tokenizer, phrase[start:])).kind == "help":
+            found.append(HelpSpelling(phrase[split], tuple(phrase[start:split]), tuple(phrase[split + 1 :])))
+    if not found:
+        raise ConfigError("the tokenizer encodes the help phrase as a part of the answer tag: it cannot be calibrated")
+    return HelpControl(tuple(dict.fromkeys(found)))
+
+
+def _joined(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the tokenizer joins with the beginning of the phrase in one token, after a letter."""
+    ids = sorted(i for token, i in tokenizer.get_vocab().items() if HELP_PHRASE[0] in token)
+    texts = [plain_text(tokenizer, [i]) for i in ids]
+    cuts = [(text, text.rfind(HELP_PHRASE[0])) for text in texts]
+    return [f"x{text[:cut]}" for text, cut in cuts if cut > 0 and HELP_PHRASE.startswith(text[cut:])]
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two lists begin with together."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def masked(control: HelpControl) -> HelpControl:
+    """Help forbidden; the margins of the responses still say where it would have come."""
+    return replace(control, bias=-math.inf)
+
+
+def fit_bias(margins: Sequence[float], cloud_fraction: float) -> float:
+    """The bias at which greedy decoding calls on `cloud_fraction` of these problems.
+
+    margins: for each problem, decoded greedily with help masked, `help_margin`; infinite where it calls all the same.
+    With bias b a problem calls exactly where its margin exceeds -b: one pass, exact on these problems.
+    Where fewer problems can be made to call (the phrase's prefix never came up in the others), all of those do.
+    Raises ValueError when there are none.
+    """
+    highest = max((m for m in margins if math.isfinite(m)), default=None)
+    if highest is None:
+        raise ValueError("no response came near the help phrase: a bias cannot reach the wanted call fraction")
+    reachable = sorted((min(m, highest + 2.0) for m in margins if m > -math.inf), reverse=True)
+    calls = round(cloud_fraction * len(margins))
+    if calls == 0:
+        return -reachable[0] - 1.0
+    if calls >= len(reachable):
+        return -reachable[-1] + 1.0
+    return -(reachable[calls - 1] + reachable[calls]) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedPass:
+    """N problems decoded once with help masked, and so everything that a bias would change about them.
+
+    margin_N: `help_margin`; inf where the response called all the same, in a spelling that is not steered.
+    log_odds_NP: `help_log_odds`, filled up with -inf. Used when temperature > 0 only.
+    local_N: 1 where the masked answer is right. cloud_N: the cloud's score in [0, 1], nan where it failed, or None when
+    it was not asked.
+    """
+
+    temperature: float
+    margin_N: FloatArray
+    log_odds_NP: FloatArray
+    local_N: FloatArray
+    cloud_N: FloatArray | None = None
+
+    def chances(self, bias: float) -> FloatArray:
+        """[N] the chance that each problem calls under this bias; greedily 0 or 1."""
+        if self.temperature == 0:
+            return (self.margin_N + bias > 0).astype(np.float64)
+        log_stays_N = -np.logaddexp(0.0, self.log_odds_NP + bias / self.temperature).sum(1)
+        return np.where(np.isposinf(self.margin_N), 1.0, -np.expm1(log_stays_N))
+
+    @property
+    def reachable(self) -> float:
+        """The part of the problems that some bias can make call."""
+        return float(np.mean(self.margin_N > -np.inf))
+
+    def fit(self, cloud_fraction: float) -> float:
+        """The bias with this call fraction on these problems. Raises ValueError when none came near the phrase."""
+        greedy = fit_bias(self.margin_N.tolist(), cloud_fraction)
+        if self.temperature == 0:
+            return greedy
+        low, high = -LIMIT, LIMIT
+        for _ in range(45):  # the chance of a call grows with the bias
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.chances(middle).mean() < cloud_fraction else (low, middle)
+        return high
+
+    def accuracy(self, bias: float) -> tuple[float, float | None]:
+        """(answered locally and right, right together or None without the cloud), of the problems; sampled: expected.
+
+        Problems on which the cloud failed are left out of the second.
+        """
+        calls = self.chances(bias)
+        local = (1.0 - calls) * self.local_N
+        if self.cloud_N is None:
+            return float(local.mean()), None
+        known = ~np.isnan(self.cloud_N)
+        return float(local.mean()), float((local + calls * self.cloud_N)[known].mean()) if known.any() else None
+
+    def interval(self, bias: float, new: int) -> tuple[float, float]:
+        """95% interval of the call fraction on `new` other problems of the same kind: of this set, and of those."""
+        calls = self.chances(bias)
+        c = float(calls.mean())
+        half = 1.959964 * math.sqrt(float(calls.var()) / len(calls) + c * (1.0 - c) / new)
+        return max(0.0, c - half), min(1.0, c + half)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """One entry of `help_calibration.json`: decode at `temperature` with `control` to call on `cloud_fraction`.
+
+    called: the part of the n calibration problems that calls. interval: 95%, of the call fraction on `new` others.
+    """
+
+    temperature: Annotated[FiniteFloat, Field(ge=0)]
+    cloud_fraction: FiniteFloat
+    bias: FiniteFloat
+    called: float
+    calibrated_on: str
+    n: int
+    interval: tuple[float, float]
+    new: int
+    spellings: tuple[HelpSpelling, ...]
+
+    @property
+    def control(self) -> HelpControl:
+        return HelpControl(self.spellings, self.bias)
+
+    @property
+    def label(self) -> str:
+        how = "greedy" if self.temperature == 0 else f"sampled, T={self.temperature:g}"
+        return f"{how}, calibrated to {100 * self.cloud_fraction:.4g}%"
+
+
+_ENTRIES = TypeAdapter(list[Calibration])
+
+
+def load_calibration(model_folder: Path) -> list[Calibration]:
+    """The calibrations of the model in this folder; none when there is no file. Raises ConfigError for a broken one."""
+    path = model_folder / FILE
+    try:
+        return _ENTRIES.validate_json(path.read_bytes()) if path.exists() else []
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+    except OSError as error:
+        why = str(error.strerror)
+    raise ConfigError(f"{path}: no calibration ({why}); delete it and run gapg calibrate again")
+
+
+def check_saves(model_folder: Path) -> None:
+    """Raises ConfigError where `save_calibration` would."""
+    load_calibration(model_folder)
+    if not os.access(model_folder, os.W_OK):
+        raise ConfigError(f"{model_folder / FILE} cannot be written; copy the model to a folder of yours")
+
+
+def save_calibration(model_folder: Path, entry: Calibration) -> Path:
+    """Adds an entry to the model's file, in the place of an older one of the same temperature and fraction.
+
+    Raises DiskFull, and ConfigError where the folder cannot be written or its file is broken.
+    """
+    path = model_folder / FILE
+    with writing(path):
+        folder = os.open(model_folder, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # two calibrations at once must not lose one
+            key = (entry.temperature, entry.cloud_fraction)
+            kept = [e for e in load_calibration(model_folder) if (e.temperature, e.cloud_fraction) != key]
+            entries = sorted([*kept, entry], key=lambda e: (e.temperature, e.cloud_fraction))
+            write_whole(path, to_json([asdict(e) for e in entries], indent=1) + "\n")
+        finally:
+            os.close(folder)
+    return path

@@ -1,0 +1,341 @@
+"""From hidden states and rewards to the policy loss and its gradients, in three GEMM passes and nothing else.
+
+``fused_policy_loss`` joins the odds-form head of `gapg_kernels.linear_logprob` with the row losses of
+`gapg_kernels.policy_loss`. Because a row's coefficient is known as soon as its log-prob is, forward and backward of a
+chunk follow each other while E is at hand: 6THV flops always, 4THV with a frozen weight, 2THV without gradients. The
+gradients are computed in the forward call and handed out by ``backward``. The loss is that of arXiv 2509.24050; GRPO's
+advantage, clipping, truncated importance sampling and a KL penalty are options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from gapg_kernels import head
+from gapg_kernels import reference as definition
+from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan, pitch, sum_dtype
+from gapg_kernels.policy_loss import DEFAULTS, STATS, PolicyLossOptions, RowLosses, group_advantages, row_losses
+from gapg_kernels.reference import RowOdds, RowScales
+
+
+class FusedLoss(NamedTuple):
+    """What `fused_policy_loss` returns."""
+
+    loss: Tensor
+    """scalar, times ``loss_scale``; differentiable in hidden, weight and bias"""
+    stats: Tensor
+    """[len(STATS)], unscaled, over the rows that entered; `gapg_kernels.policy_loss.summarize` reads it"""
+    logprob: Tensor
+    """[T], detached; 0 for rows that did not enter"""
+    entropy: Tensor | None
+    """[T] nats, detached, or None"""
+
+
+def fused_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    rewards: Tensor,
+    group: Tensor,
+    sample: Tensor,
+    *,
+    denominator: float,
+    options: PolicyLossOptions = DEFAULTS,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    coefficient: Tensor | None = None,
+    old_logprob: Tensor | None = None,
+    rollout_logprob: Tensor | None = None,
+    reference_logprob: Tensor | None = None,
+    with_entropy: bool = False,
+    loss_scale: float = 1.0,
+    main_grad: Tensor | None = None,
+    drop_zero_rows: bool = True,
+    target_term: Literal["exact", "patched"] = "exact",
+    workspace_bytes: int = DEFAULT_WORKSPACE,
+) -> FusedLoss:
+    """The policy loss of T response tokens, its gradients already computed when it returns.
+
+    A row is one response token; `group` and `sample` say which response of the reward table it belongs to, so rows may
+    be any part of a batch: responses may be missing, and a group may be spread over several calls.
+
+    Args:
+        hidden: [T, H] bfloat16 or float32: the states that predict the tokens. T may be 0.
+        weight: [V, H], hidden's dtype: the LM head. Of a sharded one what `linear_logprob` takes.
+        target: [T] int64 token ids; -100 masks a row, another id outside [0, V) makes its loss NaN.
+        rewards: [P, G] floats, the whole table, also of responses without rows here. NaN: no such sample.
+        group, sample: [T] integers into the table. Where the table and they are on the CPU, rows of zero advantage
+            are known without waiting for the device and never enter a GEMM (unless `kl_coef` gives them a gradient).
+        denominator: what the sum over rows is divided by: |D| * G sequences for the sequence sum (with the defaults
+            that is the paper's estimator), or the batch's number of response tokens for the token mean.
+        options: see `PolicyLossOptions`.
+        bias: [V] in hidden's dtype or float32.
+        temperature: divides the logits.
+        coefficient: [T] multiplies a row's loss and gradient.
+        old_logprob, rollout_logprob, reference_logprob: [T], as `options` asks for them.
+        with_entropy: also give each row's entropy, through which no gradient flows.
+        loss_scale: multiplies loss and gradients (a part of a batch, a loss scaler).
+        main_grad: [V, H] float32: receives d(weight) during this call (+=, unrounded, over any number of calls), and
+            weight gets no gradient from autograd. The gradient that arrives in backward must then be 1, as in
+            ``loss.backward()``: anything else gives NaN in the hidden gradient. Without gradients enabled it is left
+            alone.
+        drop_zero_rows: False puts every row through, with the same loss and gradients.
+        target_term: "exact" adds the target's own term in float32; "patched" stores it in E, rounded like E.
+        workspace_bytes: as in `linear_logprob`.
+
+    Raises:
+        TypeError, ValueError: as `linear_logprob` and `policy_loss`, and for a main_grad of another shape or dtype.
+            No argument may be a DTensor.
+    """
+    head.check_inputs("fused_policy_loss", hidden, weight, target, bias, temperature)
+    head.refuse_sharded(
+        "fused_policy_loss", rewards=rewards, group=group, sample=sample, coefficient=coefficient,
+        old_logprob=old_logprob, rollout_logprob=rollout_logprob, reference_logprob=reference_logprob,
+        main_grad=main_grad,
+    )  # fmt: skip
+    rows = (coefficient, old_logprob, rollout_logprob, reference_logprob)
+    _check_rows(hidden.shape[0], rewards, group, sample, rows)
+    _check_main_grad(main_grad, weight)
+    if target_term not in ("exact", "patched"):
+        raise ValueError(f"fused_policy_loss: target_term must be 'exact' or 'patched', not {target_term!r}")
+    grad = torch.is_grad_enabled()
+    needs = [
+        grad and hidden.requires_grad,
+        grad and (weight.requires_grad or main_grad is not None),
+        grad and bias is not None and bias.requires_grad,
+    ]
+    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=False, entropy=with_entropy)
+    plan.require_one_row("fused_policy_loss", grad=any(needs))
+    scalars = (float(temperature), float(denominator), float(loss_scale), workspace_bytes)
+    loss, stats, logprob, entropy = _Fused.apply(
+        hidden, weight, bias, target.long(), rewards, group, sample, rows, main_grad, options, scalars, needs,
+        with_entropy, drop_zero_rows and options.kl_coef == 0, target_term == "patched",
+    )  # fmt: skip
+    return FusedLoss(loss, stats, logprob, entropy if with_entropy else None)
+
+
+def _check_rows(count: int, rewards: Tensor, group: Tensor, sample: Tensor, rows: tuple[Tensor | None, ...]) -> None:
+    """What the chunks could not notice; `row_losses` checks the rest."""
+    names = ("group", "sample", "coefficient", "old_logprob", "rollout_logprob", "reference_logprob")
+    for name, x in zip(names, (group, sample, *rows), strict=True):
+        if x is not None and x.shape != (count,):
+            raise ValueError(f"fused_policy_loss: {name} {tuple(x.shape)} must be [{count}], one entry a row of hidden")
+    if not rewards.device == group.device == sample.device:
+        raise ValueError("fused_policy_loss: rewards, group and sample must be on one device (the CPU drops zero rows)")
+
+
+def _check_main_grad(main_grad: Tensor | None, weight: Tensor) -> None:
+    if main_grad is None:
+        return
+    dtype = sum_dtype(weight.dtype)
+    if main_grad.shape != weight.shape or main_grad.dtype != dtype or not main_grad.is_contiguous():
+        raise ValueError(
+            f"fused_policy_loss: main_grad {tuple(main_grad.shape)} {main_grad.dtype} must be contiguous "
+            f"{tuple(weight.shape)} {dtype}"
+        )
+
+
+class _Fused(torch.autograd.Function):
+    """Hands out the gradients that the operator computed; an operator that writes to main_grad cannot do it itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rewards: Tensor, group: Tensor,
+        sample: Tensor, rows: tuple[Tensor | None, ...], main_grad: Tensor | None, options: PolicyLossOptions,
+        scalars: tuple[float, float, float, int], needs: list[bool], with_entropy: bool, drop: bool, patched: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        low, high = options.clip or (None, None)
+        loss, stats, logprob, entropy, *gradients = _fused_op(
+            hidden, weight, bias, target, rewards, group, sample, *rows, main_grad, options.advantage, low, high,
+            options.tis_cap, options.kl, options.kl_coef, *scalars, needs, with_entropy, drop, patched,
+        )  # fmt: skip
+        ctx.save_for_backward(*gradients)
+        ctx.needs, ctx.in_place = needs, main_grad is not None
+        ctx.mark_non_differentiable(stats, logprob, entropy)
+        return loss, stats, logprob, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs
+        if ctx.in_place:  # d(weight) is already in main_grad, for a gradient of 1; to look would wait for the device
+            grad = torch.where(grad == 1, grad, torch.nan)
+        return (
+            (hidden * grad).to(hidden.dtype) if need_hidden else None,
+            (weight * grad).to(weight.dtype) if need_weight and not ctx.in_place else None,
+            (bias * grad).to(bias.dtype) if need_bias else None,
+            *(None,) * 12,
+        )
+
+
+@torch.library.custom_op("gapg::fused_policy_loss", mutates_args=("main_grad",))
+def _fused_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rewards: Tensor, group: Tensor,
+    sample: Tensor, coefficient: Tensor | None, old_logprob: Tensor | None, rollout_logprob: Tensor | None,
+    reference_logprob: Tensor | None, main_grad: Tensor | None, advantage: str, clip_low: float | None,
+    clip_high: float | None, tis_cap: float | None, kl: str, kl_coef: float, temperature: float, denominator: float,
+    loss_scale: float, workspace_bytes: int, needs: Sequence[bool], with_entropy: bool, drop: bool, patched: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns (loss, stats, logprob [T], entropy [T] or [0], dH, dW, dbias); gradients not in ``needs`` are empty."""
+    clip = None if clip_low is None or clip_high is None else (clip_low, clip_high)
+    options = PolicyLossOptions(advantage, clip, tis_cap, kl, kl_coef)  # type: ignore[arg-type]
+    settings = Settings(temperature, denominator, loss_scale, workspace_bytes, needs, with_entropy, patched)
+    rows = TokenRows(hidden, target, group, sample, coefficient, old_logprob, rollout_logprob, reference_logprob)
+    device, table = hidden.device, rewards.to(hidden.device, non_blocking=True)
+    entering = _entering(rewards, group, sample, options) if drop and rewards.device.type == "cpu" else None
+    if entering is None or len(entering) == len(group):
+        return fused_rows(rows.to(device), weight, bias, table, main_grad, options, settings)
+    rows = rows._replace(group=group[entering], sample=sample[entering])
+    at = entering.to(device, non_blocking=True)
+    loss, stats, logprob, entropy, grad_hidden, grad_weight, grad_bias = fused_rows(
+        rows.to(device).select(at), weight, bias, table, main_grad, options, settings
+    )
+    logprob, entropy, grad_hidden = (
+        x.new_zeros(hidden.shape[0], *x.shape[1:]).index_copy_(0, at, x) if wanted else x
+        for x, wanted in ((logprob, True), (entropy, with_entropy), (grad_hidden, needs[0]))
+    )
+    return loss, stats, logprob, entropy, grad_hidden, grad_weight, grad_bias
+
+
+def _entering(rewards: Tensor, group: Tensor, sample: Tensor, options: PolicyLossOptions) -> Tensor:
+    """The rows whose advantage is not 0, from tables on the CPU. NaN is not 0, nor is a row outside: both must show."""
+    zero = group_advantages(rewards, options.advantage) == 0
+    inside = (group >= 0) & (group < rewards.shape[0]) & (sample >= 0) & (sample < rewards.shape[1])
+    known = zero.flatten()[torch.where(inside, group * rewards.shape[1] + sample, 0)] & inside
+    return (~known).nonzero()[:, 0]
+
+
+class TokenRows(NamedTuple):
+    """What belongs to a token, [T, …] each; the arguments of `fused_policy_loss`."""
+
+    hidden: Tensor
+    target: Tensor
+    group: Tensor
+    sample: Tensor
+    coefficient: Tensor | None
+    old_logprob: Tensor | None
+    rollout_logprob: Tensor | None
+    reference_logprob: Tensor | None
+
+    def select(self, at: Tensor) -> TokenRows:
+        """The rows ``at`` of everything but group and sample, which are theirs already."""
+        tokens = self._replace(group=self.target, sample=self.target)
+        picked = TokenRows(*(None if x is None else x.index_select(0, at) for x in tokens))  # type: ignore[arg-type]
+        return picked._replace(group=self.group, sample=self.sample)
+
+    def part(self, part: slice) -> TokenRows:
+        return TokenRows(*(None if x is None else x[part] for x in self))  # type: ignore[arg-type]
+
+    def to(self, device: torch.device) -> TokenRows:
+        """On one device, without waiting for it."""
+        return TokenRows(*(None if x is None else x.to(device, non_blocking=True) for x in self))  # type: ignore[arg-type]
+
+
+class Settings(NamedTuple):
+    """The arguments of `fused_policy_loss` of these names; ``needs``: gradients of hidden, weight, bias."""
+
+    temperature: float
+    denominator: float
+    loss_scale: float
+    workspace_bytes: int
+    needs: Sequence[bool]
+    with_entropy: bool
+    patched: bool
+
+
+def fused_rows(
+    rows: TokenRows, weight: Tensor, bias: Tensor | None, rewards: Tensor, main_grad: Tensor | None,
+    options: PolicyLossOptions, settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Every row, chunk by chunk: odds forward, row losses, row scales, the two backward GEMMs."""
+    rows, weight = rows._replace(hidden=rows.hidden.contiguous()), weight.contiguous()
+    hidden, vocab, store = rows.hidden, weight.shape[0], any(settings.needs)
+    _, _, logprob, entropy = _row_outputs(hidden, settings.with_entropy)
+    gradients = head.HeadGradients(hidden, weight, bias, settings.needs, main_grad)
+    kernel = head.uses_kernel(hidden)
+    plan = ChunkPlan.of(hidden, weight, settings.workspace_bytes, kernel=kernel, entropy=settings.with_entropy)
+    chunks = list(plan.chunks(hidden.shape[0], kept=False, store=store))
+    buffer = hidden.new_empty(chunks[0].stop if store and chunks else 0, pitch(vocab, hidden.dtype))[:, :vocab]
+    results = []
+    with head.without_autocast(hidden.device):
+        for at in chunks:
+            part, e = rows.part(at), buffer[: at.stop - at.start] if store else None
+            odds = head.route(hidden)(
+                part.hidden, weight, bias, part.target, settings.temperature, e, settings.with_entropy
+            )
+            logprob[at] = odds.logprob
+            if odds.entropy is not None:
+                entropy[at] = odds.entropy
+            results.append(_row_losses(part, odds, rewards, options, settings))
+            if e is not None:
+                gradients.add(at, e, *_row_scales(part, odds, results[-1].grad, e, settings))
+    if not results:
+        results.append(row_losses(logprob, rewards, rows.group, rows.sample, denominator=settings.denominator))
+    loss = torch.cat([result.loss for result in results]).sum() * settings.loss_scale
+    return loss, _merged([result.stats for result in results]), logprob, entropy, *gradients.results()
+
+
+def _row_losses(
+    part: TokenRows, odds: RowOdds, rewards: Tensor, options: PolicyLossOptions, settings: Settings
+) -> RowLosses:
+    return row_losses(
+        odds.logprob, rewards, part.group, part.sample, denominator=settings.denominator, options=options,
+        mask=part.target != definition.IGNORE, coefficient=part.coefficient, old_logprob=part.old_logprob,
+        rollout_logprob=part.rollout_logprob, reference_logprob=part.reference_logprob, entropy=odds.entropy,
+    )  # fmt: skip
+
+
+def _row_scales(
+    part: TokenRows, odds: RowOdds, grad: Tensor, e: Tensor, settings: Settings
+) -> tuple[Tensor, RowScales]:
+    """(targets in range, row scales) of a chunk; a patched target goes into E here and leaves no pull."""
+    index, _ = definition.safe_targets(part.target, e.shape[1])
+    scales = definition.row_scales(grad * settings.loss_scale, odds.odds, odds.unit, part.target, settings.temperature)
+    if settings.patched:
+        definition.patch_target(e, index, odds.odds)
+        scales = scales._replace(pull=torch.zeros_like(scales.pull))
+    return index, scales
+
+
+def _merged(stats: list[Tensor]) -> Tensor:
+    """The statistics of all chunks: sums, but for the two extremes."""
+    table, low, high = torch.stack(stats), STATS.index("ratio_min"), STATS.index("ratio_max")
+    total = table.sum(0)
+    total[low], total[high] = table[:, low].amin(), table[:, high].amax()
+    return total
+
+
+@_fused_op.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rewards: Tensor, group: Tensor,
+    sample: Tensor, coefficient: Tensor | None, old_logprob: Tensor | None, rollout_logprob: Tensor | None,
+    reference_logprob: Tensor | None, main_grad: Tensor | None, advantage: str, clip_low: float | None,
+    clip_high: float | None, tis_cap: float | None, kl: str, kl_coef: float, temperature: float, denominator: float,
+    loss_scale: float, workspace_bytes: int, needs: Sequence[bool], with_entropy: bool, drop: bool, patched: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gradients = head.empty_gradients(hidden, weight, bias, needs, main_grad is not None)
+    return *_row_outputs(hidden, with_entropy), *gradients
+
+
+def _row_outputs(hidden: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unwritten (loss, stats, logprob [T], entropy [T] or [0])."""
+    count, dtype = hidden.shape[0], sum_dtype(hidden.dtype)
+    shapes = ((), (len(STATS),), (count,), (count if with_entropy else 0,))
+    loss, stats, logprob, entropy = (hidden.new_empty(shape, dtype=dtype) for shape in shapes)
+    return loss, stats, logprob, entropy
+
+
+_ARGUMENTS = [argument.name for argument in torch.ops.gapg.fused_policy_loss.default._schema.arguments]
+
+
+@register_flop_formula(torch.ops.gapg.fused_policy_loss)
+def _flops(*args: Any, **named: Any) -> int:
+    """Of all rows given; those that the host drops are known inside the operator only."""
+    call = dict(zip(_ARGUMENTS, args, strict=False)) | named
+    hidden, weight, needs = call["hidden"], call["weight"], call["needs"]
+    return 2 * (1 + int(needs[0]) + int(needs[1])) * hidden[0] * hidden[1] * weight[0]

@@ -1,0 +1,246 @@
+"""Log-probabilities of given tokens from hidden states and the LM head, without ever holding [T, V].
+
+``linear_logprob`` is ``log_softmax(hidden @ weight^T / temperature)`` gathered at ``target``, in the odds form of
+`gapg_kernels.reference`: chunked over rows, no pass over the vocabulary between the GEMMs, 6THV flops for forward and
+backward while E fits the workspace and 8THV when it is recomputed. The policy-gradient losses of arXiv 2509.24050 are
+sums of its result times per-token coefficients.
+
+On CUDA sm_90 in bfloat16 the forward is the Triton kernel of `gapg_kernels.odds_gemm`; everywhere else it is the plain
+definition over the device's own GEMM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from gapg_kernels import head
+from gapg_kernels import reference as definition
+from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan, pitch, sum_dtype
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    return_entropy: Literal[False] = False,
+    workspace_bytes: int = DEFAULT_WORKSPACE,
+) -> Tensor: ...
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    return_entropy: Literal[True],
+    workspace_bytes: int = DEFAULT_WORKSPACE,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    workspace_bytes: int = DEFAULT_WORKSPACE,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``log_softmax((hidden @ weight^T + bias) / temperature)[t, target[t]]`` for every row t.
+
+    Differentiable in hidden, weight and bias; an input that needs no gradient costs none (a frozen weight skips dW).
+    The result and the gradients are the same bits from run to run.
+
+    Args:
+        hidden: [T, H] bfloat16 or float32. T may be 0. (float64 too, for gradcheck: then everything is float64.)
+        weight: [V, H], hidden's dtype. Any V. Of a sharded weight (FSDP2) give
+            ``weight.full_tensor(grad_placements=[Partial("avg")])`` where ranks average gradients, as FSDP does, or
+            ``[Partial()]`` where they add them: plain ``full_tensor()`` would drop the other ranks' gradients.
+        target: [T] int64 (or int32) token ids. -100 masks a row: log-prob 0, no gradient. Any other id outside
+            [0, V) gives NaN, in the log-prob and in the gradients it takes part in.
+        bias: [V] in hidden's dtype or float32, or None.
+        temperature: divides the logits; positive.
+        return_entropy: also give the entropy of every row's distribution over the vocabulary.
+        workspace_bytes: limit for E and the scratch of a chunk. Inputs, gradients and the float32 sum of dW are not
+            counted, nor float32 copies of bfloat16 factors on a CPU, which has no 16-bit GEMM with a wide result.
+
+    Returns:
+        [T] float32 log-probs, all sums in float32; with ``return_entropy`` also [T] float32 entropies in nats, 0 where
+        the row is masked, through which no gradient flows.
+
+    Raises:
+        TypeError: float16 or mixed dtypes; non-integer targets; a DTensor.
+        ValueError: shapes that do not agree; a temperature that is not positive; a workspace under one row.
+    """
+    head.check_inputs("linear_logprob", hidden, weight, target, bias, temperature)
+    grad = torch.is_grad_enabled() and (
+        hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    # The larger need: whether E is kept then never depends on the device, and a compiler can trace it.
+    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=False, entropy=return_entropy)
+    plan.require_one_row("linear_logprob", grad=grad)
+    keep = grad and plan.fits(hidden.shape[0])
+    logprob: Tensor
+    logprob, entropy, *_ = _forward_op(
+        hidden, weight, target.long(), bias, float(temperature), workspace_bytes, keep, return_entropy
+    )
+    return (logprob, entropy) if return_entropy else logprob
+
+
+@torch.library.custom_op("gapg::linear_logprob", mutates_args=())
+def _forward_op(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    workspace_bytes: int,
+    keep: bool,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns (logprob [T], entropy [T] or [0], S [T], exp(-b) [T], E [T, pitch] when kept, else [0, pitch])."""
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    hidden, weight = hidden.contiguous(), weight.contiguous()
+    logprob, entropy, odds, unit, e = _forward_outputs(hidden, weight, keep, with_entropy)
+    forward = head.route(hidden)
+    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=head.uses_kernel(hidden), entropy=with_entropy)
+    with head.without_autocast(hidden.device):
+        for part in plan.chunks(rows, kept=keep, store=keep):
+            store = e[part, :vocab] if keep else None
+            chunk = forward(hidden[part], weight, bias, target[part], temperature, store, with_entropy)
+            logprob[part], odds[part], unit[part] = chunk.logprob, chunk.odds, chunk.unit
+            if chunk.entropy is not None:
+                entropy[part] = chunk.entropy
+    return logprob, entropy, odds, unit, e
+
+
+@_forward_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    workspace_bytes: int,
+    keep: bool,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _forward_outputs(hidden, weight, keep, with_entropy)
+
+
+def _forward_outputs(
+    hidden: Tensor, weight: Tensor, keep: bool, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, wide = hidden.shape[0], sum_dtype(hidden.dtype)
+    logprob, odds, unit = (hidden.new_empty(rows, dtype=wide) for _ in range(3))
+    entropy = hidden.new_empty(rows if with_entropy else 0, dtype=wide)
+    return logprob, entropy, odds, unit, hidden.new_empty(rows if keep else 0, pitch(weight.shape[0], hidden.dtype))
+
+
+@torch.library.custom_op("gapg::linear_logprob_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    odds: Tensor,
+    unit: Tensor,
+    e: Tensor,
+    temperature: float,
+    workspace_bytes: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (dH, dW, dbias); those not in ``needs`` are empty. ``e`` with no rows is recomputed, chunk by chunk."""
+    (rows, _), vocab = hidden.shape, weight.shape[0]
+    kept = e.shape[0] == rows
+    hidden, weight = hidden.contiguous(), weight.contiguous()
+    index, _ = definition.safe_targets(target, vocab)
+    scales = definition.row_scales(grad.to(odds.dtype), odds, unit, target, temperature)
+    gradients = head.HeadGradients(hidden, weight, bias, needs)
+    forward = head.route(hidden)
+    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=head.uses_kernel(hidden))
+    with head.without_autocast(hidden.device):
+        for part in plan.chunks(rows, kept=kept, store=True):
+            if kept:
+                e_part = e[part, :vocab]
+            else:
+                e_part = e.new_empty(part.stop - part.start, e.shape[1])[:, :vocab]
+                forward(hidden[part], weight, bias, target[part], temperature, e_part, False)
+            gradients.add(part, e_part, index[part], head.slice_rows(scales, part))
+    return gradients.results()
+
+
+@_backward_op.register_fake
+def _(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    odds: Tensor,
+    unit: Tensor,
+    e: Tensor,
+    temperature: float,
+    workspace_bytes: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return head.empty_gradients(hidden, weight, bias, needs)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, target, bias, ctx.temperature, ctx.workspace_bytes, *_ = inputs
+    _, entropy, odds, unit, e = output
+    ctx.set_materialize_grads(False)  # a gradient for E would be a [T, V] of zeros
+    ctx.mark_non_differentiable(entropy, odds, unit, e)
+    ctx.save_for_backward(hidden, weight, target, bias, odds, unit, e)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 8
+    hidden, weight, target, bias, odds, unit, e = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
+    grads = _backward_op(grad, hidden, weight, target, bias, odds, unit, e, ctx.temperature, ctx.workspace_bytes, needs)
+    grad_hidden, grad_weight, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return grad_hidden, grad_weight, None, grad_bias, None, None, None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.gapg.linear_logprob)
+def _forward_flops(hidden: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * hidden[0] * hidden[1] * weight[0]
+
+
+@register_flop_formula(torch.ops.gapg.linear_logprob_backward)
+def _backward_flops(
+    grad: torch.Size,
+    hidden: torch.Size,
+    weight: torch.Size,
+    target: torch.Size,
+    bias: torch.Size | None,
+    odds: torch.Size,
+    unit: torch.Size,
+    e: torch.Size,
+    temperature: float,
+    workspace_bytes: int,
+    needs: Sequence[bool],
+    **_: Any,
+) -> int:
+    gemms = int(needs[0]) + int(needs[1]) + int(e[0] != hidden[0])
+    return 2 * gemms * hidden[0] * hidden[1] * weight[0]
