@@ -72,5 +72,5 @@ def pitch(vocab: int, dtype: torch.dtype) -> int:
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums, log-probs and losses are kept in: float32, and float64 for float64 inputs."""
+    """What sums, log-probs, scores and losses are kept in: float32, and float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -63,7 +63,7 @@ def cublas_odds(
     store: Tensor | None,
     entropy: bool = False,
 ) -> RowOdds:
-    """One chunk's forward by cuBLAS and the pass; arguments and result as those of `definition.plain_odds`.
+    """One chunk's forward by cuBLAS and the pass; arguments and result as those of `reference.plain_odds`.
 
     Args:
         hidden: [C, H] bfloat16 or float32, contiguous.

@@ -5,7 +5,7 @@
         out, lse = forward(q, k, v, causal, scale)
 
 On the CPU `forward` and `backward` are PyTorch's FlashAttention for CPUs, which groups heads, takes every head size and
-returns the log-sum-exp; elsewhere they are the definition, right for every type and device.
+returns the log-sum-exp; elsewhere they are plain PyTorch, right for every type and device.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from gapg_kernels.chunks import sum_dtype
 
 _aten = torch.ops.aten
 
@@ -78,7 +80,7 @@ def plan(cu_seqlens: tuple[int, ...], tokens: int, device: torch.device) -> Plan
 def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """(q [B, Hq, Tq, D], k [B, Hkv, Tk, D], v) -> (out like q, lse [B, Hq, Tq] in float32, or float64 for float64).
 
-    On the CPU PyTorch's FlashAttention for CPUs; elsewhere the definition, which holds [B, Hq, Tq, Tk].
+    On the CPU PyTorch's FlashAttention for CPUs; elsewhere `plain_forward`, which holds [B, Hq, Tq, Tk].
     """
     if q.device.type == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
@@ -99,7 +101,7 @@ def backward(
 
 
 def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """The definition of `forward`."""
+    """`forward` in plain PyTorch."""
     with _no_autocast(q):
         scores = _scores(q, k, causal, scale)
         lse = scores.logsumexp(-1)
@@ -110,7 +112,7 @@ def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
 def plain_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition of `backward`: with p = exp(s - lse), ds = p * (dout @ v^T - sum(dout * out)) * scale."""
+    """`backward` in plain PyTorch: with p = exp(s - lse), ds = p * (dout @ v^T - sum(dout * out)) * scale."""
     with _no_autocast(q):
         scores = _scores(q, k, causal, scale)
         p = (scores - lse[..., None]).exp()
@@ -125,7 +127,7 @@ def plain_backward(
 
 
 def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = sum_dtype(q.dtype)
     scores = (q.to(wide) @ _per_query_head(k, q).to(wide).mT) * scale
     if causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)

@@ -92,7 +92,7 @@ def one_type(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Raises ValueError when they are of different types even so.
     """
     kind = q.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # the meta device knows no autocast
         low = torch.get_autocast_dtype(kind)
         q, k, v = (x if x.dtype == torch.float64 else x.to(low) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:

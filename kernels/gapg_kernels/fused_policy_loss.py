@@ -16,22 +16,21 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from gapg_kernels import head
-from gapg_kernels import reference as definition
+from gapg_kernels import head, reference
 from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan, pitch, sum_dtype
-from gapg_kernels.policy_loss import DEFAULTS, STATS, PolicyLossOptions, RowLosses, group_advantages, row_losses
-from gapg_kernels.reference import RowOdds, RowScales
+from gapg_kernels.policy_loss import DEFAULTS, STATS, PolicyLossOptions, RowLosses, row_losses
+from gapg_kernels.reference import RowOdds
 
 
 class FusedLoss(NamedTuple):
     """What `fused_policy_loss` returns."""
 
     loss: Tensor
-    """scalar, times ``loss_scale``; differentiable in hidden, weight and bias"""
+    """scalar; differentiable in hidden, weight and bias"""
     stats: Tensor
-    """[len(STATS)], unscaled, over the rows that entered; `gapg_kernels.policy_loss.summarize` reads it"""
+    """[len(STATS)]; `gapg_kernels.policy_loss.summarize` reads it"""
     logprob: Tensor
-    """[T], detached; 0 for rows that did not enter"""
+    """[T], detached"""
     entropy: Tensor | None
     """[T] nats, detached, or None"""
 
@@ -53,9 +52,8 @@ def fused_policy_loss(
     rollout_logprob: Tensor | None = None,
     reference_logprob: Tensor | None = None,
     with_entropy: bool = False,
-    loss_scale: float = 1.0,
     main_grad: Tensor | None = None,
-    drop_zero_rows: bool = True,
+    drop_zero_rows: bool = False,
     target_term: Literal["exact", "patched"] = "exact",
     workspace_bytes: int = DEFAULT_WORKSPACE,
 ) -> FusedLoss:
@@ -79,12 +77,10 @@ def fused_policy_loss(
         coefficient: [T] multiplies a row's loss and gradient.
         old_logprob, rollout_logprob, reference_logprob: [T], as `options` asks for them.
         with_entropy: also give each row's entropy, through which no gradient flows.
-        loss_scale: multiplies loss and gradients (a part of a batch, a loss scaler).
         main_grad: [V, H] float32: receives d(weight) during this call (+=, unrounded, over any number of calls), and
             weight gets no gradient from autograd. The gradient that arrives in backward must then be 1, as in
             ``loss.backward()``: anything else gives NaN in the hidden gradient. Without gradients enabled it is left
             alone.
-        drop_zero_rows: False puts every row through, with the same loss and gradients.
         target_term: "exact" adds the target's own term in float32; "patched" stores it in E, rounded like E.
         workspace_bytes: as in `linear_logprob`.
 
@@ -111,10 +107,10 @@ def fused_policy_loss(
     ]
     plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=False, entropy=with_entropy)
     plan.require_one_row("fused_policy_loss", grad=any(needs))
-    scalars = (float(temperature), float(denominator), float(loss_scale), workspace_bytes)
+    scalars = (float(temperature), float(denominator), workspace_bytes)
     loss, stats, logprob, entropy = _Fused.apply(
         hidden, weight, bias, target.long(), rewards, group, sample, rows, main_grad, options, scalars, needs,
-        with_entropy, drop_zero_rows and options.kl_coef == 0, target_term == "patched",
+        with_entropy, target_term == "patched",
     )  # fmt: skip
     return FusedLoss(loss, stats, logprob, entropy if with_entropy else None)
 
@@ -126,7 +122,7 @@ def _check_rows(count: int, rewards: Tensor, group: Tensor, sample: Tensor, rows
         if x is not None and x.shape != (count,):
             raise ValueError(f"fused_policy_loss: {name} {tuple(x.shape)} must be [{count}], one entry a row of hidden")
     if not rewards.device == group.device == sample.device:
-        raise ValueError("fused_policy_loss: rewards, group and sample must be on one device (the CPU drops zero rows)")
+        raise ValueError("fused_policy_loss: rewards, group and sample must be on one device")
 
 
 def _check_main_grad(main_grad: Tensor | None, weight: Tensor) -> None:
@@ -147,12 +143,12 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rewards: Tensor, group: Tensor,
         sample: Tensor, rows: tuple[Tensor | None, ...], main_grad: Tensor | None, options: PolicyLossOptions,
-        scalars: tuple[float, float, float, int], needs: list[bool], with_entropy: bool, drop: bool, patched: bool,
+        scalars: tuple[float, float, int], needs: list[bool], with_entropy: bool, patched: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         low, high = options.clip or (None, None)
         loss, stats, logprob, entropy, *gradients = _fused_op(
             hidden, weight, bias, target, rewards, group, sample, *rows, main_grad, options.advantage, low, high,
-            options.tis_cap, options.kl, options.kl_coef, *scalars, needs, with_entropy, drop, patched,
+            options.tis_cap, options.kl, options.kl_coef, *scalars, needs, with_entropy, patched,
         )  # fmt: skip
         ctx.save_for_backward(*gradients)
         ctx.needs, ctx.in_place = needs, main_grad is not None
@@ -169,7 +165,7 @@ class _Fused(torch.autograd.Function):
             (hidden * grad).to(hidden.dtype) if need_hidden else None,
             (weight * grad).to(weight.dtype) if need_weight and not ctx.in_place else None,
             (bias * grad).to(bias.dtype) if need_bias else None,
-            *(None,) * 12,
+            *(None,) * 11,
         )
 
 
@@ -179,41 +175,49 @@ def _fused_op(
     sample: Tensor, coefficient: Tensor | None, old_logprob: Tensor | None, rollout_logprob: Tensor | None,
     reference_logprob: Tensor | None, main_grad: Tensor | None, advantage: str, clip_low: float | None,
     clip_high: float | None, tis_cap: float | None, kl: str, kl_coef: float, temperature: float, denominator: float,
-    loss_scale: float, workspace_bytes: int, needs: Sequence[bool], with_entropy: bool, drop: bool, patched: bool,
+    workspace_bytes: int, needs: Sequence[bool], with_entropy: bool, patched: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns (loss, stats, logprob [T], entropy [T] or [0], dH, dW, dbias); gradients not in ``needs`` are empty."""
+    """Returns (loss, stats, logprob [T], entropy [T] or [0], dH, dW, dbias); gradients not in ``needs`` are empty.
+
+    Every row, chunk by chunk: odds forward, row losses, row scales, the two backward GEMMs.
+    """
     clip = None if clip_low is None or clip_high is None else (clip_low, clip_high)
     options = PolicyLossOptions(advantage, clip, tis_cap, kl, kl_coef)  # type: ignore[arg-type]
-    settings = Settings(temperature, denominator, loss_scale, workspace_bytes, needs, with_entropy, patched)
-    rows = TokenRows(hidden, target, group, sample, coefficient, old_logprob, rollout_logprob, reference_logprob)
-    device, table = hidden.device, rewards.to(hidden.device, non_blocking=True)
-    entering = _entering(rewards, group, sample, options) if drop and rewards.device.type == "cpu" else None
-    if entering is None or len(entering) == len(group):
-        return fused_rows(rows.to(device), weight, bias, table, main_grad, options, settings)
-    rows = rows._replace(group=group[entering], sample=sample[entering])
-    at = entering.to(device, non_blocking=True)
-    loss, stats, logprob, entropy, grad_hidden, grad_weight, grad_bias = fused_rows(
-        rows.to(device).select(at), weight, bias, table, main_grad, options, settings
-    )
-    logprob, entropy, grad_hidden = (
-        x.new_zeros(hidden.shape[0], *x.shape[1:]).index_copy_(0, at, x) if wanted else x
-        for x, wanted in ((logprob, True), (entropy, with_entropy), (grad_hidden, needs[0]))
-    )
-    return loss, stats, logprob, entropy, grad_hidden, grad_weight, grad_bias
-
-
-def _entering(rewards: Tensor, group: Tensor, sample: Tensor, options: PolicyLossOptions) -> Tensor:
-    """The rows whose advantage is not 0, from tables on the CPU. NaN is not 0, nor is a row outside: both must show."""
-    zero = group_advantages(rewards, options.advantage) == 0
-    inside = (group >= 0) & (group < rewards.shape[0]) & (sample >= 0) & (sample < rewards.shape[1])
-    known = zero.flatten()[torch.where(inside, group * rewards.shape[1] + sample, 0)] & inside
-    return (~known).nonzero()[:, 0]
+    hidden, weight, table = hidden.contiguous(), weight.contiguous(), rewards.to(hidden.device, non_blocking=True)
+    rows = TokenRows(target, group, sample, coefficient, old_logprob, rollout_logprob, reference_logprob)
+    rows = rows.to(hidden.device)
+    vocab, store, forward = weight.shape[0], any(needs), head.route(hidden)
+    _, _, logprob, entropy = _row_outputs(hidden, with_entropy)
+    gradients = head.HeadGradients(hidden, weight, bias, needs, main_grad)
+    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=head.uses_kernel(hidden), entropy=with_entropy)
+    chunks = list(plan.chunks(hidden.shape[0], kept=False, store=store))
+    buffer = hidden.new_empty(chunks[0].stop if store and chunks else 0, pitch(vocab, hidden.dtype))[:, :vocab]
+    losses = []
+    with head.without_autocast(hidden.device):
+        for at in chunks:
+            part, e = rows.part(at), buffer[: at.stop - at.start] if store else None
+            odds = forward(hidden[at], weight, bias, part.target, temperature, e, with_entropy)
+            logprob[at] = odds.logprob
+            if odds.entropy is not None:
+                entropy[at] = odds.entropy
+            losses.append(part.losses(odds, table, denominator, options))
+            if e is None:
+                continue
+            index, _ = reference.safe_targets(part.target, vocab)
+            scales = reference.row_scales(losses[-1].grad, odds.odds, odds.unit, part.target, temperature)
+            if patched:  # the target goes into E and leaves no pull
+                reference.patch_target(e, index, odds.odds)
+                scales = scales._replace(pull=torch.zeros_like(scales.pull))
+            gradients.add(at, e, index, scales)
+    if not losses:
+        losses.append(row_losses(logprob, table, rows.group, rows.sample, denominator=denominator))
+    loss = torch.cat([chunk.loss for chunk in losses]).sum()
+    return loss, _merged([chunk.stats for chunk in losses]), logprob, entropy, *gradients.results()
 
 
 class TokenRows(NamedTuple):
-    """What belongs to a token, [T, …] each; the arguments of `fused_policy_loss`."""
+    """What belongs to a token, [T] each; the arguments of `fused_policy_loss`."""
 
-    hidden: Tensor
     target: Tensor
     group: Tensor
     sample: Tensor
@@ -222,12 +226,6 @@ class TokenRows(NamedTuple):
     rollout_logprob: Tensor | None
     reference_logprob: Tensor | None
 
-    def select(self, at: Tensor) -> TokenRows:
-        """The rows ``at`` of everything but group and sample, which are theirs already."""
-        tokens = self._replace(group=self.target, sample=self.target)
-        picked = TokenRows(*(None if x is None else x.index_select(0, at) for x in tokens))  # type: ignore[arg-type]
-        return picked._replace(group=self.group, sample=self.sample)
-
     def part(self, part: slice) -> TokenRows:
         return TokenRows(*(None if x is None else x[part] for x in self))  # type: ignore[arg-type]
 
@@ -235,71 +233,12 @@ class TokenRows(NamedTuple):
         """On one device, without waiting for it."""
         return TokenRows(*(None if x is None else x.to(device, non_blocking=True) for x in self))  # type: ignore[arg-type]
 
-
-class Settings(NamedTuple):
-    """The arguments of `fused_policy_loss` of these names; ``needs``: gradients of hidden, weight, bias."""
-
-    temperature: float
-    denominator: float
-    loss_scale: float
-    workspace_bytes: int
-    needs: Sequence[bool]
-    with_entropy: bool
-    patched: bool
-
-
-def fused_rows(
-    rows: TokenRows, weight: Tensor, bias: Tensor | None, rewards: Tensor, main_grad: Tensor | None,
-    options: PolicyLossOptions, settings: Settings,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Every row, chunk by chunk: odds forward, row losses, row scales, the two backward GEMMs."""
-    rows, weight = rows._replace(hidden=rows.hidden.contiguous()), weight.contiguous()
-    hidden, vocab, store = rows.hidden, weight.shape[0], any(settings.needs)
-    _, _, logprob, entropy = _row_outputs(hidden, settings.with_entropy)
-    gradients = head.HeadGradients(hidden, weight, bias, settings.needs, main_grad)
-    kernel = head.uses_kernel(hidden)
-    plan = ChunkPlan.of(hidden, weight, settings.workspace_bytes, kernel=kernel, entropy=settings.with_entropy)
-    chunks = list(plan.chunks(hidden.shape[0], kept=False, store=store))
-    buffer = hidden.new_empty(chunks[0].stop if store and chunks else 0, pitch(vocab, hidden.dtype))[:, :vocab]
-    results = []
-    with head.without_autocast(hidden.device):
-        for at in chunks:
-            part, e = rows.part(at), buffer[: at.stop - at.start] if store else None
-            odds = head.route(hidden)(
-                part.hidden, weight, bias, part.target, settings.temperature, e, settings.with_entropy
-            )
-            logprob[at] = odds.logprob
-            if odds.entropy is not None:
-                entropy[at] = odds.entropy
-            results.append(_row_losses(part, odds, rewards, options, settings))
-            if e is not None:
-                gradients.add(at, e, *_row_scales(part, odds, results[-1].grad, e, settings))
-    if not results:
-        results.append(row_losses(logprob, rewards, rows.group, rows.sample, denominator=settings.denominator))
-    loss = torch.cat([result.loss for result in results]).sum() * settings.loss_scale
-    return loss, _merged([result.stats for result in results]), logprob, entropy, *gradients.results()
-
-
-def _row_losses(
-    part: TokenRows, odds: RowOdds, rewards: Tensor, options: PolicyLossOptions, settings: Settings
-) -> RowLosses:
-    return row_losses(
-        odds.logprob, rewards, part.group, part.sample, denominator=settings.denominator, options=options,
-        mask=part.target != definition.IGNORE, coefficient=part.coefficient, old_logprob=part.old_logprob,
-        rollout_logprob=part.rollout_logprob, reference_logprob=part.reference_logprob, entropy=odds.entropy,
-    )  # fmt: skip
-
-
-def _row_scales(
-    part: TokenRows, odds: RowOdds, grad: Tensor, e: Tensor, settings: Settings
-) -> tuple[Tensor, RowScales]:
-    """(targets in range, row scales) of a chunk; a patched target goes into E here and leaves no pull."""
-    index, _ = definition.safe_targets(part.target, e.shape[1])
-    scales = definition.row_scales(grad * settings.loss_scale, odds.odds, odds.unit, part.target, settings.temperature)
-    if settings.patched:
-        definition.patch_target(e, index, odds.odds)
-        scales = scales._replace(pull=torch.zeros_like(scales.pull))
-    return index, scales
+    def losses(self, odds: RowOdds, rewards: Tensor, denominator: float, options: PolicyLossOptions) -> RowLosses:
+        rows: dict[str, Any] = self._asdict()
+        mask = rows.pop("target") != reference.IGNORE
+        return row_losses(
+            odds.logprob, rewards, denominator=denominator, options=options, mask=mask, entropy=odds.entropy, **rows
+        )
 
 
 def _merged(stats: list[Tensor]) -> Tensor:
@@ -311,15 +250,12 @@ def _merged(stats: list[Tensor]) -> Tensor:
 
 
 @_fused_op.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rewards: Tensor, group: Tensor,
-    sample: Tensor, coefficient: Tensor | None, old_logprob: Tensor | None, rollout_logprob: Tensor | None,
-    reference_logprob: Tensor | None, main_grad: Tensor | None, advantage: str, clip_low: float | None,
-    clip_high: float | None, tis_cap: float | None, kl: str, kl_coef: float, temperature: float, denominator: float,
-    loss_scale: float, workspace_bytes: int, needs: Sequence[bool], with_entropy: bool, drop: bool, patched: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    gradients = head.empty_gradients(hidden, weight, bias, needs, main_grad is not None)
-    return *_row_outputs(hidden, with_entropy), *gradients
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = head.by_name(torch.ops.gapg.fused_policy_loss.default, args)
+    gradients = head.empty_gradients(
+        call["hidden"], call["weight"], call["bias"], call["needs"], call["main_grad"] is not None
+    )
+    return *_row_outputs(call["hidden"], call["with_entropy"]), *gradients
 
 
 def _row_outputs(hidden: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -330,12 +266,8 @@ def _row_outputs(hidden: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Te
     return loss, stats, logprob, entropy
 
 
-_ARGUMENTS = [argument.name for argument in torch.ops.gapg.fused_policy_loss.default._schema.arguments]
-
-
 @register_flop_formula(torch.ops.gapg.fused_policy_loss)
 def _flops(*args: Any, **named: Any) -> int:
-    """Of all rows given; those that the host drops are known inside the operator only."""
-    call = dict(zip(_ARGUMENTS, args, strict=False)) | named
+    call = head.by_name(torch.ops.gapg.fused_policy_loss.default, args, named)
     hidden, weight, needs = call["hidden"], call["weight"], call["needs"]
     return 2 * (1 + int(needs[0]) + int(needs[1])) * hidden[0] * hidden[1] * weight[0]

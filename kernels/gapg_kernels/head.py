@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
-from gapg_kernels import reference as definition
+from gapg_kernels import reference
 from gapg_kernels.reference import RowOdds, RowScales
 
 KERNEL_CAPABILITY = (9, 0)
@@ -80,7 +82,7 @@ def route(hidden: Tensor) -> Route:
         from gapg_kernels.cublas_odds import cublas_odds
 
         return cublas_odds
-    return definition.plain_odds
+    return reference.plain_odds
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -127,11 +129,11 @@ class HeadGradients:
         """One chunk: its rows, E [C, V], its targets (always in range) and its row scales."""
         hidden, weight, _ = self.inputs
         if self.needs[0]:
-            self.hidden[part] = definition.hidden_gradient(e, weight, index, scales, hidden.dtype)
+            self.hidden[part] = reference.hidden_gradient(e, weight, index, scales, hidden.dtype)
         if self.needs[1]:
-            self._weight_sum = definition.add_weight_gradient(self._weight_sum, e, hidden[part], index, scales)
+            self._weight_sum = reference.add_weight_gradient(self._weight_sum, e, hidden[part], index, scales)
         if self.needs[2]:
-            self._bias_sum = definition.add_bias_gradient(self._bias_sum, e, index, scales)
+            self._bias_sum = reference.add_bias_gradient(self._bias_sum, e, index, scales)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """(dH, dW, dbias) in the types of their inputs; zeros where there was no row."""
@@ -155,6 +157,7 @@ def empty_gradients(
     )
 
 
-def slice_rows(scales: RowScales, part: slice) -> RowScales:
-    """The scales of one chunk."""
-    return RowScales(*(scale[part] for scale in scales))
+def by_name(operator: OpOverload, args: Sequence[Any], named: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The arguments of a call of the operator; a counter of work may pass any of them by name."""
+    names = (argument.name for argument in operator._schema.arguments)
+    return dict(zip(names, args, strict=False)) | dict(named or {})

@@ -6,7 +6,7 @@ backward while E fits the workspace and 8THV when it is recomputed. The policy-g
 sums of its result times per-token coefficients.
 
 On CUDA sm_90 in bfloat16 the forward is the Triton kernel of `gapg_kernels.odds_gemm`; everywhere else it is the plain
-definition over the device's own GEMM.
+reference over the device's own GEMM.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from gapg_kernels import head
-from gapg_kernels import reference as definition
+from gapg_kernels import head, reference
 from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan, pitch, sum_dtype
+from gapg_kernels.reference import RowScales
 
 
 @overload
@@ -128,16 +128,8 @@ def _forward_op(
 
 
 @_forward_op.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    workspace_bytes: int,
-    keep: bool,
-    with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, keep, with_entropy = rest
     return _forward_outputs(hidden, weight, keep, with_entropy)
 
 
@@ -168,8 +160,8 @@ def _backward_op(
     (rows, _), vocab = hidden.shape, weight.shape[0]
     kept = e.shape[0] == rows
     hidden, weight = hidden.contiguous(), weight.contiguous()
-    index, _ = definition.safe_targets(target, vocab)
-    scales = definition.row_scales(grad.to(odds.dtype), odds, unit, target, temperature)
+    index, _ = reference.safe_targets(target, vocab)
+    scales = reference.row_scales(grad.to(odds.dtype), odds, unit, target, temperature)
     gradients = head.HeadGradients(hidden, weight, bias, needs)
     forward = head.route(hidden)
     plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=head.uses_kernel(hidden))
@@ -180,25 +172,13 @@ def _backward_op(
             else:
                 e_part = e.new_empty(part.stop - part.start, e.shape[1])[:, :vocab]
                 forward(hidden[part], weight, bias, target[part], temperature, e_part, False)
-            gradients.add(part, e_part, index[part], head.slice_rows(scales, part))
+            gradients.add(part, e_part, index[part], RowScales(scales.spread[part], scales.pull[part]))
     return gradients.results()
 
 
 @_backward_op.register_fake
-def _(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    odds: Tensor,
-    unit: Tensor,
-    e: Tensor,
-    temperature: float,
-    workspace_bytes: int,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    return head.empty_gradients(hidden, weight, bias, needs)
+def _(grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    return head.empty_gradients(hidden, weight, bias, needs=rest[-1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -228,19 +208,8 @@ def _forward_flops(hidden: torch.Size, weight: torch.Size, *_: Any, **__: Any) -
 
 
 @register_flop_formula(torch.ops.gapg.linear_logprob_backward)
-def _backward_flops(
-    grad: torch.Size,
-    hidden: torch.Size,
-    weight: torch.Size,
-    target: torch.Size,
-    bias: torch.Size | None,
-    odds: torch.Size,
-    unit: torch.Size,
-    e: torch.Size,
-    temperature: float,
-    workspace_bytes: int,
-    needs: Sequence[bool],
-    **_: Any,
-) -> int:
-    gemms = int(needs[0]) + int(needs[1]) + int(e[0] != hidden[0])
+def _backward_flops(*args: Any, **named: Any) -> int:
+    call = head.by_name(torch.ops.gapg.linear_logprob_backward.default, args, named)
+    hidden, weight, needs = call["hidden"], call["weight"], call["needs"]
+    gemms = int(needs[0]) + int(needs[1]) + int(call["e"][0] != hidden[0])
     return 2 * gemms * hidden[0] * hidden[1] * weight[0]

@@ -6,7 +6,7 @@ and the repair of rows whose target is more than about 82 nats below the rest. N
 not depend on C: the same row gives the same bits in any batch. The formulas stand in `gapg_kernels.reference`.
 
 It runs on CUDA devices of compute capability 9.0 in bfloat16. Other CUDA devices, and float32, take
-`odds_pass.cublas_odds`.
+`cublas_odds.cublas_odds`.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-call"
@@ -159,7 +159,7 @@ def fused_odds(
     entropy: bool = False,
     tile: Tile | None = None,
 ) -> RowOdds:
-    """One chunk's forward by the Triton kernels; arguments and result as those of `definition.plain_odds`.
+    """One chunk's forward by the Triton kernels; arguments and result as those of `reference.plain_odds`.
 
     Args:
         hidden: [C, H] bfloat16, contiguous, H a multiple of 8.

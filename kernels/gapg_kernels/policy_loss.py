@@ -20,6 +20,7 @@ from gapg_kernels.policy_loss_reference import (
     Rows,
     group_advantages,
     plain_row_losses,
+    rows_with_advantage,
 )
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "group_advantages",
     "policy_loss",
     "row_losses",
+    "rows_with_advantage",
     "summarize",
 ]
 

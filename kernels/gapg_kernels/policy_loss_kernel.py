@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gapg_kernels import policy_loss_reference as definition
+from gapg_kernels import policy_loss_reference
 from gapg_kernels.policy_loss_reference import STATS, PolicyLossOptions, RowLosses, Rows
 
 ROWS = 128
@@ -25,8 +25,8 @@ PITCH = triton.next_power_of_2(len(STATS))
 PROGRAMS = 64
 """Programs whose statistics are added at a time."""
 
-LOG_RATIO_BOUND = tl.constexpr(definition.LOG_RATIO_BOUND)
-LOGPROB_BOUND = tl.constexpr(definition.LOGPROB_BOUND)
+LOG_RATIO_BOUND = tl.constexpr(policy_loss_reference.LOG_RATIO_BOUND)
+LOGPROB_BOUND = tl.constexpr(policy_loss_reference.LOGPROB_BOUND)
 
 
 @triton.jit

@@ -116,6 +116,21 @@ def group_advantages(rewards: Tensor, kind: Literal["gapg", "grpo"] = "gapg") ->
     return centred / ((square / (count - 1).clamp_min(1)).sqrt() + 1e-4)
 
 
+def rows_with_advantage(
+    rewards: Tensor, group: Tensor, sample: Tensor, kind: Literal["gapg", "grpo"] = "gapg"
+) -> Tensor:
+    """The rows whose advantage is not 0, [n] int64: all that a loss without a KL needs.
+
+    With the three tensors on the CPU this waits for no device, and a caller that passes on these rows only, of hidden
+    states, targets and the rest, spares the head the others. NaN is not 0, nor is a row outside the table: both must
+    show in the loss. ``rewards``, ``group`` and ``sample`` as in `gapg_kernels.policy_loss.row_losses`.
+    """
+    zero = group_advantages(rewards, kind) == 0
+    inside = (group >= 0) & (group < rewards.shape[0]) & (sample >= 0) & (sample < rewards.shape[1])
+    known = zero.flatten()[torch.where(inside, group * rewards.shape[1] + sample, 0)] & inside
+    return (~known).nonzero()[:, 0]
+
+
 def plain_row_losses(rows: Rows, denominator: float, options: PolicyLossOptions) -> RowLosses:
     """Loss, gradient and statistics of every row, in the dtype of ``rows.logprob``; arguments already checked."""
     lp, old, rollout, ref = rows.logprob, rows.old_logprob, rows.rollout_logprob, rows.reference_logprob

@@ -2,7 +2,7 @@
 
 ``target_logits`` gives each row its l_y, known before any GEMM ends. ``finish_rows`` adds up what the pass left for
 every (row, block of columns), in an order that does not depend on C, and repairs the rows whose target lies so far
-below the rest that the odds left their range. No atomics, no host sync; the formulas stand in `kernels.definition`.
+below the rest that the odds left their range. No atomics, no host sync; the formulas stand in `gapg_kernels.reference`.
 """
 
 # mypy: disable-error-code="untyped-decorator"

@@ -18,7 +18,7 @@ length.
 
 On CUDA in 16 bits steps 1 and 2 are one launch each of the FlashAttention that `gapg_kernels.flash` chooses, forward
 and backward. On the CPU step 1 is a call of PyTorch's FlashAttention for each distinct length, and step 2 one for each
-prompt. Anything else goes the CPU's way by the definition, waits for the device, and holds heads * responses of a
+prompt. Anything else goes the CPU's way in plain PyTorch, waits for the device, and holds heads * responses of a
 prompt * prompt.
 """
 
@@ -34,6 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gapg_kernels import equal_lengths, flash
+from gapg_kernels.chunks import sum_dtype
 from gapg_kernels.flash import Lengths, Varlen
 
 
@@ -166,7 +167,7 @@ def _forward_op(
 
 @_forward_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=_wide(q.dtype))
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=sum_dtype(q.dtype))
 
 
 @torch.library.custom_op("gapg::shared_prompt_attention_backward", mutates_args=())
@@ -239,10 +240,6 @@ class Pieces(NamedTuple):
 
 def _has_varlen(q: Tensor) -> bool:
     return q.dtype in flash.HALVES and flash.has_flash(q.device)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:

@@ -7,11 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
+
+beyond_torch_2_11 = pytest.mark.skipif(
+    torch.__version__.startswith("2.11."),
+    reason="on the meta device torch 2.11 adds no product to a float32 sum, and its counter refuses grouped heads",
+)
 
 
 class Launch(NamedTuple):

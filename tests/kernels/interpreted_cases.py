@@ -1,7 +1,7 @@
 """Run the Triton kernels through Triton's interpreter and save what they return.
 
-    TRITON_INTERPRET=1 python tests/kernels/interpreted_cases.py gemm.pt     # the GEMM with its epilogue
-    TRITON_INTERPRET=1 python tests/kernels/interpreted_cases.py pass.pt     # the pass over a plain GEMM's logits
+    TRITON_INTERPRET=1 python -m tests.kernels.interpreted_cases gemm.pt     # the GEMM with its epilogue
+    TRITON_INTERPRET=1 python -m tests.kernels.interpreted_cases pass.pt     # the pass over a plain GEMM's logits
 
 A script of its own, because the variable must be set before triton is first imported. Inputs are float32: the
 interpreter's bf16 tl.dot is wrong without a word.

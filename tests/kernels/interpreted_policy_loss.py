@@ -1,7 +1,7 @@
 """Run the policy loss's Triton kernels through the interpreter, or compile them, and save what comes out.
 
-    TRITON_INTERPRET=1 python tests/kernels/interpreted_policy_loss.py results.pt   # what the kernels return
-    python tests/kernels/interpreted_policy_loss.py figures.json                    # their machine code for sm_90
+    TRITON_INTERPRET=1 python -m tests.kernels.interpreted_policy_loss results.pt   # what the kernels return
+    PYTHONPATH=bench python -m tests.kernels.interpreted_policy_loss figures.json   # their machine code for sm_90
 
 A script of its own, because the variable must be set, or not, before triton is first imported.
 """
@@ -46,7 +46,7 @@ def compiled(path: Path) -> None:
     figures = {}
 
     def add(name: str, function: Any, types: dict[str, str], constants: dict[str, Any]) -> None:
-        figures[name] = vars(compile_figures(as_launched(name, function, types, constants)))
+        figures[name] = compile_figures(as_launched(name, function, types, constants))
 
     for grpo, absent, samples in [(True, False, 8), (False, True, 8), (False, False, 2), (True, False, 64)]:
         constants = {"GRPO": grpo, "K2": grpo, "PITCH": source.PITCH, "BR": source.ROWS}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gapg_kernels import reference as definition
+from gapg_kernels import reference
 from tests.kernels.float64_entropy import entropies, gaps
 from tests.kernels.float64_oracle import ENTROPIES, Inputs, Result, error, truth
 
@@ -41,19 +41,20 @@ CASES = [
 Case = dict[str, Any]
 
 
-def in_its_own_process(script: str, argument: Path, *, interpret: bool) -> None:
+def in_its_own_process(module: str, argument: Path, *, interpret: bool) -> None:
+    """Runs `python -m module argument` with the helpers here, and the scripts of bench/, in its reach."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "bench"), environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "bench"), environment.get("PYTHONPATH", "")])
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, str(ROOT / script), str(argument)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", module, str(argument)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def interpreted_cases(path: Path) -> dict[str, Case]:
     """Every case through the interpreter, by the route that the file is named after."""
-    in_its_own_process("tests/kernels/interpreted_cases.py", path, interpret=True)
+    in_its_own_process("tests.kernels.interpreted_cases", path, interpret=True)
     results: dict[str, Case] = torch.load(path, weights_only=True)
     assert list(results) == CASES
     return results
@@ -73,16 +74,16 @@ def logit_rounding(inputs: Inputs) -> float:
 
 
 def gradients(inputs: Inputs, got: dict[str, Tensor]) -> Result:
-    """The backward of the definition on the kernel's own E, S and exp(-b)."""
+    """The backward of the reference on the kernel's own E, S and exp(-b)."""
     vocab = inputs.weight.shape[0]
-    index, _ = definition.safe_targets(inputs.target, vocab)
+    index, _ = reference.safe_targets(inputs.target, vocab)
     e = got["e"][:, :vocab]
-    scales = definition.row_scales(inputs.grad, got["odds"], got["unit"], inputs.target, inputs.temperature)
+    scales = reference.row_scales(inputs.grad, got["odds"], got["unit"], inputs.target, inputs.temperature)
     return Result(
         got["logprob"],
-        definition.hidden_gradient(e, inputs.weight, index, scales, torch.float32),
-        definition.add_weight_gradient(None, e, inputs.hidden, index, scales),
-        definition.add_bias_gradient(None, e, index, scales),
+        reference.hidden_gradient(e, inputs.weight, index, scales, torch.float32),
+        reference.add_weight_gradient(None, e, inputs.hidden, index, scales),
+        reference.add_bias_gradient(None, e, index, scales),
     )
 
 
@@ -104,13 +105,13 @@ def check_against_float64(case: Case) -> None:
     assert torch.allclose(got["entropy"][fine][best].double(), entropy[best], rtol=1e-5 + rounding, atol=1e-18)
 
 
-def check_against_the_definition(case: Case) -> None:
+def check_against_the_reference(case: Case) -> None:
     """E and the row sums of plain PyTorch, except where the two judge differently that a row needs its own b."""
     inputs, got = Inputs(**case["inputs"]), case["stored"]
     vocab = inputs.weight.shape[0]
     e = torch.empty(inputs.hidden.shape[0], vocab)
-    want = definition.plain_odds(*inputs[:2], inputs.bias, inputs.target, inputs.temperature, e, entropy=True)
-    same_shift = (got["unit"] == definition.UNIT) == (want.unit == definition.UNIT)
+    want = reference.plain_odds(*inputs[:2], inputs.bias, inputs.target, inputs.temperature, e, entropy=True)
+    same_shift = (got["unit"] == reference.UNIT) == (want.unit == reference.UNIT)
     assert (~same_shift).sum() <= 1  # S >= 2^60 and gap > 118 ln 2 differ by the sum over V
     rounding = 1e-5 + logit_rounding(inputs_of(case))
     broken = want.logprob.isnan()
@@ -119,7 +120,7 @@ def check_against_the_definition(case: Case) -> None:
         assert torch.allclose(mine, exact, rtol=1e-5, atol=rounding, equal_nan=True)
     assert got["odds"][broken].isnan().all()
     rows = same_shift & ~broken
-    # atol: float32's subnormals, which a GPU flushes, and what exp(l - max) flushes first in the definition
+    # atol: float32's subnormals, which a GPU flushes, and what exp(l - max) flushes first in the reference
     assert torch.allclose(got["e"][rows, :vocab], e[rows], rtol=1e-5 + rounding, atol=1e-37)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from gapg_kernels import reference as definition
+from gapg_kernels import reference
 from tests.kernels.odds_checks import (
     CASES,
     Case,
     check_against_float64,
-    check_against_the_definition,
+    check_against_the_reference,
     check_options,
     inputs_of,
     interpreted_cases,
@@ -29,8 +29,8 @@ def test_the_pass_against_float64(interpreted: dict[str, Case], name: str) -> No
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_pass_against_the_definition(interpreted: dict[str, Case], name: str) -> None:
-    check_against_the_definition(interpreted[name])
+def test_the_pass_against_the_reference(interpreted: dict[str, Case], name: str) -> None:
+    check_against_the_reference(interpreted[name])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -53,5 +53,5 @@ def test_trl_4159_the_temperature_is_in_the_forward_and_in_the_gradient(interpre
 
 
 def test_rows_are_repaired(interpreted: dict[str, Case]) -> None:
-    repaired = interpreted["far"]["stored"]["unit"] != definition.UNIT
+    repaired = interpreted["far"]["stored"]["unit"] != reference.UNIT
     assert 2 < repaired.sum() < len(repaired) - 2

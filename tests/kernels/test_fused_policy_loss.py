@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from gapg_kernels.fused_policy_loss import FusedLoss, _fused_op, fused_policy_loss
 from gapg_kernels.linear_logprob import linear_logprob
-from gapg_kernels.policy_loss import STATS, PolicyLossOptions, group_advantages, policy_loss, summarize
+from gapg_kernels.policy_loss import STATS, PolicyLossOptions, policy_loss, rows_with_advantage, summarize
 from tests.kernels.float64_oracle import ENTROPIES, Inputs, Result, error, inputs_at, truth
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -105,6 +106,13 @@ class Case:
         self.old, self.rollout, self.reference = logprob + noise
         self.coefficient = torch.randn(rows, generator=g)
 
+    def select(self, at: Tensor) -> Case:
+        """The rows ``at``."""
+        part = copy(self)
+        for name in ("hidden", "target", "group", "sample", "old", "rollout", "reference", "coefficient"):
+            setattr(part, name, getattr(self, name)[at])
+        return part
+
     def rows(self, options: PolicyLossOptions) -> dict[str, Any]:
         return {
             "denominator": 7.0,
@@ -145,15 +153,13 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS)
 def test_it_is_the_policy_loss_of_linear_logprob(options: PolicyLossOptions) -> None:
     case = Case(rows=90, width=16, vocab=211, prompts=5, samples=4, seed=1)
-    for drop in (False, True):
-        for workspace in (2 << 30, 211 * 4 * 20):
-            out, got = case.fused(options, drop_zero_rows=drop, workspace_bytes=workspace)
-            loss, want, stats = case.parts(options)
-            assert torch.allclose(out.loss, loss, rtol=1e-5, atol=1e-6)
-            for ours, theirs in zip(got, want, strict=True):
-                assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
-            if not drop or options.kl_coef:
-                assert summarize(out.stats) == pytest.approx(stats, rel=1e-4, abs=1e-6)
+    loss, want, stats = case.parts(options)
+    for workspace in (2 << 30, 211 * 4 * 20):
+        out, got = case.fused(options, workspace_bytes=workspace)
+        assert torch.allclose(out.loss, loss, rtol=1e-5, atol=1e-6)
+        for ours, theirs in zip(got, want, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+        assert summarize(out.stats) == pytest.approx(stats, rel=1e-4, abs=1e-6)
 
 
 @given(
@@ -172,34 +178,47 @@ def test_any_shape(
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_rows_that_cannot_matter_never_enter_and_change_nothing(options: PolicyLossOptions) -> None:
+@pytest.mark.parametrize("options", [options for options in OPTIONS if options.kl_coef == 0])
+def test_rows_without_an_advantage_can_be_left_out(options: PolicyLossOptions) -> None:
     case = Case(rows=200, width=16, vocab=97, prompts=6, samples=4, seed=3)
-    full, want = case.fused(options, drop_zero_rows=False)
-    out, got = case.fused(options)
+    full, (want_hidden, *want) = case.fused(options)
+    at = rows_with_advantage(case.rewards, case.group, case.sample, options.advantage)
+    out, (got_hidden, *got) = case.select(at).fused(options)
     assert torch.allclose(out.loss, full.loss, rtol=1e-5, atol=1e-6)
-    for ours, theirs in zip(got, want, strict=True):
+    for ours, theirs in zip([got_hidden, *got], [want_hidden[at], *want], strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
-    zero = group_advantages(case.rewards, options.advantage)[case.group, case.sample] == 0
-    assert zero[(case.rewards.amax(1) == case.rewards.amin(1))[case.group]].all() and zero.any()
-    if options.kl_coef == 0:
-        assert not out.logprob[zero].any() and not got[0][zero].any()
-        assert torch.allclose(out.logprob[~zero], full.logprob[~zero], rtol=1e-5, atol=1e-6)
-    else:
-        assert torch.equal(out.logprob, full.logprob)
+    left = torch.ones(200, dtype=torch.bool).index_fill(0, at, False)
+    assert 0 < left.sum() < 200 and not want_hidden[left].any()
+    equal = case.rewards.amax(1) == case.rewards.amin(1)
+    assert left[equal[case.group]].all()
+    assert torch.allclose(out.logprob, full.logprob[at], rtol=1e-5, atol=1e-6)
 
 
-def test_every_row_known_to_be_zero() -> None:
+def test_no_row_is_left_out_whose_loss_is_nan() -> None:
+    rewards = torch.tensor([[0.5, 0.5], [0.5, torch.nan], [1.0, 0.0]])
+    group, sample = torch.tensor([0, 1, 1, 2, 3, 0, -1]), torch.tensor([0, 0, 1, 0, 0, 2, 0])
+    assert rows_with_advantage(rewards, group, sample).tolist() == [2, 3, 4, 5, 6]
+
+
+def test_equal_rewards_or_no_rows_at_all_have_no_loss_and_no_gradient() -> None:
     case = Case(rows=20, width=16, vocab=97, prompts=2, samples=4, seed=3)
     case.rewards.fill_(0.1)
+    assert not len(rows_with_advantage(case.rewards, case.group, case.sample))
     main_grad = torch.ones_like(case.weight)
-    out, got = case.fused(PolicyLossOptions())
-    assert out.loss == 0 and not any(g.any() for g in got) and not out.logprob.any()
-    hidden = case.hidden.clone().requires_grad_()
-    fused_policy_loss(
-        hidden, case.weight, case.target, case.rewards, case.group, case.sample, denominator=1.0, main_grad=main_grad
-    ).loss.backward()
-    assert torch.equal(main_grad, torch.ones_like(main_grad))
+    for chosen in (case, case.select(torch.arange(0))):
+        out, got = chosen.fused(PolicyLossOptions())
+        assert out.loss == 0 and not any(g.any() for g in got)
+        assert out.stats.shape == (len(STATS),) and summarize(out.stats)["rows"] == (chosen.target != -100).sum()
+        hidden, target, group, sample = (
+            chosen.hidden.clone().requires_grad_(),
+            chosen.target,
+            chosen.group,
+            chosen.sample,
+        )
+        fused_policy_loss(
+            hidden, case.weight, target, case.rewards, group, sample, denominator=1.0, main_grad=main_grad
+        ).loss.backward()
+        assert torch.equal(main_grad, torch.ones_like(main_grad))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -214,12 +233,12 @@ def test_main_grad_takes_the_sum_over_calls_unrounded(dtype: torch.dtype) -> Non
         row = torch.zeros(len(piece.target), dtype=torch.long)
         out = fused_policy_loss(
             hidden, weight, piece.target, WINNER, row, row, denominator=1.0, coefficient=-piece.grad,
-            main_grad=main_grad, loss_scale=4.0,
+            main_grad=main_grad,
         )  # fmt: skip
         out.loss.backward()
         assert weight.grad is None and hidden.grad is not None
-        assert error(hidden.grad / 4, want.hidden[part]) < ROUNDING[dtype]
-    assert error(main_grad / 4, want.weight) < ROUNDING[dtype] / 2
+        assert error(hidden.grad, want.hidden[part]) < ROUNDING[dtype]
+    assert error(main_grad, want.weight) < ROUNDING[dtype] / 2
 
 
 def test_with_main_grad_only_a_gradient_of_one_may_arrive() -> None:
@@ -232,12 +251,9 @@ def test_with_main_grad_only_a_gradient_of_one_may_arrive() -> None:
     assert hidden.grad is not None and hidden.grad.isnan().all()
 
 
-def test_loss_scale_and_the_arriving_gradient_multiply() -> None:
+def test_the_arriving_gradient_multiplies() -> None:
     case = Case(rows=30, width=16, vocab=97, prompts=3, samples=4, seed=3)
-    out, want = case.fused(PolicyLossOptions())
-    scaled, got = case.fused(PolicyLossOptions(), loss_scale=3.0)
-    assert torch.allclose(scaled.loss, 3 * out.loss) and torch.equal(scaled.stats, out.stats)
-    assert all(torch.allclose(a, 3 * b, rtol=1e-5, atol=1e-7) for a, b in zip(got, want, strict=True))
+    _, want = case.fused(PolicyLossOptions())
     hidden = case.hidden.clone().requires_grad_()
     again = fused_policy_loss(
         hidden, case.weight, case.target, case.rewards, case.group, case.sample, bias=case.bias, temperature=0.8,
@@ -352,7 +368,7 @@ def test_the_registered_operator_is_sound() -> None:
         torch.library.opcheck(
             _fused_op,
             (case.hidden, case.weight, case.bias, case.target, case.rewards, case.group, case.sample, *rows, main_grad,
-             "grpo", 0.1, 0.2, None, "k3", 0.0, 1.0, 2.0, 1.0, 1 << 20, [True, True, True], True, True, False),
+             "grpo", 0.1, 0.2, None, "k3", 0.0, 1.0, 2.0, 1 << 20, [True, True, True], True, False),
         )  # fmt: skip
 
 
@@ -378,9 +394,3 @@ def test_what_it_refuses() -> None:
     ]:
         with pytest.raises(error_type, match=match):
             call(**changed)
-
-
-def test_stats_of_an_empty_call() -> None:
-    case = Case(rows=0, width=8, vocab=30, prompts=2, samples=2, seed=0)
-    out = fused_policy_loss(case.hidden, case.weight, case.target, case.rewards, case.group, case.sample, denominator=1)
-    assert out.loss == 0 and out.stats.shape == (len(STATS),) and summarize(out.stats)["rows"] == 0

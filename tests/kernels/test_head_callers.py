@@ -18,9 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from triton.runtime.jit import JITFunction
 
-from gapg_kernels import cublas_odds as odds_pass
-from gapg_kernels import odds_gemm, policy_loss_kernel
-from gapg_kernels import row_kernels as odds_rows
+from gapg_kernels import cublas_odds, odds_gemm, policy_loss_kernel, row_kernels
 from gapg_kernels.fused_policy_loss import fused_policy_loss
 from gapg_kernels.linear_logprob import linear_logprob
 from gapg_kernels.policy_loss import DEFAULTS, PolicyLossOptions
@@ -49,7 +47,7 @@ def test_every_launch_is_made_on_the_device_of_its_tensors(launches: list[tuple[
     hidden, weight = torch.empty(T, H, dtype=torch.bfloat16, device="meta"), torch.empty(V, H, device="meta").bfloat16()
     index = torch.empty(T, dtype=torch.long, device="meta")
     odds_gemm.fused_odds(hidden, weight, None, index, 1.0, None)
-    odds_pass.cublas_odds(hidden, weight, None, index, 1.0, None)
+    cublas_odds.cublas_odds(hidden, weight, None, index, 1.0, None)
     assert all(x is hidden for _, x in launches)
     names = {name for name, _ in launches}
     launches.clear()
@@ -58,7 +56,7 @@ def test_every_launch_is_made_on_the_device_of_its_tensors(launches: list[tuple[
     policy_loss_kernel.fused_row_losses(rows, 1.0, DEFAULTS)
     assert all(x is logprob for _, x in launches)
     names |= {name for name, _ in launches}
-    modules = (odds_gemm, odds_pass, odds_rows, policy_loss_kernel)
+    modules = (odds_gemm, cublas_odds, row_kernels, policy_loss_kernel)
     assert names == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
@@ -122,7 +120,7 @@ HIDDEN, WEIGHT, INDEX, FLOATS = torch.zeros(T, H), torch.zeros(V, H), torch.zero
 COMMON = {"hidden": HIDDEN, "weight": WEIGHT, "target": INDEX, "bias": None, "temperature": 1.0}
 COMMON |= {"workspace_bytes": 1 << 20}
 LOSS = {"rewards": torch.tensor([[1.0, 0.0]]), "group": INDEX, "sample": INDEX, "advantage": "gapg", "kl": "k3"}
-LOSS |= {"kl_coef": 0.0, "denominator": 1.0, "loss_scale": 1.0, "with_entropy": False, "drop": True, "patched": False}
+LOSS |= {"kl_coef": 0.0, "denominator": 1.0, "with_entropy": False, "patched": False}
 LOSS |= dict.fromkeys((*ROWS, "main_grad", "clip_low", "clip_high", "tis_cap"))
 ODDS = {"grad": FLOATS, "odds": FLOATS, "unit": FLOATS + 1}
 

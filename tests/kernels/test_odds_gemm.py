@@ -9,16 +9,14 @@ import pytest
 import torch
 
 from compile_report import kernels, sources
-from gapg_kernels import odds_gemm
-from gapg_kernels import reference as definition
-from gapg_kernels import row_kernels as odds_rows
+from gapg_kernels import odds_gemm, reference, row_kernels
 from gapg_kernels.odds_gemm import TILES
 from tests.kernels.odds_checks import (
     CASES,
     ROOT,
     Case,
     check_against_float64,
-    check_against_the_definition,
+    check_against_the_reference,
     check_options,
     check_tiles_agree,
     in_its_own_process,
@@ -39,12 +37,12 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     path = tmp_path_factory.mktemp("sass") / "figures.json"
-    in_its_own_process("bench/compile_report.py", path, interpret=False)
+    in_its_own_process("compile_report", path, interpret=False)
     figures: dict[str, Case] = json.loads(path.read_text())
     return figures
 
 
-@pytest.fixture(params=sorted({INSTALLED, *COMMITTED}))
+@pytest.fixture(params=[pytest.param(INSTALLED, marks=pytest.mark.slow), *sorted(COMMITTED.keys() - {INSTALLED})])
 def figures(request: pytest.FixtureRequest) -> dict[str, Case]:
     """Of the installed triton's code as compiled now, and of the others' that are on record."""
     found = request.getfixturevalue("compiled") if request.param == INSTALLED else COMMITTED[request.param]
@@ -57,8 +55,8 @@ def test_the_kernel_against_float64(interpreted: dict[str, Case], name: str) -> 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_kernel_against_the_definition(interpreted: dict[str, Case], name: str) -> None:
-    check_against_the_definition(interpreted[name])
+def test_the_kernel_against_the_reference(interpreted: dict[str, Case], name: str) -> None:
+    check_against_the_reference(interpreted[name])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -117,7 +115,7 @@ def test_the_cases_reach_past_one_tile(interpreted: dict[str, Case]) -> None:
         assert rows > 1 and cols > 2 and cols % 1
     biased = [case for case in interpreted.values() if case["inputs"]["bias"] is not None]
     assert any(case["inputs"]["hidden"].shape[1] > case["tile"]["bk"] for case in biased)
-    repaired = interpreted["far"]["stored"]["unit"] != definition.UNIT
+    repaired = interpreted["far"]["stored"]["unit"] != reference.UNIT
     assert 2 < repaired.sum() < len(repaired) - 2
     assert torch.equal(repaired, repaired.sort().values)  # the gaps of that case grow
 
@@ -168,6 +166,7 @@ def test_the_committed_figures_are_of_these_kernels(version: str) -> None:
     assert COMMITTED[version].keys() == {"sources", *(kernel.name for kernel in kernels())}
 
 
+@pytest.mark.slow
 def test_the_installed_triton_makes_the_committed_figures(compiled: dict[str, Case]) -> None:
     assert COMMITTED.get(INSTALLED, compiled) == compiled
 
@@ -186,5 +185,5 @@ def test_a_kernels_text_and_its_tiles_are_in_the_hash_and_the_lines_above_it_are
 
 def test_the_number_of_rows_never_chooses_the_order_of_a_rows_sums() -> None:
     """Triton lays the sums of a tile out anew where C is 1 or a multiple of 16, unless it is told not to look at C."""
-    (rows,) = [argument for argument in odds_rows.row_sum_kernel.params if argument.name == "C"]
+    (rows,) = [argument for argument in row_kernels.row_sum_kernel.params if argument.name == "C"]
     assert rows.do_not_specialize

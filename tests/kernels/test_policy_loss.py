@@ -1,4 +1,4 @@
-"""The policy loss against float64 autograd, its op under compilers, its Triton kernel against the definition."""
+"""The policy loss against float64 autograd, its op under compilers, its Triton kernel against the reference."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from gapg_kernels.policy_loss import (
     summarize,
 )
 from gapg_kernels.policy_loss_reference import Rows, plain_row_losses
+from tests.kernels.odds_checks import in_its_own_process
 from tests.kernels.policy_loss_oracle import (
     ALL,
     CHOICES,
@@ -36,9 +37,8 @@ from tests.kernels.policy_loss_oracle import (
     part,
     truth,
 )
-from tests.kernels.test_odds_gemm import in_its_own_process
 
-SCRIPT = "tests/kernels/interpreted_policy_loss.py"
+MODULE = "tests.kernels.interpreted_policy_loss"
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda c: " ".join(map(str, c)))
@@ -338,12 +338,12 @@ def test_a_small_kl_does_not_drown_in_rounding() -> None:
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RowLosses]:
     path = tmp_path_factory.mktemp("interpreted") / "results.pt"
-    in_its_own_process(SCRIPT, path, interpret=True)
+    in_its_own_process(MODULE, path, interpret=True)
     return {name: RowLosses(**result) for name, result in torch.load(path, weights_only=True).items()}
 
 
 @pytest.mark.parametrize("name", cases())
-def test_the_kernel_against_the_definition(kernel: dict[str, RowLosses], name: str) -> None:
+def test_the_kernel_against_the_reference(kernel: dict[str, RowLosses], name: str) -> None:
     rows, options = cases()[name]
     got, want = kernel[name], plain_row_losses(rows, DENOMINATOR, options)
     assert_close(got.loss, want.loss, rtol=1e-5)
@@ -360,8 +360,9 @@ def test_a_row_of_the_kernel_is_the_same_in_any_batch(kernel: dict[str, RowLosse
         assert torch.equal(whole[-3:].nan_to_num(), alone.nan_to_num())
 
 
+@pytest.mark.slow
 def test_machine_code_for_sm_90(tmp_path: Path) -> None:
-    in_its_own_process(SCRIPT, tmp_path / "figures.json", interpret=False)
+    in_its_own_process(MODULE, tmp_path / "figures.json", interpret=False)
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert len(figures) == 8
     for name, figure in figures.items():

@@ -1,4 +1,4 @@
-"""The plain definition: entropy, its gradients in float64, the patched target, and what bfloat16 storage costs."""
+"""The plain reference: entropy, its gradients in float64, the patched target, and what bfloat16 storage costs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gapg_kernels import reference as definition
+from gapg_kernels import reference
 from gapg_kernels.reference import RowOdds, RowScales
 from tests.kernels.float64_entropy import entropies, gaps
 from tests.kernels.float64_oracle import ENTROPIES, Inputs, error, inputs_at, truth
@@ -18,7 +18,7 @@ FAR = [0.0, 5.0, 40.0, 60.0, 81.0, 83.0, 125.0, 127.0, 1000.0, 20_000.0]
 
 
 def forward(inputs: Inputs, store: Tensor | None = None, entropy: bool = True) -> RowOdds:
-    return definition.plain_odds(*inputs[:2], inputs.bias, inputs.target, inputs.temperature, store, entropy)
+    return reference.plain_odds(*inputs[:2], inputs.bias, inputs.target, inputs.temperature, store, entropy)
 
 
 def targets_below(nats: float, dtype: torch.dtype) -> Inputs:
@@ -51,7 +51,7 @@ def test_entropy_does_not_depend_on_where_the_target_lies(nats: float, dtype: to
     assert rows.entropy is not None
     assert (gaps(inputs).min() - nats).abs() < 0.1
     assert (rows.entropy - entropies(inputs)).abs().max() < 1e-5
-    assert (rows.unit != definition.UNIT).any() == (gaps(inputs) > definition.REPAIR_GAP).any()
+    assert (rows.unit != reference.UNIT).any() == (gaps(inputs) > reference.REPAIR_GAP).any()
 
 
 def test_entropy_of_masked_wrong_and_forbidden_targets() -> None:
@@ -77,21 +77,21 @@ def test_asking_for_the_entropy_changes_no_other_bit(dtype: torch.dtype, monkeyp
     for a, b in zip(without[:3], whole[:3], strict=True):
         assert torch.equal(a, b)
     assert torch.equal(*stores) and (stores[0][:, 500:] == 7.0).all()
-    monkeypatch.setattr(definition, "ENTROPY_BLOCK", 1500)  # three rows at a time
+    monkeypatch.setattr(reference, "ENTROPY_BLOCK", 1500)  # three rows at a time
     blocks, one = forward(inputs).entropy, whole.entropy
     assert blocks is not None and one is not None
     assert torch.equal(blocks, one)
 
 
 class PlainLogprob(torch.autograd.Function):
-    """Log-probs by the definition's forward and its gradient functions, two chunks of rows."""
+    """Log-probs by the reference's forward and its gradient functions, two chunks of rows."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, temperature: float, patch: bool
     ) -> Tensor:
         e = hidden.new_empty(hidden.shape[0], weight.shape[0])
-        rows = definition.plain_odds(hidden, weight, bias, target, temperature, e)
+        rows = reference.plain_odds(hidden, weight, bias, target, temperature, e)
         ctx.save_for_backward(hidden, weight, target, e, rows.odds, rows.unit)
         ctx.temperature, ctx.patch = temperature, patch
         return rows.logprob
@@ -99,18 +99,18 @@ class PlainLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, target, e, odds, unit = ctx.saved_tensors
-        index, _ = definition.safe_targets(target, weight.shape[0])
-        scales = definition.row_scales(grad, odds, unit, target, ctx.temperature)
+        index, _ = reference.safe_targets(target, weight.shape[0])
+        scales = reference.row_scales(grad, odds, unit, target, ctx.temperature)
         if ctx.patch:
             e = e.clone()
-            definition.patch_target(e, index, odds)
+            reference.patch_target(e, index, odds)
             scales = RowScales(scales.spread, torch.zeros_like(scales.pull))
-        grad_hidden = definition.hidden_gradient(e, weight, index, scales, hidden.dtype)
+        grad_hidden = reference.hidden_gradient(e, weight, index, scales, hidden.dtype)
         grad_weight = grad_bias = None
         for part in (slice(0, 3), slice(3, None)):
             chunk = RowScales(*(scale[part] for scale in scales))
-            grad_weight = definition.add_weight_gradient(grad_weight, e[part], hidden[part], index[part], chunk)
-            grad_bias = definition.add_bias_gradient(grad_bias, e[part], index[part], chunk)
+            grad_weight = reference.add_weight_gradient(grad_weight, e[part], hidden[part], index[part], chunk)
+            grad_bias = reference.add_bias_gradient(grad_bias, e[part], index[part], chunk)
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
@@ -153,14 +153,14 @@ def test_what_storing_e_in_bfloat16_costs(nats: float) -> None:
     normal = rows.odds > 1e-30
     rounded = (e.double().sum(1) / rows.odds - 1)[normal]
     assert 1e-6 < rounded.abs().max() < 2**-8  # what summing the stored E would have cost
-    index, _ = definition.safe_targets(inputs.target, 2000)
-    scales = definition.row_scales(inputs.grad, rows.odds, rows.unit, inputs.target, 1.0)
-    exact = definition.hidden_gradient(e, inputs.weight, index, scales, torch.float32)
+    index, _ = reference.safe_targets(inputs.target, 2000)
+    scales = reference.row_scales(inputs.grad, rows.odds, rows.unit, inputs.target, 1.0)
+    exact = reference.hidden_gradient(e, inputs.weight, index, scales, torch.float32)
     # a gradient of one dominant token has that token's rounding, others average theirs
     assert error(exact, want.hidden) < (2**-8 if nats == 0 else 1e-3)
-    definition.patch_target(e, index, rows.odds)
+    reference.patch_target(e, index, rows.odds)
     patched = RowScales(scales.spread, torch.zeros_like(scales.pull))
-    assert error(definition.hidden_gradient(e, inputs.weight, index, patched, torch.float32), want.hidden) < 1.5 * 2**-8
+    assert error(reference.hidden_gradient(e, inputs.weight, index, patched, torch.float32), want.hidden) < 1.5 * 2**-8
 
 
 def test_a_patched_target_is_the_negative_sum_of_its_row() -> None:
@@ -168,9 +168,9 @@ def test_a_patched_target_is_the_negative_sum_of_its_row() -> None:
     inputs = inputs._replace(target=torch.cat([inputs.target[:7], torch.tensor([-100, 500])]))
     e = torch.empty(9, 500)
     rows = forward(inputs, e)
-    index, _ = definition.safe_targets(inputs.target, 500)
+    index, _ = reference.safe_targets(inputs.target, 500)
     before = e.clone()
-    definition.patch_target(e, index, rows.odds)
+    reference.patch_target(e, index, rows.odds)
     assert torch.equal(e.gather(1, index[:, None])[:, 0].nan_to_num(), -rows.odds.nan_to_num())
     assert rows.odds[8].isnan() and rows.odds[7] == 0
     assert torch.equal(

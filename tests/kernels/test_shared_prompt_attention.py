@@ -22,6 +22,7 @@ from gapg_kernels.shared_prompt_attention import (
     varlen_backward,
     varlen_forward,
 )
+from tests.kernels.counting import beyond_torch_2_11
 from tests.kernels.flash_on_cpu import FLASH_ON_CPU
 
 Groups = list[tuple[int, list[int]]]
@@ -154,7 +155,7 @@ def test_autocast_makes_the_inputs_one_type(kind: torch.dtype) -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_the_definition_for_other_devices_is_what_the_cpu_computes(dtype: torch.dtype, causal: bool) -> None:
+def test_the_plain_form_for_other_devices_is_what_the_cpu_computes(dtype: torch.dtype, causal: bool) -> None:
     """Also the backward of a merged piece, whose out and lse are over more keys than it has."""
     generator = torch.Generator().manual_seed(0)
     keys = 6 if causal else 9
@@ -245,6 +246,7 @@ class Operators(TorchDispatchMode):
         return result
 
 
+@beyond_torch_2_11
 def test_pytorchs_flash_attention_gets_two_launches_each_way() -> None:
     """At real sizes, on fake tensors, which raise where the route would wait for the device."""
     prompts, responses, p, r = 4, 8, 1024, 256
