@@ -1,12 +1,10 @@
-// gapg_packing._csrc: the numpy face of packing.h and layout.h. Whatever the arguments, and whatever other threads write to the
-// arrays during a call, a call is right or raises; with arrays that change it may be right for neither state.
+// gapg_packing._csrc: the numpy face of packing.h and layout.h. Whatever the arguments, and whatever other threads
+// write to the arrays during a call, a call is right or raises; with arrays that change it may be right for neither
+// state.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
-#include <memory>
-#include <tuple>
-#include <type_traits>
 #include <utility>
 
 #include "layout.h"
@@ -19,32 +17,19 @@ namespace {
 // Pointers into numpy's memory are only held with the GIL, under which no array can be resized. Values may change all
 // the same: numpy and torch write without it.
 template <typename T>
-std::span<T> view(const py::object& value, const char* name) {
-  using Array = py::array_t<std::remove_const_t<T>, py::array::c_style>;
+std::span<const T> view(const py::object& value, const char* name) {
+  using Array = py::array_t<T, py::array::c_style>;
   if (Array::check_(value)) {
-    auto array = py::reinterpret_borrow<Array>(value);
+    const auto array = py::reinterpret_borrow<Array>(value);
     const bool aligned = array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_;
-    if (array.ndim() == 1 && aligned && (std::is_const_v<T> || array.writeable())) {
-      return {const_cast<T*>(array.data()), static_cast<size_t>(array.size())};
-    }
+    if (array.ndim() == 1 && aligned) return {array.data(), static_cast<size_t>(array.size())};
   }
-  const auto dtype = py::str(py::dtype::of<std::remove_const_t<T>>()).template cast<std::string>();
-  throw std::invalid_argument(std::string(name) + " must have one dimension and be an aligned, contiguous" +
-                              (std::is_const_v<T> ? "" : ", writeable") + " array of " + dtype + ": numpy.require(" +
-                              name + ", '" + dtype + "', 'CA" + (std::is_const_v<T> ? "" : "W") + "') makes one");
+  const auto dtype = py::str(py::dtype::of<T>()).template cast<std::string>();
+  throw std::invalid_argument(std::string(name) + " must have one dimension and be an aligned, contiguous array of " +
+                              dtype + ": numpy.require(" + name + ", '" + dtype + "', 'CA') makes one");
 }
 
-// The caller's buffer of exactly `size` elements.
-template <typename T>
-std::span<T> buffer(const py::object& value, int64_t size, const char* name) {
-  const std::span<T> whole = view<T>(value, name);
-  if (static_cast<int64_t>(whole.size()) != size) {
-    throw std::invalid_argument(std::string(name) + " must have shape [" + std::to_string(size) + "]");
-  }
-  return whole;
-}
-
-std::span<const int64_t> int64s(const py::object& value, const char* name) { return view<const int64_t>(value, name); }
+std::span<const int64_t> int64s(const py::object& value, const char* name) { return view<int64_t>(value, name); }
 
 // Out of the reach of other threads, which may write to the array.
 std::vector<int64_t> copied(const py::object& value, const char* name) {
@@ -63,14 +48,6 @@ int64_t whole(const py::object& value) {
 
 using Int64s = py::array_t<int64_t, py::array::c_style>;
 
-// Hands a vector's memory to numpy without a copy.
-Int64s to_numpy(std::vector<int64_t>&& values) {
-  auto owned = std::make_unique<std::vector<int64_t>>(std::move(values));
-  const auto* raw = owned.get();
-  py::capsule owner(owned.release(), [](void* p) { delete static_cast<std::vector<int64_t>*>(p); });
-  return Int64s(static_cast<py::ssize_t>(raw->size()), raw->data(), owner);
-}
-
 // Runs packer(order) without the GIL: it finds the lengths in `order`, fills it and returns the offsets. So the lengths
 // are a copy too, in memory that is needed anyway.
 template <typename Packer>
@@ -83,7 +60,7 @@ std::pair<Int64s, Int64s> packed(std::span<const int64_t> lengths, const Packer&
     py::gil_scoped_release unlocked;
     offsets = packer(order_view);
   }
-  return {std::move(order), to_numpy(std::move(offsets))};
+  return {std::move(order), Int64s(static_cast<py::ssize_t>(offsets.size()), offsets.data())};
 }
 
 std::pair<Int64s, Int64s> pack(const py::object& lengths, const py::object& cap, const py::object& ranks,
@@ -105,63 +82,35 @@ std::pair<Int64s, Int64s> pack_groups(const py::object& lengths, const py::objec
   });
 }
 
-gapg::Sequences sequences(const py::object& tokens, const py::object& starts, const py::object& prompts,
-                          const py::object& coefficients) {
-  return {int64s(tokens, "tokens"), int64s(starts, "starts"), int64s(prompts, "prompts"),
-          view<const float>(coefficients, "coefficients")};
+// An array to return, and what it holds.
+template <typename T>
+std::span<T> added(py::list& arrays, int64_t size) {
+  py::array_t<T> made(size);
+  arrays.append(made);
+  return {made.mutable_data(), static_cast<size_t>(size)};
 }
 
-std::pair<int64_t, int64_t> measure(const py::object& tokens, const py::object& starts, const py::object& prompts,
-                                    const py::object& coefficients, const py::object& members) {
-  const auto all = sequences(tokens, starts, prompts, coefficients);
-  const gapg::Sizes sizes = gapg::measure(gapg::read_members(all, int64s(members, "members")));
-  return {sizes.tokens, sizes.responses};
-}
-
-void lay_out(const py::object& tokens, const py::object& starts, const py::object& prompts,
-             const py::object& coefficients, const py::object& members, const py::object& input_ids,
-             const py::object& position_ids, const py::object& cu_seqlens, const py::object& response_index,
-             const py::object& targets, const py::object& sequence_ids, const py::object& response_coefficients) {
-  const auto all = sequences(tokens, starts, prompts, coefficients);
-  const auto chosen = gapg::read_members(all, int64s(members, "members"));
-  const gapg::Sizes sizes = gapg::measure(chosen);
-  gapg::lay_out(all.tokens, chosen,
-                {buffer<int64_t>(input_ids, sizes.tokens, "input_ids"),
-                 buffer<int64_t>(position_ids, sizes.tokens, "position_ids"),
-                 buffer<int32_t>(cu_seqlens, static_cast<int64_t>(chosen.size()) + 1, "cu_seqlens"),
-                 buffer<int64_t>(response_index, sizes.responses, "response_index"),
-                 buffer<int64_t>(targets, sizes.responses, "targets"),
-                 buffer<int64_t>(sequence_ids, sizes.responses, "sequence_ids"),
-                 buffer<float>(response_coefficients, sizes.responses, "response_coefficients")});
-}
-
-std::tuple<int64_t, int64_t, int64_t> measure_shared(const py::object& tokens, const py::object& starts,
-                                                     const py::object& prompts, const py::object& coefficients,
-                                                     const py::object& groups, const py::object& members) {
-  const auto all = sequences(tokens, starts, prompts, coefficients);
-  const auto chosen = gapg::read_members(all, int64s(groups, "groups"), int64s(members, "members"));
-  const gapg::SharedSizes sizes = gapg::measure_shared(all.tokens, chosen);
-  return {sizes.tokens, sizes.responses, sizes.prompts};
-}
-
-void lay_out_shared(const py::object& tokens, const py::object& starts, const py::object& prompts,
-                    const py::object& coefficients, const py::object& groups, const py::object& members,
-                    const py::object& input_ids, const py::object& position_ids, const py::object& cu_segments,
-                    const py::object& cu_responses, const py::object& response_index, const py::object& targets,
-                    const py::object& sequence_ids, const py::object& response_coefficients) {
-  const auto all = sequences(tokens, starts, prompts, coefficients);
-  const auto chosen = gapg::read_members(all, int64s(groups, "groups"), int64s(members, "members"));
-  const gapg::SharedSizes sizes = gapg::measure_shared(all.tokens, chosen);
-  const auto segments = sizes.prompts + static_cast<int64_t>(chosen.size());
-  gapg::lay_out_shared(all.tokens, chosen, sizes.prompts,
-                       {buffer<int64_t>(input_ids, sizes.tokens, "input_ids"),
-                        buffer<int64_t>(position_ids, sizes.tokens, "position_ids"),
-                        buffer<int32_t>(cu_segments, segments + 1, "cu_segments"),
-                        buffer<int32_t>(cu_responses, sizes.prompts + 1, "cu_responses"),
-                        buffer<int64_t>(response_index, sizes.responses, "response_index"),
-                        buffer<int64_t>(targets, sizes.responses, "targets"),
-                        buffer<int64_t>(sequence_ids, sizes.responses, "sequence_ids"),
-                        buffer<float>(response_coefficients, sizes.responses, "response_coefficients")});
+py::tuple lay_out(const py::object& tokens, const py::object& starts, const py::object& prompts,
+                  const py::object& coefficients, const py::object& members, const py::object& groups) {
+  py::list made;
+  const gapg::Sequences all{int64s(tokens, "tokens"), int64s(starts, "starts"), int64s(prompts, "prompts"),
+                            view<float>(coefficients, "coefficients")};
+  const auto ids = int64s(members, "members");
+  const bool shared = !groups.is_none();
+  const auto chosen = shared ? gapg::read_members(all, int64s(groups, "groups"), ids) : gapg::read_members(all, ids);
+  const gapg::Sizes sizes = gapg::measure(all.tokens, chosen);
+  const auto t = sizes.tokens, r = sizes.responses, segments = static_cast<int64_t>(chosen.size());
+  // in the order of the braces
+  const gapg::Layout out{added<int64_t>(made, t), added<int64_t>(made, t),
+                         added<int32_t>(made, segments + (shared ? sizes.prompts : 0) + 1),
+                         added<int64_t>(made, r), added<int64_t>(made, r), added<int64_t>(made, r),
+                         added<float>(made, r)};
+  if (shared) {
+    gapg::lay_out_shared(all.tokens, chosen, out, added<int32_t>(made, sizes.prompts + 1));
+  } else {
+    gapg::lay_out(all.tokens, chosen, out);
+  }
+  return py::tuple(made);
 }
 
 }  // namespace
@@ -173,16 +122,6 @@ PYBIND11_MODULE(_csrc, m, py::mod_gil_not_used()) {
         "int64 lengths [n] -> (order int64 [n], offsets int64 [bins + 1]); ValueError on lengths outside 1..cap.");
   m.def("pack_groups", &pack_groups, arg("lengths"), arg("prompts"), arg("groups"), arg("cap"), arg("ranks"),
         arg("linear"), arg("quadratic"), "pack, where sequences of one group share one copy of their prompt.");
-  m.def("measure", &measure, arg("tokens"), arg("starts"), arg("prompts"), arg("coefficients"), arg("members"),
-        "The bin's (tokens T, response tokens R): the sizes of the buffers that lay_out fills.");
   m.def("lay_out", &lay_out, arg("tokens"), arg("starts"), arg("prompts"), arg("coefficients"), arg("members"),
-        arg("input_ids"), arg("position_ids"), arg("cu_seqlens"), arg("response_index"), arg("targets"),
-        arg("sequence_ids"), arg("response_coefficients"),
-        "Fills the caller's buffers, which overlap no other array, with one bin's arrays.");
-  m.def("measure_shared", &measure_shared, arg("tokens"), arg("starts"), arg("prompts"), arg("coefficients"),
-        arg("groups"), arg("members"), "measure where prompts are shared: (T, R, prompts P).");
-  m.def("lay_out_shared", &lay_out_shared, arg("tokens"), arg("starts"), arg("prompts"), arg("coefficients"),
-        arg("groups"), arg("members"), arg("input_ids"), arg("position_ids"), arg("cu_segments"), arg("cu_responses"),
-        arg("response_index"), arg("targets"), arg("sequence_ids"), arg("response_coefficients"),
-        "lay_out with one copy of each prompt.");
+        arg("groups") = py::none(), "One bin's arrays; with groups, those that share prompts, and cu_responses.");
 }

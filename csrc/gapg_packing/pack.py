@@ -6,7 +6,7 @@
 
     packing = pack(lengths, cap=16_384, groups=groups, prompt_lengths=prompt_lengths)  # one copy of each prompt
     for members in packing.bins:
-        arrays = lay_out_shared(tokens, offsets, prompt_lengths, coefficients, groups, members)
+        arrays = lay_out(tokens, offsets, prompt_lengths, coefficients, members, groups)
 
 Packing is best-fit decreasing (Johnson 1974) in linear time; csrc/best_fit.h says how. Optimal packing is NP-hard: what
 is promised is no more bins than textbook best-fit decreasing, never "optimal".
@@ -36,11 +36,6 @@ class Cost:
     linear: float = 1.0
     quadratic: float = 0.0
 
-    def __post_init__(self) -> None:
-        finite = np.isfinite(self.linear) and np.isfinite(self.quadratic)
-        if not finite or min(self.linear, self.quadratic) < 0 or self.linear == self.quadratic == 0:
-            raise ValueError(f"{self}: both must be finite and at least 0, and one of them above 0")
-
     def __call__(self, tokens: ArrayLike) -> NDArray[np.float64]:
         """The cost of sequences of so many tokens, elementwise."""
         count = np.asarray(tokens, dtype=np.float64)
@@ -67,73 +62,39 @@ class Packing:
 
 @dataclass(frozen=True, eq=False)
 class PackedArrays:
-    """One micro-batch without padding: B sequences end to end, T tokens, of which R are response tokens."""
+    """One micro-batch without padding: T tokens in segments end to end, of which R are response tokens.
 
-    input_ids: Int64s
-    """[T]"""
-    position_ids: Int64s
-    """[T] 0, 1, 2, … restarting at every sequence"""
-    cu_seqlens: Int32s
-    """[B + 1] where each sequence starts, and T"""
-    response_index: Int64s
-    """[R] the position whose hidden state predicts the response token: one before the token's own"""
-    targets: Int64s
-    """[R] the response token's id"""
-    sequence_ids: Int64s
-    """[R] the sequence the response token belongs to, numbered as in the arguments of `lay_out`, not within the bin"""
-    coefficients: Floats
-    """[R] its sequence's coefficient"""
-
-    @property
-    def max_length(self) -> int:
-        """The longest sequence's tokens, 0 in an empty bin (varlen attention wants it beside cu_seqlens)."""
-        return int(np.diff(self.cu_seqlens).max(initial=0))
-
-
-@dataclass(frozen=True, eq=False)
-class SharedArrays:
-    """One micro-batch with one copy of each prompt: P prompts, then the B responses, T tokens in P + B segments.
-
-    A response's tokens attend to their own segment and to the whole of their prompt. Prompt p has the response tokens
+    A segment is a sequence. Where prompts are shared, the segments are P prompts, then B responses: a response's tokens
+    attend to their own segment and to the whole of their prompt. Prompt p has the response tokens
     cu_responses[p]:cu_responses[p + 1] of the R, which start at position cu_prompts[-1] of the T.
     """
 
     input_ids: Int64s
     """[T]"""
     position_ids: Int64s
-    """[T] 0, 1, 2, … in a prompt; in each of its responses from the prompt's length on"""
-    cu_segments: Int32s
-    """[P + B + 1] where each segment starts, and T; a response of no tokens is an empty segment"""
-    cu_responses: Int32s
-    """[P + 1] the response tokens before each prompt's first: 0, …, R"""
+    """[T] 0, 1, 2, … restarting at every sequence; in a response that shares its prompt from the prompt's length on"""
+    cu_seqlens: Int32s
+    """[segments + 1] where each segment starts, and T; a shared prompt's response of no tokens is an empty segment"""
     response_index: Int64s
-    """[R] the position whose hidden state predicts the response token; for a response's first, its prompt's last"""
+    """[R] the position whose hidden state predicts the response token: one before its own, or its prompt's last"""
     targets: Int64s
     """[R] the response token's id"""
     sequence_ids: Int64s
-    """[R] the sequence the response token belongs to, numbered as in the arguments of `lay_out_shared`"""
+    """[R] the sequence the response token belongs to, numbered as in the arguments of `lay_out`, not within the bin"""
     coefficients: Floats
     """[R] its sequence's coefficient"""
+    cu_responses: Int32s | None = None
+    """[P + 1] the response tokens before each prompt's first: 0, …, R; None where no prompts are shared"""
+
+    @property
+    def max_length(self) -> int:
+        """The longest segment's tokens, 0 in an empty bin (varlen attention wants it beside cu_seqlens)."""
+        return int(np.diff(self.cu_seqlens).max(initial=0))
 
     @property
     def cu_prompts(self) -> Int32s:
-        """[P + 1] where each prompt starts, and where the responses do: the first part of cu_segments."""
-        return self.cu_segments[: len(self.cu_responses)]
-
-    @property
-    def max_segment(self) -> int:
-        """The longest prompt's or response's tokens, 0 in an empty bin."""
-        return int(np.diff(self.cu_segments).max(initial=0))
-
-    @property
-    def max_prompt(self) -> int:
-        """The longest prompt's tokens, 0 in an empty bin."""
-        return int(np.diff(self.cu_prompts).max(initial=0))
-
-    @property
-    def max_responses(self) -> int:
-        """The most response tokens that one prompt has, 0 in an empty bin."""
-        return int(np.diff(self.cu_responses).max(initial=0))
+        """[P + 1] where each shared prompt starts, and where the responses do: the first part of cu_seqlens."""
+        return self.cu_seqlens[: 0 if self.cu_responses is None else len(self.cu_responses)]
 
 
 def pack(
@@ -182,11 +143,16 @@ def pack(
 
 
 def lay_out(
-    tokens: ArrayLike, offsets: ArrayLike, prompt_lengths: ArrayLike, coefficients: ArrayLike, members: ArrayLike
+    tokens: ArrayLike,
+    offsets: ArrayLike,
+    prompt_lengths: ArrayLike,
+    coefficients: ArrayLike,
+    members: ArrayLike,
+    groups: ArrayLike | None = None,
 ) -> PackedArrays:
     """Lay one bin's sequences end to end as the arrays that a packed forward and its loss need.
 
-    The first four arguments describe all S sequences of a batch and stay the same from bin to bin. Give them as
+    All arguments but `members` describe all S sequences of a batch and stay the same from bin to bin. Give them as
     contiguous int64 (coefficients: float32) arrays, and no call copies them.
 
     Args:
@@ -195,70 +161,22 @@ def lay_out(
         prompt_lengths: [S] its first prompt_lengths[s] tokens are the prompt (at least 1), the rest the response.
         coefficients: [S] copied to each of its response tokens, rounded to float32.
         members: [B] the sequences of this bin, in the order they are laid out: one of `Packing.bins`.
+        groups: [S] adjacent members of the same group share one copy of the prompt, which must be the same tokens: all
+            prompts come first, then all responses, in order. None: no prompts are shared.
 
     Raises:
         ValueError: arrays of the wrong type or shape; a member that does not exist; a sequence outside the tokens,
-            without a prompt, or with a prompt longer than itself (named).
+            without a prompt, or with a prompt longer than itself; adjacent members of one group whose prompts differ
+            (named).
     """
-    sequences, chosen = _sequences(tokens, offsets, prompt_lengths, coefficients), _integers(members, "members")
-    total, responses = _csrc.measure(*sequences, chosen)
-    arrays = PackedArrays(
-        input_ids=np.empty(total, np.int64),
-        position_ids=np.empty(total, np.int64),
-        cu_seqlens=np.empty(len(chosen) + 1, np.int32),
-        response_index=np.empty(responses, np.int64),
-        targets=np.empty(responses, np.int64),
-        sequence_ids=np.empty(responses, np.int64),
-        coefficients=np.empty(responses, np.float32),
-    )
-    _csrc.lay_out(*sequences, chosen, *vars(arrays).values())
-    return arrays
-
-
-def lay_out_shared(
-    tokens: ArrayLike,
-    offsets: ArrayLike,
-    prompt_lengths: ArrayLike,
-    coefficients: ArrayLike,
-    groups: ArrayLike,
-    members: ArrayLike,
-) -> SharedArrays:
-    """Lay one bin's sequences out with one copy of each prompt: first all prompts, then all responses, in order.
-
-    Args:
-        tokens, offsets, prompt_lengths, coefficients, members: as for `lay_out`; each sequence with its prompt.
-        groups: [S] adjacent members of the same group share one copy of the prompt, which must be the same tokens.
-
-    Raises:
-        ValueError: as `lay_out`; adjacent members of one group whose prompts differ (named).
-    """
-    sequences, chosen = _sequences(tokens, offsets, prompt_lengths, coefficients), _integers(members, "members")
-    ids = _integers(groups, "groups")
-    total, responses, prompts = _csrc.measure_shared(*sequences, ids, chosen)
-    arrays = SharedArrays(
-        input_ids=np.empty(total, np.int64),
-        position_ids=np.empty(total, np.int64),
-        cu_segments=np.empty(prompts + len(chosen) + 1, np.int32),
-        cu_responses=np.empty(prompts + 1, np.int32),
-        response_index=np.empty(responses, np.int64),
-        targets=np.empty(responses, np.int64),
-        sequence_ids=np.empty(responses, np.int64),
-        coefficients=np.empty(responses, np.float32),
-    )
-    _csrc.lay_out_shared(*sequences, ids, chosen, *vars(arrays).values())
-    return arrays
-
-
-def _sequences(
-    tokens: ArrayLike, offsets: ArrayLike, prompt_lengths: ArrayLike, coefficients: ArrayLike
-) -> tuple[Int64s, Int64s, Int64s, Floats]:
-    weights = np.asarray(coefficients, dtype=np.float32)
-    return (
+    arrays = (
         _integers(tokens, "tokens"),
         _integers(offsets, "offsets"),
         _integers(prompt_lengths, "prompt_lengths"),
-        weights if _in_order(weights) else weights.copy(),
+        np.require(np.asarray(coefficients), np.float32, ["C", "A"]),
+        _integers(members, "members"),
     )
+    return PackedArrays(*_csrc.lay_out(*arrays, None if groups is None else _integers(groups, "groups")))
 
 
 def _integers(values: ArrayLike, name: str) -> Int64s:
@@ -266,14 +184,6 @@ def _integers(values: ArrayLike, name: str) -> Int64s:
     array = np.asarray(values)
     if array.ndim != 1:
         raise ValueError(f"{name} must have one dimension, not shape {array.shape}")
-    if array.size == 0:
-        return np.empty(0, np.int64)  # an empty list arrives as float64
-    if array.dtype.kind not in "iu":
+    if array.size and array.dtype.kind not in "iu":  # an empty list arrives as float64
         raise ValueError(f"{name} must be integers, not {array.dtype}")
-    integers: Int64s = array.astype(np.int64, copy=False)
-    return integers if _in_order(integers) else integers.copy()
-
-
-def _in_order(array: Int64s | Floats) -> bool:
-    """Whether C++ can read it where it lies in memory."""
-    return array.flags.c_contiguous and array.flags.aligned
+    return np.require(array, np.int64, ["C", "A"])

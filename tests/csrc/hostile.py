@@ -13,10 +13,11 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-import gapg_packing._csrc as _csrc
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import gapg_packing._csrc as _csrc
 
 EDGES = [-(2**63), -(2**31), -1, 0, 1, 2, 5, 2**31 - 1, 2**31, 2**62, 2**63 - 1]
 NUMBERS = st.one_of(st.integers(0, 9), st.integers(0, 9), st.sampled_from(EDGES))
@@ -108,20 +109,11 @@ def layouts(data: st.DataObject) -> None:
     batch = (tokens, starts, prompts, data.draw(arrays(n, np.float32)))
     members = data.draw(arrays())
 
-    def buffer(size: int, dtype: type = np.int64) -> Any:
-        size = max(0, size + data.draw(st.sampled_from([0] * 20 + [-1, 1])))
-        form = data.draw(st.sampled_from(["as it is"] * 20 + FORMS))
-        return np.zeros(size, dtype) if form == "as it is" else misshapen(np.zeros(size, dtype), form)
-
-    if (sizes := call(_csrc.measure, *batch, members)) is not None:
-        t, r = sizes
-        out = [buffer(t), buffer(t), buffer(len(members) + 1, np.int32), *(buffer(r) for _ in range(3))]
-        call(_csrc.lay_out, *batch, members, *out, buffer(r, np.float32))
-    if (sizes := call(_csrc.measure_shared, *batch, groups, members)) is not None:
-        t, r, p = sizes
-        out = [buffer(t), buffer(t), buffer(p + len(members) + 1, np.int32), buffer(p + 1, np.int32)]
-        out += [buffer(r) for _ in range(3)]
-        call(_csrc.lay_out_shared, *batch, groups, members, *out, buffer(r, np.float32))
+    for shared in ((), (groups,)):
+        if (made := call(_csrc.lay_out, *batch, members, *shared)) is not None:
+            t, r = len(made[0]), len(made[3])
+            assert [len(x) for x in made[:7]] == [t, t, len(made[2]), r, r, r, r]
+            assert made[2][0] == 0 and made[2][-1] == t and (np.diff(made[2]) >= 0).all()
 
 
 def threads(seconds: float) -> None:
@@ -136,7 +128,7 @@ def threads(seconds: float) -> None:
     }
     arrays = {name: array.copy() for name, array in good.items()}
     tokens, coefficients = np.zeros(8 * n, np.int64), np.zeros(n, np.float32)
-    b, end = len(good["members"]), time.monotonic() + seconds
+    end = time.monotonic() + seconds
 
     def write() -> None:
         while time.monotonic() < end:
@@ -148,16 +140,14 @@ def threads(seconds: float) -> None:
     for writer in writers:
         writer.start()
     batch = (tokens, arrays["starts"], arrays["prompts"], coefficients)
-    out = [np.zeros(size, np.int64) for size in (8 * b, 8 * b, 6 * b, 6 * b, 6 * b)]
-    cu, weights = [np.zeros(size, np.int32) for size in (b + 1, 2 * b + 1)], np.zeros(6 * b, np.float32)
     groups, members = arrays["groups"], arrays["members"]
     packed = 0
     while time.monotonic() < end:
         for ranks in (1, 3):
             packed += call(_csrc.pack, arrays["lengths"], 64, ranks, 1.0, 0.5) is not None
             call(_csrc.pack_groups, arrays["lengths"], arrays["prompts"], groups, 64, ranks, 1.0, 0.5)
-        call(_csrc.lay_out, *batch, members, *out[:2], cu[0], *out[2:], weights)
-        call(_csrc.lay_out_shared, *batch, groups, members, *out[:2], cu[1], cu[0], *out[2:], weights)
+        call(_csrc.lay_out, *batch, members)
+        call(_csrc.lay_out, *batch, members, groups)
     for writer in writers:
         writer.join()
     assert packed > 0, "the writers left no time in which a call succeeds"

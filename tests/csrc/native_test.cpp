@@ -134,14 +134,13 @@ Batch batch(Random& random) {
 
 void check_shared_bin(const Batch& all, std::span<const int64_t> members, int64_t cap) {
   const auto read = gapg::read_members(all.sequences(), all.groups, members);
-  const auto sizes = gapg::measure_shared(all.tokens, read);
+  const auto sizes = gapg::measure(all.tokens, read);
   CHECK(sizes.tokens <= cap);
   Ints ids(sizes.tokens, -1), positions(sizes.tokens, -1), index(sizes.responses, -1), targets(sizes.responses, -1),
       sequence(sizes.responses, -1);
   std::vector<int32_t> segments(sizes.prompts + members.size() + 1, -1), responses(sizes.prompts + 1, -1);
   std::vector<float> coefficients(sizes.responses, -1);
-  gapg::lay_out_shared(all.tokens, read, sizes.prompts,
-                       {ids, positions, segments, responses, index, targets, sequence, coefficients});
+  gapg::lay_out_shared(all.tokens, read, {ids, positions, segments, index, targets, sequence, coefficients}, responses);
   CHECK(segments.back() == sizes.tokens && responses.back() == sizes.responses);
   CHECK(std::ranges::is_sorted(segments) && std::ranges::is_sorted(responses));
   for (int64_t r = 0; r < sizes.responses; ++r) {
@@ -150,12 +149,13 @@ void check_shared_bin(const Batch& all, std::span<const int64_t> members, int64_
     CHECK(positions[index[r]] + 1 == positions[segments[sizes.prompts] + r]);
   }
   // the same sequences with their own prompts
-  const auto apart = gapg::measure(read);
+  const auto alone = gapg::read_members(all.sequences(), members);
+  const auto apart = gapg::measure(all.tokens, alone);
   CHECK(apart.responses == sizes.responses && apart.tokens >= sizes.tokens);
   Ints plain_ids(apart.tokens, -1), plain_positions(apart.tokens, -1), plain_index(apart.responses, -1),
       plain_targets(apart.responses, -1), plain_sequence(apart.responses, -1);
   std::vector<int32_t> seqlens(members.size() + 1, -1);
-  gapg::lay_out(all.tokens, read,
+  gapg::lay_out(all.tokens, alone,
                 {plain_ids, plain_positions, seqlens, plain_index, plain_targets, plain_sequence, coefficients});
   CHECK(plain_targets == targets && plain_sequence == sequence && seqlens.back() == apart.tokens);
 }
@@ -194,7 +194,7 @@ void refused_layouts() {
   const std::vector<float> coefficients{0, 1};
   const gapg::Sequences good{tokens, starts, prompts, coefficients};
   const auto shared = [](const gapg::Sequences& all, const Ints& groups, const Ints& members) {
-    return gapg::measure_shared(all.tokens, gapg::read_members(all, groups, members)).tokens;
+    return gapg::measure(all.tokens, gapg::read_members(all, groups, members)).tokens;
   };
   CHECK(shared(good, groups, {0, 1}) == 4);
   for (const int64_t member : {int64_t{-1}, int64_t{2}, INT64_MAX, INT64_MIN}) {
@@ -211,7 +211,8 @@ void refused_layouts() {
   CHECK(refuses([&] { shared(good, {0}, {0, 1}); }));
   const Ints many(size_t{1} << 21, 0);  // 2^21 times 2^11 tokens
   const Ints long_one(2048, 7), around{0, 2048}, one{1};
-  CHECK(refuses([&] { gapg::measure(gapg::read_members({long_one, around, one, std::vector<float>{0}}, many)); }));
+  const std::vector<float> zero{0};
+  CHECK(refuses([&] { gapg::measure(long_one, gapg::read_members({long_one, around, one, zero}, many)); }));
 }
 
 void refused_costs() {

@@ -144,7 +144,7 @@ def test_only_the_ratio_of_a_cost_matters() -> None:
 @pytest.mark.parametrize("weights", [(0, 0), (-1, 1), (1, -1), (float("nan"), 1), (1, float("inf"))])
 def test_costs_are_finite_and_not_negative(weights: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="finite"):
-        Cost(*weights)
+        pack([1, 2], 8, cost=Cost(*weights))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def flat(sequences: list[tuple[list[int], list[int], float]]) -> tuple[Any, ...]
 
 
 def plainly(sequences: list[tuple[list[int], list[int], float]], members: list[int]) -> dict[str, list[float]]:
-    rows: dict[str, list[float]] = {name: [] for name in PackedArrays.__dataclass_fields__}
+    rows: dict[str, list[float]] = {name: [] for name in PackedArrays.__dataclass_fields__ if name != "cu_responses"}
     rows["cu_seqlens"] = [0]
     for member in members:
         prompt, response, coefficient = sequences[member]
@@ -252,9 +252,11 @@ def test_layout_is_its_plain_definition(batch: tuple[list[tuple[list[int], list[
     sequences, members = batch
     tokens, offsets, prompts, weights = flat(sequences)
     arrays = lay_out(tokens, offsets, prompts, weights, members)
-    assert {name: array.tolist() for name, array in vars(arrays).items()} == plainly(sequences, members)
+    made = dict(vars(arrays))
+    assert made.pop("cu_responses") is None and arrays.cu_prompts.size == 0
+    assert {name: array.tolist() for name, array in made.items()} == plainly(sequences, members)
     assert arrays.max_length == max((len(sequences[m][0]) + len(sequences[m][1]) for m in members), default=0)
-    dtypes = {name: array.dtype for name, array in vars(arrays).items()}
+    dtypes = {name: array.dtype for name, array in made.items()}
     assert dtypes.pop("cu_seqlens") == np.int32 and dtypes.pop("coefficients") == np.float32
     assert set(dtypes.values()) == {np.dtype(np.int64)}
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gapg_packing.pack import Cost, Packing, SharedArrays, lay_out, lay_out_shared, pack
+from gapg_packing.pack import Cost, PackedArrays, Packing, lay_out, pack
 
 
 @st.composite
@@ -148,24 +148,24 @@ def flat(rows: list[tuple[int, list[int], list[int], float]]) -> dict[str, Any]:
 
 
 def plainly(rows: list[tuple[int, list[int], list[int], float]], members: list[int]) -> dict[str, list[float]]:
-    out: dict[str, list[float]] = {name: [] for name in SharedArrays.__dataclass_fields__}
-    out["cu_segments"], out["cu_responses"] = [0], [0]
+    out: dict[str, list[float]] = {name: [] for name in PackedArrays.__dataclass_fields__}
+    out["cu_seqlens"], out["cu_responses"] = [0], [0]
     runs = [list(run) for _, run in groupby(members, key=lambda m: rows[m][0])]
     for run in runs:
         out["input_ids"] += rows[run[0]][1]
         out["position_ids"] += range(len(rows[run[0]][1]))
-        out["cu_segments"].append(len(out["input_ids"]))
+        out["cu_seqlens"].append(len(out["input_ids"]))
     for p, run in enumerate(runs):
         for member in run:
             _, prompt, response, coefficient = rows[member]
             for j, token in enumerate(response):
-                out["response_index"].append(len(out["input_ids"]) - 1 if j else out["cu_segments"][p + 1] - 1)
+                out["response_index"].append(len(out["input_ids"]) - 1 if j else out["cu_seqlens"][p + 1] - 1)
                 out["position_ids"].append(len(prompt) + j)
                 out["input_ids"].append(token)
                 out["targets"].append(token)
                 out["sequence_ids"].append(member)
                 out["coefficients"].append(coefficient)
-            out["cu_segments"].append(len(out["input_ids"]))
+            out["cu_seqlens"].append(len(out["input_ids"]))
         out["cu_responses"].append(len(out["targets"]))
     return out
 
@@ -174,19 +174,18 @@ def plainly(rows: list[tuple[int, list[int], list[int], float]], members: list[i
 @given(batches())
 def test_shared_layout_is_its_plain_definition(batch: Batch) -> None:
     rows, members = batch
-    arrays = lay_out_shared(**flat(rows), groups=[g for g, *_ in rows], members=members)
+    arrays = lay_out(**flat(rows), groups=[g for g, *_ in rows], members=members)
     assert {name: array.tolist() for name, array in vars(arrays).items()} == plainly(rows, members)
     dtypes = {name: array.dtype for name, array in vars(arrays).items()}
-    assert dtypes.pop("cu_segments") == dtypes.pop("cu_responses") == np.int32
+    assert dtypes.pop("cu_seqlens") == dtypes.pop("cu_responses") == np.int32
     assert dtypes.pop("coefficients") == np.float32
     assert set(dtypes.values()) == {np.dtype(np.int64)}
     runs = [list(run) for _, run in groupby(members, key=lambda m: rows[m][0])]
     assert len(arrays.cu_prompts) == len(runs) + 1 and arrays.cu_prompts[-1] + len(arrays.targets) == len(
         arrays.input_ids
     )
-    assert arrays.max_prompt == max((len(rows[run[0]][1]) for run in runs), default=0)
-    assert arrays.max_responses == max((sum(len(rows[m][2]) for m in run) for run in runs), default=0)
-    assert arrays.max_segment == max([arrays.max_prompt, *(len(rows[m][2]) for m in members)])
+    segments = [*(rows[run[0]][1] for run in runs), *(rows[m][2] for m in members)]
+    assert arrays.max_length == max(map(len, segments), default=0)
 
 
 @settings(max_examples=100, deadline=None)
@@ -194,7 +193,7 @@ def test_shared_layout_is_its_plain_definition(batch: Batch) -> None:
 def test_response_tokens_are_those_of_the_unshared_layout(batch: Batch) -> None:
     """The same targets under the same coefficients, predicted after the same tokens at the same positions."""
     rows, members = batch
-    shared = lay_out_shared(**flat(rows), groups=[g for g, *_ in rows], members=members)
+    shared = lay_out(**flat(rows), groups=[g for g, *_ in rows], members=members)
     plain = lay_out(**flat(rows), members=members)
     for name in ("targets", "sequence_ids", "coefficients"):
         assert np.array_equal(getattr(shared, name), getattr(plain, name))
@@ -215,9 +214,9 @@ def test_packed_groups_keep_every_token_under_the_cap() -> None:
     packing = pack(np.diff(arrays["offsets"]), cap, groups=groups, prompt_lengths=arrays["prompt_lengths"])
     seen: dict[int, tuple[list[int], list[int]]] = {}
     for members in packing.bins:
-        bin_ = lay_out_shared(**arrays, groups=groups, members=members)
+        bin_ = lay_out(**arrays, groups=groups, members=members)
         assert len(bin_.input_ids) <= cap
-        segments = [bin_.input_ids[a:b].tolist() for a, b in pairwise(bin_.cu_segments.tolist())]
+        segments = [bin_.input_ids[a:b].tolist() for a, b in pairwise(bin_.cu_seqlens.tolist())]
         runs = [list(run) for _, run in groupby(members.tolist(), key=groups.__getitem__)]
         responses = iter(segments[len(runs) :])
         for prompt, run in zip(segments[: len(runs)], runs, strict=True):
@@ -248,6 +247,6 @@ def test_layout_errors_name_the_sequences(change: dict[str, Any], message: str) 
         "groups": [3, 3],
         "members": [0, 1],
     }
-    assert lay_out_shared(**arguments).input_ids.tolist() == [1, 2, 3, 5]
+    assert lay_out(**arguments).input_ids.tolist() == [1, 2, 3, 5]
     with pytest.raises(ValueError, match=message):
-        lay_out_shared(**{**arguments, **change})
+        lay_out(**{**arguments, **change})
