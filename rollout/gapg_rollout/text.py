@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 THINK = (
     ("<think>", "</think>"),  # Qwen, DeepSeek, GLM, Phi, SmolLM, OLMo, Nemotron, MiniMax and most others

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gapg_rollout.engines.transformers import TransformersEngine
 from gapg_rollout.records import Completion, Sampling
-from gapg_rollout.transformers_engine import TransformersEngine
 
 
 def generate(

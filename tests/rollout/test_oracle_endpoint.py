@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gapg_rollout.oracle_endpoint import LOOPBACK_KEY, Secret, check_api_key_env, check_url, read_endpoint
+from gapg_rollout.oracle.endpoint import LOOPBACK_KEY, Secret, check_api_key_env, check_url, read_endpoint
+from tests.rollout.oracle_checks import KEY
 
-KEY = "sk-proj-Ab3dEfGh1jKlMn0pQrStUvWx"
 PRINTABLE = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E, exclude_characters="\\"), min_size=8)
 
 

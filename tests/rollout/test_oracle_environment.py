@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,11 @@ import certifi
 import openai
 import pytest
 
-from gapg_rollout.oracle_connection import by_way_of, connect, post
-from gapg_rollout.oracle_endpoint import Endpoint, read_endpoint
+from gapg_rollout.oracle.connection import by_way_of, connect, post
+from gapg_rollout.oracle.endpoint import Endpoint, read_endpoint
+from tests.rollout.oracle_checks import KEY
 
-KEY = "sk-proj-Ab3dEfGh1jKlMn0pQrStUvWx"
-
-
-@pytest.fixture(autouse=True)
-def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy") or name.startswith(("SSL", "OPENAI_")):
-            monkeypatch.delenv(name)
+pytestmark = pytest.mark.usefixtures("bare_environment")
 
 
 CLOUD = "https://api.example.com/v1"

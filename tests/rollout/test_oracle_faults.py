@@ -11,25 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gapg_rollout.oracle_openai import OpenAIOracle
-from gapg_rollout.records import OracleQuestion
+from gapg_rollout.oracle.openai import OpenAIOracle
 from tests.rollout.fault_server import FAULTS, ODD
+from tests.rollout.oracle_checks import KEY, PRICES, many, question
+from tests.rollout.random_replies import JSON, REPLIES, billed_at_least
 
-PRICES = {"price_per_million_prompt": 1e6, "price_per_million_completion": 1e6}
 FINAL = ("400", "404", "413", "422", "redirect", "stream", "endless", "bomb", "no text", "refusal")
 """Faults that no second request cures: it would be refused, or paid, again."""
-KEY = "sk-proj-Zq81Lw/mT0+secret"
 MAX_TOKENS = 64
-
-
-def question(text: str) -> OracleQuestion:
-    return OracleQuestion(text, ({"role": "user", "content": text},))
 
 
 def soak(server: Any, model: str, path: Path, questions: int, *, retries: int = 5, **plan: Any) -> dict[str, int]:
     """Asks that many questions, a tenth of them twice; checks every answer and the money. What became of them."""
     server.plan(model, {"share": 0.22, "seed": 1, **plan})
-    names = [f"q{i:05}" for i in range(questions)] + [f"q{i:05}" for i in range(0, questions, 10)]
+    names = many(questions) + many(questions)[::10]
     oracle = OpenAIOracle(
         server.url,
         model,
@@ -75,24 +70,7 @@ def test_unknown_only_where_the_server_failed(server: Any, tmp_path: Path) -> No
     assert count["faulty"] > 40 and 0 < count["unknown"] < 40 and count["cached"] > 20
 
 
-leaves = st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats() | st.text(max_size=8)
-leaves |= st.sampled_from(
-    [KEY, f"no such key: {KEY[:12]}\u2026", KEY.encode().hex(), "overloaded", "", 10**30, -1, 5.0]
-)
-names = st.sampled_from(
-    ["id", "object", "choices", "message", "content", "usage", "error", "code", "type", "text", "delta", "refusal"]
-)
-anything = st.recursive(leaves, lambda more: st.lists(more, max_size=3) | st.dictionaries(names, more, max_size=4))
-counts = st.integers(0, 200_000) | leaves
-usages = st.fixed_dictionaries(
-    {}, optional={f"{kind}_tokens": counts for kind in ("prompt", "completion", "total")} | {"more": anything}
-)
-messages = st.fixed_dictionaries({"role": st.just("assistant"), "content": st.just("4") | anything}) | anything
-choices = st.lists(st.fixed_dictionaries({"message": messages}, optional={"error": anything}) | anything, max_size=2)
-completions = st.fixed_dictionaries(
-    {"choices": choices | anything, "usage": usages | anything}, optional={"error": anything, "object": anything}
-)
-bodies = (completions | anything).map(json.dumps) | st.text(max_size=40)
+bodies = (REPLIES | JSON).map(json.dumps) | st.text(max_size=40)
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +87,9 @@ def mirror(server: Any) -> Iterator[OpenAIOracle]:
 def bill(body: str) -> int:
     """The tokens that a reply says it bills; 0 where it does not say."""
     try:
-        usage = json.loads(body)["usage"]
-        prompt, completion = usage["prompt_tokens"], usage["completion_tokens"]
-        total = usage.get("total_tokens") or 0
-    except (ValueError, TypeError, LookupError, AttributeError):
+        return billed_at_least(json.loads(body)["usage"])
+    except (ValueError, TypeError, LookupError):
         return 0
-    if not all(type(count) is int and 0 <= count <= 10**7 for count in (prompt, completion, total)):
-        return 0
-    return prompt + max(completion, total - prompt)
 
 
 def ask_mirror(oracle: OpenAIOracle, status: int, body: str) -> None:

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gapg_rollout.oracle_endpoint import Secret
-from gapg_rollout.oracle_reply import MAX_WORDS, Reply, ReplyError, plain, read_reply
+from gapg_rollout.oracle.endpoint import Secret
+from gapg_rollout.oracle.reply import MAX_WORDS, Counts, Reply, ReplyError, plain, read_reply
+from tests.rollout.oracle_checks import KEY
+from tests.rollout.random_replies import REPLIES, billed_at_least
 
 USAGE = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
-KEY = "sk-proj-Ab3dEfGh1jKlMn0pQrStUvWx"
 
 
 def completion(content: Any = "4", usage: Any = USAGE, **message: Any) -> dict[str, Any]:
@@ -51,14 +52,14 @@ def fail(reply: Any) -> ReplyError:
     ],
 )
 def test_content_is_a_string_or_parts(content: Any) -> None:
-    assert read(completion(content)) == Reply("<a>4</a>", 10, 5, True)
+    assert read(completion(content)) == Reply("<a>4</a>", Counts(10, 5, True))
 
 
 @pytest.mark.parametrize("content", [5, 0, True])
 def test_other_content_is_unreadable(content: Any) -> None:
     error = fail(completion(content))
     assert "unreadable" in error.words and error.billed and error.retry
-    assert (error.prompt_tokens, error.completion_tokens, error.counted) == (10, 5, True)
+    assert error.counts == Counts(10, 5, True)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_other_content_is_unreadable(content: Any) -> None:
 def test_a_reply_without_text_is_paid_for_and_not_asked_again(message: dict[str, Any], finish: Any, words: str) -> None:
     error = fail({"choices": [{"finish_reason": finish, "message": message}], "usage": USAGE})
     assert words in error.words and "2+2" not in error.words
-    assert error.billed and not error.retry and (error.prompt_tokens, error.completion_tokens) == (10, 5)
+    assert error.billed and not error.retry and error.counts == Counts(10, 5, True)
 
 
 def test_lone_surrogates_are_no_text() -> None:
@@ -105,26 +106,26 @@ def test_lone_surrogates_are_no_text() -> None:
     ],
 )
 def test_the_bill_is_what_the_counts_say_at_most(usage: dict[str, Any], prompt: int, completion_: int) -> None:
-    assert read(completion(usage={**USAGE, **usage})) == Reply("4", prompt, completion_, True)
+    assert read(completion(usage={**USAGE, **usage})) == Reply("4", Counts(prompt, completion_, True))
 
 
 @pytest.mark.parametrize("bad", [None, -1, 5.5, math.nan, math.inf, -math.inf, "5", True, 10**9, 10**30, [5], {}])
 @pytest.mark.parametrize("key", ["prompt_tokens", "completion_tokens", "total_tokens"])
 def test_a_count_that_is_none_costs_the_worst_and_keeps_the_answer(key: str, bad: Any) -> None:
     reply = read(completion(usage={**USAGE, key: bad}))
-    assert reply.text == "4" and reply.counted == (key == "total_tokens" and bad is None)
-    assert reply.prompt_tokens <= 15 and reply.completion_tokens <= 15
+    assert reply.text == "4" and reply.counts.complete == (key == "total_tokens" and bad is None)
+    assert reply.counts.prompt <= 15 and reply.counts.completion <= 15
 
 
 @pytest.mark.parametrize("usage", [None, [], [1], "10", 10, {}, {"prompt_tokens": 10, "total_tokens": 15}])
 def test_no_counts_cost_the_worst_and_keep_the_answer(usage: Any) -> None:
     reply = read(completion(usage=usage))
-    assert reply.text == "4" and not reply.counted
+    assert reply.text == "4" and not reply.counts.complete
 
 
 def test_what_can_be_read_of_broken_counts_is_the_least() -> None:
     reply = read(completion(usage={"prompt_tokens": 10, "completion_tokens": None, "total_tokens": 60_910}))
-    assert (reply.prompt_tokens, reply.completion_tokens, reply.counted) == (10, 60_900, False)
+    assert reply.counts == Counts(10, 60_900, False)
 
 
 @pytest.mark.parametrize(
@@ -159,9 +160,9 @@ def test_an_error_in_a_reply_is_the_servers_words_and_costs_nothing(
 
 def test_an_error_with_a_bill_is_billed() -> None:
     error = fail({**completion(None), "error": {"message": "cut off"}})
-    assert error.billed and (error.prompt_tokens, error.completion_tokens, error.counted) == (10, 5, True)
+    assert error.billed and error.counts == Counts(10, 5, True)
     half = fail({"choices": [{"error": {"message": "cut off"}, "message": {"content": "half an answ"}}]})
-    assert half.billed and not half.counted
+    assert half.billed and not half.counts.complete
     assert not fail({**completion(None, None), "error": {"message": "never ran"}}).billed
 
 
@@ -172,7 +173,7 @@ def test_an_empty_error_is_none() -> None:
 @pytest.mark.parametrize("choices", [None, [], {}, "4", [None], ["4"], [{}], [{"message": None}], [{"message": "4"}]])
 def test_a_reply_without_a_choice_is_billed_by_its_counts(choices: Any) -> None:
     error = fail({"choices": choices, "usage": USAGE})
-    assert error.billed and error.retry and error.counted
+    assert error.billed and error.retry and error.counts.complete
 
 
 def test_of_several_choices_the_first_counts() -> None:
@@ -205,69 +206,19 @@ def test_a_piece_of_a_stream_is_no_answer() -> None:
 )
 def test_a_body_that_is_no_reply(body: bytes, words: str) -> None:
     error = fail(body)
-    assert words in error.words and error.billed and not error.counted
+    assert words in error.words and error.billed and not error.counts.complete
 
 
 def test_odd_json_keeps_its_answer() -> None:
     body = json.dumps(completion()).encode()
-    assert read(b"\xef\xbb\xbf" + body) == Reply("4", 10, 5, True)
-    assert not read(body.replace(b"10", b"9" * 5000)).counted
-    assert not read(body.replace(b'"usage"', b'"usage": {}, "usage"')).counted
-    assert read(body.replace(b'"id"', b'"p": NaN, "id"')).counted
+    assert read(b"\xef\xbb\xbf" + body) == Reply("4", Counts(10, 5, True))
+    assert not read(body.replace(b"10", b"9" * 5000)).counts.complete
+    assert not read(body.replace(b'"usage"', b'"usage": {}, "usage"')).counts.complete
+    assert read(body.replace(b'"id"', b'"p": NaN, "id"')).counts.complete
 
 
 def test_words_are_one_line_of_printable_text() -> None:
     assert plain("a\ud800\u200b\x07b" + "c" * 9999) == "a b" + "c" * (MAX_WORDS - 3)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(KEY),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.sampled_from(["type", "text", "value", "error", "message", "content", "code", "refusal", "x"]), inner
-    ),
-    max_leaves=8,
-)  # fmt: skip
-
-
-def mostly(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Seven times in eight."""
-    return st.integers(0, 7).flatmap(lambda chance: JSON if chance == 7 else strategy)
-
-
-def some(**keys: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    return st.fixed_dictionaries({}, optional=keys)
-
-
-COUNT = mostly(st.integers(0, 200_000))
-DETAILS = mostly(some(reasoning_tokens=COUNT, cached_tokens=COUNT))
-USAGES = mostly(
-    some(
-        prompt_tokens=COUNT, completion_tokens=COUNT, total_tokens=COUNT,
-        completion_tokens_details=DETAILS, prompt_tokens_details=DETAILS,
-    )
-)  # fmt: skip
-TYPES = mostly(st.sampled_from(["text", "text", "thinking", "refusal"]))
-PARTS = mostly(st.fixed_dictionaries({"type": TYPES, "text": mostly(st.text())}))
-CONTENTS = mostly(st.text() | st.lists(PARTS, max_size=3))
-MESSAGES = mostly(
-    st.fixed_dictionaries({"content": CONTENTS}, optional={"refusal": JSON, "tool_calls": JSON, "reasoning": JSON})
-)
-CHOICE = mostly(st.fixed_dictionaries({"message": MESSAGES}, optional={"finish_reason": JSON, "delta": JSON}))
-CHOICES = mostly(st.lists(CHOICE, min_size=1, max_size=2))
-FULL = st.fixed_dictionaries({"choices": CHOICES, "usage": USAGES})
-REPLIES = mostly(FULL | FULL | some(choices=CHOICES, usage=USAGES, error=JSON, object=JSON, message=JSON, detail=JSON))
-
-
-def billed_at_least(usage: Any) -> int:
-    """Tokens that a server may bill which sends this usage, read on its own."""
-
-    def count(value: Any) -> int:
-        return value if type(value) is int and 0 <= value <= 200_000 else 0
-
-    if not isinstance(usage, dict):
-        return 0
-    prompt, said, total = (count(usage.get(key)) for key in ("prompt_tokens", "completion_tokens", "total_tokens"))
-    return max(prompt + said, total)
 
 
 @settings(max_examples=300)
@@ -285,10 +236,10 @@ def test_any_json_is_an_answer_or_a_reason_and_never_too_cheap(reply: Any, cut: 
             assert str(error) == " ".join(str(error).split()) and error.words.isprintable()
             shown = Secret(KEY, "K").clean(error.words)
             assert KEY not in shown and KEY[:6] not in shown
-        assert result.prompt_tokens >= 0 and result.completion_tokens >= 0
+        assert result.counts.prompt >= 0 and result.counts.completion >= 0
         usage = reply.get("usage") if isinstance(reply, dict) and text == body else None
         if isinstance(result, Reply) or result.billed:
             # what is not counted costs the worst, and not less than these
-            assert result.prompt_tokens + result.completion_tokens >= billed_at_least(usage)
+            assert result.counts.prompt + result.counts.completion >= billed_at_least(usage)
         else:
             assert billed_at_least(usage) == 0

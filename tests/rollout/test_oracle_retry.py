@@ -9,10 +9,10 @@ import httpx
 import openai
 import pytest
 
-from gapg_rollout.oracle_connection import ReplyTooLarge
-from gapg_rollout.oracle_endpoint import Secret
-from gapg_rollout.oracle_reply import ReplyError, read_reply
-from gapg_rollout.oracle_retry import MAX_SHOWN, Failure, classify
+from gapg_rollout.oracle.connection import ReplyTooLarge
+from gapg_rollout.oracle.endpoint import Secret
+from gapg_rollout.oracle.reply import Counts, ReplyError, read_reply
+from gapg_rollout.oracle.retry import MAX_SHOWN, Failure, classify
 
 URL = "https://api.example.com/v1"
 SECRET = Secret("sk-proj-Zq81Lw/mT0+secret", "CLOUD_KEY")
@@ -65,7 +65,7 @@ def of_reply(body: Any) -> Failure:
     ids=lambda failure: failure.error[-60:],
 )
 def test_an_account_that_is_refused_concerns_everyone_for_good(failure: Failure) -> None:
-    assert failure.about == "account" and not failure.retry and failure.counted
+    assert failure.about == "account" and not failure.retry and failure.counts.complete
     assert failure.error.endswith(")")  # the fix
 
 
@@ -112,7 +112,7 @@ def test_other_failures_concern_the_question_the_request_or_the_server(
 def test_what_a_refusal_bills_is_counted() -> None:
     usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 100}
     for failure in (of_status(500, json.dumps({"usage": usage})), of_reply({"choices": [], "usage": usage})):
-        assert (failure.prompt_tokens, failure.completion_tokens, failure.counted) == (10, 90, True)
+        assert failure.counts == Counts(10, 90, True)
 
 
 @pytest.mark.parametrize("before", range(MAX_SHOWN - 40, MAX_SHOWN + 3, 2))

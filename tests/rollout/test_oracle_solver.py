@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gapg_rollout.oracle_solver import SolverOracle
+from gapg_rollout.oracle.solver import SolverOracle
 from gapg_rollout.records import Oracle, OracleQuestion, OracleUsage
 
 
@@ -31,7 +31,7 @@ def test_the_extremes_are_exact(accuracy: float) -> None:
 
 def test_which_questions_are_known_is_the_same_in_another_process() -> None:
     program = (
-        "from gapg_rollout.oracle_solver import SolverOracle\n"
+        "from gapg_rollout.oracle.solver import SolverOracle\n"
         "print([SolverOracle(str, 0.5, '0', seed=3).knows(f'q{i}') for i in range(64)])"
     )
     there = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
@@ -70,9 +70,11 @@ def test_a_failing_solver_is_an_unknown_answer_that_is_asked_again() -> None:
     assert oracle.usage == OracleUsage(requests=2, failures=1)
 
 
-def test_an_impossible_accuracy_is_refused() -> None:
+def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         SolverOracle(str, accuracy=80, wrong="0")
+    with pytest.raises(ValueError, match="samples must be 1 or more"):
+        SolverOracle(str, accuracy=0.5, wrong="0", samples=0)
 
 
 def test_each_sample_has_a_chance_of_its_own() -> None:
@@ -93,8 +95,3 @@ def test_a_single_sample_is_the_first_of_several() -> None:
         asked = question(f"q{i}")
         assert one.ask(asked).result()[0] == four.ask(asked).result()[0]
         assert one.score(asked.id) == float(four.knows(asked.id))
-
-
-def test_no_samples_are_refused() -> None:
-    with pytest.raises(ValueError, match="samples must be 1 or more"):
-        SolverOracle(str, accuracy=0.5, wrong="0", samples=0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg_rollout.transformers_engine import TransformersEngine
+from gapg_rollout.engines.transformers import TransformersEngine
 from tests.rollout.engine_checks import generate
 
 SIZE: dict[str, Any] = {

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from gapg.batches.batching import Example, packed_batches
 from gapg.model.policy import response_logprobs
 from gapg.tasks.base import HELP_PHRASE, STOP
+from gapg_rollout.engines.transformers import TransformersEngine
 from gapg_rollout.records import HelpControl, HelpSpelling
-from gapg_rollout.transformers_engine import TransformersEngine
 from tests.rollout.engine_checks import check_stops_outside_thought, generate
 
 MakeModel = Callable[..., PreTrainedModel]

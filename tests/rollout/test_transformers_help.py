@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg.tasks.base import HELP_PHRASE, STOP
+from gapg_rollout.engines.transformers import TransformersEngine
 from gapg_rollout.records import HelpControl, HelpSpelling
-from gapg_rollout.transformers_engine import TransformersEngine
 from tests.rollout.engine_checks import generate, next_token, p_value
 
 MakeModel = Callable[..., PreTrainedModel]
@@ -113,47 +113,9 @@ def test_the_rest_of_the_phrase_is_forced(
     assert seen > 20
 
 
-def test_a_phrase_that_begins_by_itself_is_finished(
-    make_model: MakeModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
-) -> None:
-    model = make_model(seed=15, vocab_size=14, initializer_range=0.1, eos_token_id=1)
-    control = HelpControl((HelpSpelling(11, (), (12, 5)),))
-    few = [[t % 14 for t in p] for p in prompts]
-    found = [
-        c for cs in generate(TransformersEngine(model, tokenizer), few, 6, max_new_tokens=30, help=control) for c in cs
-    ]
-    begun = 0
-    for c in found:
-        for t, token in enumerate(c.token_ids[:-2]):
-            if token == 11:
-                begun += 1
-                assert c.token_ids[t : t + 3] == (11, 12, 5)
-    assert begun > 20
-
-
-@pytest.mark.parametrize("prefix", [(), (9,)])
-def test_margins_are_those_of_the_plain_model(
-    make_model: MakeModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], prefix: tuple[int, ...]
-) -> None:
-    """max over positions of (help logit - best other logit), at positions where the phrase could begin."""
-    model = make_model(seed=16, vocab_size=14, initializer_range=0.3, eos_token_id=1)
-    few = [[t % 14 for t in p] for p in prompts]
-    control = HelpControl((HelpSpelling(11, prefix),), bias=-math.inf)
-    found = generate(TransformersEngine(model, tokenizer), few, temperature=0.0, max_new_tokens=12, help=control)
-    finite = 0
-    for prompt, (c,) in zip(few, found, strict=True):
-        expected = -math.inf
-        for t in range(len(c.token_ids)):
-            if c.token_ids[max(0, t - len(prefix)) : t] == prefix:
-                logits = next_token(model, [[*prompt, *c.token_ids[:t]]])[0].log()
-                others = torch.cat([logits[:11], logits[12:]])
-                expected = max(expected, float(logits[11] - others.max()))
-        assert c.help_margin == pytest.approx(expected, abs=1e-4)
-        finite += math.isfinite(expected)
-    assert finite >= 3
-
-
-@pytest.mark.parametrize(("temperature", "bias"), [(0.0, 0.5), (1.0, 1.0), (0.6, -0.5), (1.0, -math.inf)])
+@pytest.mark.parametrize(
+    ("temperature", "bias"), [(0.0, 0.5), (0.0, -math.inf), (1.0, 0.0), (1.0, 1.0), (0.6, -0.5), (1.0, -math.inf)]
+)
 def test_of_several_spellings_each_is_steered(
     make_model: MakeModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], temperature: float, bias: float
 ) -> None:

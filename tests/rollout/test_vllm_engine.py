@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from gapg_rollout.records import Completion, Engine, HelpControl, HelpSpelling, Sampling
+from tests.rollout.engine_checks import check_stops_outside_thought, next_token, p_value
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -60,7 +61,7 @@ def model(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def start() -> Iterator[Callable[[Path], Any]]:
-    from gapg_rollout.vllm_engine import VLLMEngine
+    from gapg_rollout.engines.vllm import VLLMEngine
 
     made: list[VLLMEngine] = []
 
@@ -120,21 +121,13 @@ def test_first_tokens_are_distributed_as_the_whole_softmax(engine: Any, model: A
     n = 3000
     ((*completions,),) = generate(engine, [PROMPTS[0]], n, Sampling(1, temperature=temperature, seed=7))
     counts = Counter(c.token_ids[0] for c in completions)
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].double()
-    expected = n * torch.softmax(logits / temperature, -1)
-    # Tokens that are expected less than 5 times are counted together.
-    often = [i for i in range(VOCABULARY) if expected[i] >= 5]
-    observed = torch.tensor([counts[i] for i in often] + [n - sum(counts[i] for i in often)], dtype=torch.double)
-    wanted = torch.cat([expected[often], (n - expected[often].sum()).reshape(1)])
-    chi2 = float(((observed - wanted) ** 2 / wanted).sum())
-    degrees = len(often)
-    assert degrees > 20, "the model is too sure for this test to see a top-k"
-    assert abs(chi2 - degrees) < 4 * math.sqrt(2 * degrees)
+    chances = dict(enumerate(next_token(model, [PROMPTS[0]], temperature)[0].tolist()))
+    assert sum(n * p >= 5 for p in chances.values()) > 20, "the model is too sure for this test to see a top-k"
+    assert p_value(counts, chances) > 1e-3
 
 
 def test_the_effective_parameters_truncate_and_penalise_nothing(engine: Any) -> None:
-    engine._llm.llm_engine.add_request("probe", {"prompt_token_ids": [5]}, engine._params(Sampling(3), 0, 0, 0))
+    engine._llm.llm_engine.add_request("probe", {"prompt_token_ids": [5]}, engine._params(Sampling(3), 0, 1))
     (state,) = engine._llm.llm_engine.engine_core.engine_core.scheduler.requests.values()
     params = state.sampling_params
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (1.0, 1.0, 0, 0.0)
@@ -174,10 +167,6 @@ def test_a_stop_string_of_two_tokens_ends_the_response_and_stays_in_it(engine: A
 
 @pytest.mark.parametrize("thinking", [False, True])
 def test_a_stop_inside_a_think_block_does_not_count(engine: Any, thinking: bool) -> None:
-    from tests.rollout.engine_checks import (
-        check_stops_outside_thought,  # programs of their own import this file, not that one
-    )
-
     sampling = Sampling(60, stop=("</answer>",), seed=5, thinking=thinking)
     found = [c for cs in generate(engine, PROMPTS[:3], 150, sampling) for c in cs]
     check_stops_outside_thought(engine._tokenizer, found, {EOS, 4}, "</answer>", thinking)
@@ -191,7 +180,7 @@ def test_a_token_may_go_on_behind_a_stop_inside_a_think_block() -> None:
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
-    from gapg_rollout.vllm_engine import _stop_outside_thought
+    from gapg_rollout.engines.vllm import _stop_outside_thought
 
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()

@@ -33,7 +33,7 @@ CONTROLS = [
 
 @pytest.fixture
 def trace() -> Iterator[Any]:
-    from gapg_rollout.vllm_help import HelpTrace
+    from gapg_rollout.engines.vllm_help import HelpTrace
 
     yield HelpTrace
     HelpTrace.current = None
@@ -42,7 +42,7 @@ def trace() -> Iterator[Any]:
 def params(row: int | None) -> Any:
     from vllm import SamplingParams
 
-    from gapg_rollout.vllm_help import ARGUMENT
+    from gapg_rollout.engines.vllm_help import ARGUMENT
 
     return SamplingParams(extra_args=None if row is None else {ARGUMENT: row})
 
@@ -51,7 +51,7 @@ def run_first(logits: torch.Tensor) -> torch.Tensor:
     """Batch indices 0, 1, 2 are the requests, and 3 is one without help."""
     from vllm.v1.sample.logits_processor.interface import BatchUpdate
 
-    from gapg_rollout.vllm_help import HelpProcessor
+    from gapg_rollout.engines.vllm_help import HelpProcessor
 
     processor = HelpProcessor(CONFIG, torch.device("cpu"), False)
     added = [(i, params(i), PROMPTS[i], GENERATED[i]) for i in range(3)] + [(3, params(None), [1], [3])]
@@ -61,7 +61,7 @@ def run_first(logits: torch.Tensor) -> torch.Tensor:
 
 def run_second(logits: torch.Tensor) -> torch.Tensor:
     """Slots are the batch indices reversed, and shifted by one, as they may be."""
-    from gapg_rollout.vllm_help import HelpProcessorV2
+    from gapg_rollout.engines.vllm_help import HelpProcessorV2
 
     sequences = [*(p + g for p, g in zip(PROMPTS, GENERATED, strict=True)), [1, 3]]
     lengths = [*map(len, PROMPTS), 1]
@@ -93,9 +93,9 @@ def test_both_runners_steer_and_record_alike(trace: Any, control: HelpControl, t
         results.append(run(logits.clone()))
         traces.append(trace.current)
     torch.testing.assert_close(results[0], results[1])
-    torch.testing.assert_close(traces[0].margin_RT, traces[1].margin_RT)
+    torch.testing.assert_close(traces[0].steering.margin_RT, traces[1].steering.margin_RT)
     torch.testing.assert_close(traces[0].shift_RT, traces[1].shift_RT)
-    torch.testing.assert_close(traces[0].log_odds_RT, traces[1].log_odds_RT)
+    torch.testing.assert_close(traces[0].steering.log_odds_RT, traces[1].steering.log_odds_RT)
     torch.testing.assert_close(results[0][3], logits[3])
 
 
@@ -110,22 +110,22 @@ def test_the_second_runner_steers_as_the_definition_says(trace: Any) -> None:
     torch.testing.assert_close(steered, expected)
     others = logits[0].clone()
     others[4] = -math.inf
-    assert current.margin_RT[0, 2] == pytest.approx(float(logits[0, 4] - others.max()))
-    assert (current.margin_RT > -math.inf).sum() == 1
+    assert current.steering.margin_RT[0, 2] == pytest.approx(float(logits[0, 4] - others.max()))
+    assert (current.steering.margin_RT > -math.inf).sum() == 1
     after, before = torch.log_softmax(steered[0], -1), torch.log_softmax(logits[0], -1)
     for token in (4, 7):
         (reported,), *_ = current.finish(0, (token,), (float(after[token]),))  # at step 0, where nothing was changed
         assert reported == pytest.approx(float(after[token]))
         logprobs, margin, (odds,) = current.finish(0, (1, 3, token), (0.0, 0.0, float(after[token])))
         assert logprobs[2] == pytest.approx(float(before[token]), abs=1e-6)
-        assert margin == current.margin_RT[0, 2]
+        assert margin == current.steering.margin_RT[0, 2]
         assert odds == pytest.approx(float(torch.softmax(logits[0], -1)[4].logit()), abs=1e-5)
     forced, *_ = current.finish(1, (3, 4, 5, 6), (0.0, 0.0, 0.0, 0.0))
     assert forced[3] == pytest.approx(float(torch.log_softmax(logits[1], -1)[6]), abs=1e-6)
 
 
 def test_rows_that_sample_nothing_are_left_alone(trace: Any) -> None:
-    from gapg_rollout.vllm_help import HelpProcessorV2
+    from gapg_rollout.engines.vllm_help import HelpProcessorV2
 
     trace.current = trace(CONTROLS[1], 1.0, 1, 4, "cpu")
     states: Any = SimpleNamespace(
@@ -142,33 +142,4 @@ def test_rows_that_sample_nothing_are_left_alone(trace: Any) -> None:
         )
         logits = torch.randn(1, 12)
         torch.testing.assert_close(processor.apply(logits.clone(), context), logits)
-    assert (trace.current.margin_RT == -math.inf).all()
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-@pytest.mark.parametrize("control", [c for c in CONTROLS if c.bias < math.inf])
-def test_vllm_and_the_in_process_engine_steer_alike(trace: Any, control: HelpControl, temperature: float) -> None:
-    """The same logits, decoded greedily for twelve tokens: same choices, margins and log-odds."""
-    from gapg_rollout.transformers_help import HelpSteering
-
-    generator = torch.Generator().manual_seed(1)
-    rows, steps = torch.arange(64), 12
-    theirs, ours = trace(control, temperature, 64, steps, "cpu"), HelpSteering(control, 64, steps, torch.device("cpu"))
-    tokens_RT = torch.zeros(64, steps, dtype=torch.long)
-    past_RT = torch.full((64, theirs.look_back + steps), -1)
-    forced = 0
-    for step in range(steps):
-        logits = torch.randn(64, 12, generator=generator)
-        steered = theirs.steer(
-            logits.clone(), rows, torch.full((64,), step), past_RT[:, step : step + theirs.look_back]
-        )
-        fits = ours.fits(tokens_RT, rows, step)
-        logp = torch.log_softmax(logits / temperature, -1)
-        biased = ours.steer(logp, temperature, fits, rows, step, torch.ones(64, dtype=torch.bool))
-        chosen = ours.force_rest(biased.argmax(-1), fits, rows)
-        forced += int((chosen != biased.argmax(-1)).sum())
-        assert torch.equal(steered.argmax(-1), chosen)
-        tokens_RT[:, step] = past_RT[:, theirs.look_back + step] = chosen
-    torch.testing.assert_close(theirs.margin_RT.amax(1), ours.margin_R)
-    torch.testing.assert_close(theirs.log_odds_RT, ours.log_odds_RT, atol=1e-4, rtol=1e-4)
-    assert forced > 20 or control.bias < 0
+    assert (trace.current.steering.margin_RT == -math.inf).all()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gapg_rollout.vllm_engine import VLLMEngine, _check_head_size, _end_tokens
+from gapg_rollout.engines.vllm import VLLMEngine, _check_head_size, _end_tokens
 
 
 def test_a_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from threading import Lock
 
 from gapg_rollout.records import OracleAnswer, OracleQuestion, OracleUsage
 
@@ -20,7 +19,7 @@ class SolverOracle:
     its own, so that their mean correctness is a fraction; the first is the one that a single sample would be.
 
     Args:
-        solve: Maps a question's id to the text of its right answer. An exception it raises becomes a failed answer.
+        solve: Maps a question's id to the text of its right answer. An exception it raises, or what is no text, becomes a failed answer.
         accuracy: The share of questions answered rightly, in [0, 1].
         wrong: The text of a wrong answer.
         seed: Chooses which questions are answered wrongly.
@@ -42,8 +41,8 @@ class SolverOracle:
         self._wrong = wrong
         self._seed = seed
         self._samples = samples
-        self._usage = OracleUsage()
-        self._lock = Lock()
+        self.usage = OracleUsage()
+        """Totals so far, those given to `restore` included."""
 
     def knows(self, question_id: str, sample: int = 0) -> bool:
         """Whether this sample of the question's answers is right."""
@@ -58,27 +57,23 @@ class SolverOracle:
     def ask(self, question: OracleQuestion) -> Future[list[OracleAnswer]]:
         """A future, already done, of all samples. Each counts as a request: nothing here is worth a cache."""
         future: Future[list[OracleAnswer]] = Future()
-        with self._lock:
-            future.set_result([self._answer(question.id, k) for k in range(self._samples)])
+        future.set_result([self._answer(question.id, k) for k in range(self._samples)])
         return future
 
     def _answer(self, question_id: str, sample: int) -> OracleAnswer:
-        self._usage = replace(self._usage, requests=self._usage.requests + 1)
+        self.usage = replace(self.usage, requests=self.usage.requests + 1)
         try:
             text = self._solve(question_id) if self.knows(question_id, sample) else self._wrong
+            if not isinstance(text, str):
+                raise TypeError(f"{text!r:.60} is no text")
+            return OracleAnswer(text)
         except Exception as error:  # a failed oracle is an answer without text, never an exception
-            self._usage = replace(self._usage, failures=self._usage.failures + 1)
+            self.usage = replace(self.usage, failures=self.usage.failures + 1)
             return OracleAnswer(None, error=f"the solver failed on {question_id!r}: {type(error).__name__}: {error}")
-        return OracleAnswer(text)
-
-    @property
-    def usage(self) -> OracleUsage:
-        """Totals so far, those given to `restore` included."""
-        return self._usage
 
     def restore(self, usage: OracleUsage) -> None:
         """Continues from these totals."""
-        self._usage = usage
+        self.usage = usage
 
     def close(self) -> None:
         """Nothing to free."""

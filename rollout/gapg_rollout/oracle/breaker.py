@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from gapg_rollout.oracle_retry import Failure
+from gapg_rollout.oracle.retry import Failure
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,6 @@ class Unavailable(Exception):
 
     def __init__(self, error: str, *, permanent: bool) -> None:
         super().__init__(error)
-        self.error = error
         self.permanent = permanent
 
 
@@ -90,25 +89,22 @@ class Breaker:
         finally:
             self._attempts.discard(attempt)
             if probe:
-                self._end_probe()
+                if self._again_at is not None:
+                    self._again_at = _now() + self._pause_s
+                self._probed.set()
 
     async def _let_in(self) -> bool:
         """Waits while a probe is out. Whether the caller is the next one."""
-        while self._verdict is None and self._again_at is not None:
+        while self._verdict is None:
+            if self._again_at is None:
+                return False
             if _now() < self._again_at:
                 break
             if self._probed.is_set():
                 self._probed.clear()
                 return True
             await self._probed.wait()
-        if self._verdict is not None or self._again_at is not None:
-            raise self._unavailable()
-        return False
-
-    def _end_probe(self) -> None:
-        if self._again_at is not None:
-            self._again_at = _now() + self._pause_s
-        self._probed.set()
+        raise self._unavailable()
 
     def send(self, attempt: Attempt) -> None:
         """Marks the attempt as sent."""
@@ -136,16 +132,13 @@ class Breaker:
         if failure.about == "account":
             self.stop(failure.error)
         elif failure.about == "request":
-            self._refused(failure)
+            self._refusals = self._refusals + 1 if failure.status == self._refusal else 1
+            self._refusal = failure.status
+            if self._refusals >= ROW and not self._ever_right:
+                self.stop(f"{failure.error}; {self._refusals} requests in a row ended so")
         elif failure.about == "server":
             self._refusals = 0
             self._count(attempt, failure.error)
-
-    def _refused(self, failure: Failure) -> None:
-        self._refusals = self._refusals + 1 if failure.status == self._refusal else 1
-        self._refusal = failure.status
-        if self._refusals >= ROW and not self._ever_right:
-            self.stop(f"{failure.error}; {self._refusals} requests in a row ended so")
 
     def _count(self, attempt: Attempt, error: str) -> None:
         if not self._row:
@@ -157,7 +150,7 @@ class Breaker:
         if self._again_at is None and self._row >= ROW and lasted_s >= self._pause_s and not pending:
             self._opened_at = _now()
             self._again_at = self._opened_at + self._pause_s
-            logger.warning("%s", self._unavailable().error)
+            logger.warning("%s", self._unavailable())
             self._cut(self._attempts)
 
     def _cut(self, attempts: Iterable[Attempt]) -> None:

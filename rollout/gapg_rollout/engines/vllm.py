@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from gapg_rollout.engines.vllm_weights import FileLayout, load_weights, skeleton
 from gapg_rollout.records import Completion, Sampling
 from gapg_rollout.text import has_stopped, plain_text, response_text
-from gapg_rollout.vllm_weights import FileLayout, load_weights, skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,44 +113,39 @@ class VLLMEngine:
             ValueError: A prompt is empty or too long, or the sampling is beyond vLLM's limits.
             RuntimeError: Another `generate` of this engine is not finished.
         """
-        from gapg_rollout.vllm_help import HelpTrace
+        from gapg_rollout.engines.vllm_help import HelpTrace
 
-        llm = self._open()
+        engine = self._open().llm_engine
         self._check(prompt_token_ids, sampling)
-        # The n responses of a greedy prompt are one.
-        each = 1 if sampling.temperature == 0 else n
+        each = 1 if sampling.temperature == 0 else n  # the n responses of a greedy prompt are one
+        rows = len(prompt_token_ids) * each
+        trace = None
         if sampling.help is not None:
-            HelpTrace.current = HelpTrace(
-                sampling.help, sampling.temperature, len(prompt_token_ids) * each, sampling.max_new_tokens, self._device
-            )
+            trace = HelpTrace(sampling.help, sampling.temperature, rows, sampling.max_new_tokens, self._device)
         self._calls += 1
-        names = {
-            f"{self._calls}/{index}/{sample}": (index, sample)
-            for index in range(len(prompt_token_ids))
-            for sample in range(each)
-        }
-        done: dict[int, dict[int, Completion]] = {index: {} for index in range(len(prompt_token_ids))}
-        self._busy, engine = True, llm.llm_engine
+        open_rows = {f"{self._calls}/{row}": row for row in range(rows)}
+        done: dict[int, Completion] = {}
+        self._busy, HelpTrace.current = True, trace
         try:
-            for name, (index, sample) in names.items():
-                params = self._params(sampling, index, sample, index * each + sample)
-                request = engine.add_request(name, {"prompt_token_ids": list(prompt_token_ids[index])}, params)
+            for name, row in open_rows.items():
+                params = self._params(sampling, row, each)
+                request = engine.add_request(name, {"prompt_token_ids": list(prompt_token_ids[row // each])}, params)
                 detokenizer = engine.output_processor.request_states[request].detokenizer
                 _stop_outside_thought(detokenizer, self._tokenizer, sampling.thinking)
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if not output.finished:
                         continue
-                    index, sample = names.pop(output.request_id)
-                    done[index][sample] = self._completion(
-                        output, index * each + sample, HelpTrace.current, sampling.stop
-                    )
-                    if len(done[index]) == each:
-                        completions = [done[index][i] for i in range(each)]
-                        yield index, completions * n if each < n else completions
+                    row = open_rows.pop(output.request_id)
+                    done[row] = self._completion(output, row, trace, sampling.stop)
+                    index = row // each
+                    siblings = range(index * each, (index + 1) * each)
+                    if all(sibling in done for sibling in siblings):
+                        completions = [done.pop(sibling) for sibling in siblings]
+                        yield index, completions * (n // each)
         finally:
-            if names:
-                engine.abort_request(list(names))
+            if open_rows:
+                engine.abort_request(list(open_rows))
             HelpTrace.current = None
             self._busy = False
 
@@ -223,13 +218,13 @@ class VLLMEngine:
         if sampling.help is not None and math.isnan(sampling.help.bias):
             raise ValueError("the help bias is not a number")
 
-    def _params(self, sampling: Sampling, index: int, sample: int, row: int) -> SamplingParams:
+    def _params(self, sampling: Sampling, row: int, each: int) -> SamplingParams:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        from gapg_rollout.vllm_help import ARGUMENT
+        from gapg_rollout.engines.vllm_help import ARGUMENT
 
-        digest = hashlib.sha256(f"{sampling.seed}/{index}/{sample}".encode()).digest()
+        digest = hashlib.sha256(f"{sampling.seed}/{row // each}/{row % each}".encode()).digest()
         return SamplingParams(
             temperature=sampling.temperature,
             top_p=1.0,
@@ -300,7 +295,7 @@ def _import_vllm() -> tuple[Any, Any]:
     try:
         from vllm import LLM
 
-        from gapg_rollout.vllm_help import help_processor_class
+        from gapg_rollout.engines.vllm_help import help_processor_class
     except Exception as error:  # a torchvision that does not fit torch raises RuntimeError
         raise ImportError(
             f"vLLM is installed but cannot be imported ({error}). If this names torchvision, torchaudio or torchcodec, "
@@ -310,8 +305,7 @@ def _import_vllm() -> tuple[Any, Any]:
 
 
 def _check_head_size(model_dir: Path) -> None:
-    config = json.loads((model_dir / "config.json").read_text())
-    config = config.get("text_config", config)
+    config = _read_config(model_dir)
     size = config.get("head_dim") or config.get("hidden_size", 0) // (config.get("num_attention_heads") or 1)
     if size and size not in CPU_HEAD_SIZES:
         raise ValueError(
@@ -326,14 +320,16 @@ def _end_tokens(model_dir: Path, vocab: int) -> list[int]:
     Some folders name one that the model has no embedding for, such as -1.
     """
     path = model_dir / "generation_config.json"
-    if path.is_file():
-        settings = json.loads(path.read_text())
-    else:
-        settings = json.loads((model_dir / "config.json").read_text())
-        settings = settings.get("text_config", settings)
+    settings = json.loads(path.read_text()) if path.is_file() else _read_config(model_dir)
     ids = settings.get("eos_token_id")
     listed = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     return [token for token in listed if 0 <= token < vocab]
+
+
+def _read_config(model_dir: Path) -> dict[str, Any]:
+    """What config.json says of the text model."""
+    config: dict[str, Any] = json.loads((model_dir / "config.json").read_text())
+    return config.get("text_config", config)
 
 
 def _weight_names(model_dir: Path) -> set[str]:

@@ -8,11 +8,13 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from gapg_rollout.records import OracleAnswer, OracleUsage
 
 T = TypeVar("T")
 
@@ -20,14 +22,17 @@ LAYOUT = 1
 """Version of the tables, kept in the file's `user_version`. Files from before the money was kept have only `answers`,
 and get the other tables when they are opened."""
 
-TABLES = (
-    "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL,"
-    " prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cost REAL NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS spend (account TEXT PRIMARY KEY, cost REAL NOT NULL, requests INTEGER NOT NULL,"
-    " prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS reservations (id INTEGER PRIMARY KEY AUTOINCREMENT, account TEXT NOT NULL,"
-    " worst REAL NOT NULL, expires REAL NOT NULL)",
-)
+TABLES = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL,
+    prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cost REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS spend (account TEXT PRIMARY KEY, cost REAL NOT NULL, requests INTEGER NOT NULL,
+    prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS reservations (id INTEGER PRIMARY KEY AUTOINCREMENT, account TEXT NOT NULL,
+    worst REAL NOT NULL, expires REAL NOT NULL);
+PRAGMA user_version = {LAYOUT};
+COMMIT;
+"""
 
 
 class CacheError(Exception):
@@ -36,35 +41,6 @@ class CacheError(Exception):
 
 class CacheLocked(CacheError):
     """Another process held the file for too long; it may let go later."""
-
-
-@dataclass(frozen=True, slots=True)
-class CachedAnswer:
-    """One answer as it was paid for: its text, tokens, and cost in the config's currency."""
-
-    text: str
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Spend:
-    """Money in the config's currency, and what it was spent on."""
-
-    cost: float = 0.0
-    requests: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """What `AnswerCache.reserve` found: the reservation, or None for no room, and the account's money before it."""
-
-    reservation: int | None
-    spent: float
-    open: float
 
 
 def cache_key(
@@ -97,12 +73,12 @@ class AnswerCache:
 
     def __init__(self, path: str | Path | None = None, *, busy_timeout_s: float = 20.0) -> None:
         self.path = None if path is None else Path(path)
-        self._timeout_s = busy_timeout_s
-        self._lock = Lock()
-        self._queue = Lock()
-        self._lockout: CacheLocked | None = None
         self.lockouts = 0
         """How many calls of `submit` found the file locked."""
+        self._lockout = ""
+        self._timeout_s = busy_timeout_s
+        self._lock = Lock()
+        self._thread = ThreadPoolExecutor(1, "answer cache")
         self._db: sqlite3.Connection | None = None
         try:
             if self.path is not None:
@@ -118,38 +94,40 @@ class AnswerCache:
             raise
 
     def submit(self, lockouts: int, method: Callable[..., T], *args: object) -> asyncio.Future[T]:
-        """Calls a method of this cache on a thread of the running loop, one call after another.
+        """Calls a method of this cache on its thread, one call after another.
 
         `lockouts` is the value of that name when the caller began to wait. If a call found the file locked since, this
         one fails with the same error at once: everyone who waits would otherwise wait as long, in turn.
         """
-        return asyncio.get_running_loop().run_in_executor(None, self._call, lockouts, method, args)
+        return asyncio.get_running_loop().run_in_executor(self._thread, self._call, lockouts, method, args)
 
     def check(self, lockouts: int) -> None:
         """Raises CacheLocked if a call of `submit` found the file locked since `lockouts` was read."""
-        if self._lockout is not None and self.lockouts != lockouts:
-            raise CacheLocked(str(self._lockout))
+        if self.lockouts != lockouts:
+            raise CacheLocked(self._lockout)
 
     def _call(self, lockouts: int, method: Callable[..., T], args: tuple[object, ...]) -> T:
-        with self._queue:
-            self.check(lockouts)
-            try:
-                return method(*args)
-            except CacheLocked as error:
-                self._lockout = error
-                self.lockouts += 1
-                raise
+        self.check(lockouts)
+        try:
+            return method(*args)
+        except CacheLocked as error:
+            self._lockout = str(error)
+            self.lockouts += 1
+            raise
 
-    def get(self, key: str) -> CachedAnswer | None:
-        """The answer stored under `key`, or None."""
-        row = self._run("SELECT text, prompt_tokens, completion_tokens, cost FROM answers WHERE key = ?", (key,))
-        return None if row is None else CachedAnswer(*row)
+    def get(self, key: str) -> OracleAnswer | None:
+        """The answer stored under `key`, which costs nothing now, or None."""
+        with self._using() as db:
+            row = db.execute("SELECT text, prompt_tokens, completion_tokens FROM answers WHERE key = ?", (key,))
+            found = row.fetchone()
+        return None if found is None else OracleAnswer(found[0], None, True, found[1], found[2])
 
-    def reserve(self, account: str, worst: float, cap: float | None, lifetime_s: float) -> Room:
+    def reserve(self, account: str, worst: float, cap: float | None, lifetime_s: float) -> tuple[int | None, float]:
         """Sets `worst` aside for one request, if all that is spent and open leaves room for it under `cap`.
 
         A reservation that was not settled after `lifetime_s` counts as spent: its request may have been billed to a
-        process that was killed. It may still be settled.
+        process that was killed. It may still be settled. Returns the reservation, or None for no room, and what was
+        spent before it.
         """
         now = time.time()
         with self._transaction() as db:
@@ -159,15 +137,13 @@ class AnswerCache:
                 (account, now),
             ).fetchone()
             if cap is not None and spent + still_open + worst > cap:
-                return Room(None, spent, still_open)
-            row = db.execute(
-                "INSERT INTO reservations (account, worst, expires) VALUES (?, ?, ?)",
-                (account, worst, now + lifetime_s),
-            )
-            return Room(row.lastrowid, spent, still_open)
+                return None, spent
+            row = (account, worst, now + lifetime_s)
+            made = db.execute("INSERT INTO reservations (account, worst, expires) VALUES (?, ?, ?)", row)
+            return made.lastrowid, spent
 
     def settle(
-        self, account: str, reservation: int, spent: Spend, key: str = "", answer: CachedAnswer | None = None
+        self, account: str, reservation: int, spent: OracleUsage, key: str = "", answer: OracleAnswer | None = None
     ) -> None:
         """Turns a reservation into what was spent and, in the same transaction, stores the answer it was spent on.
 
@@ -183,26 +159,24 @@ class AnswerCache:
                 (account, spent.cost, spent.requests, spent.prompt_tokens, spent.completion_tokens),
             )
             if answer is not None:
-                db.execute(
-                    "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)",
-                    (key, answer.text, answer.prompt_tokens, answer.completion_tokens, answer.cost),
-                )
+                row = (key, answer.text, answer.prompt_tokens, answer.completion_tokens, answer.cost)
+                db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)", row)
 
     def forget_empty(self) -> None:
         """Removes answers without text: earlier versions kept replies that were none, and gave them for ever."""
         with self._transaction() as db:
             db.execute("DELETE FROM answers WHERE trim(text, char(9, 10, 13, 32)) = ''")
 
-    def spent(self, account: str) -> Spend:
+    def spent(self, account: str) -> OracleUsage:
         """The account's totals. `cost` includes reservations that ran out, whose requests may have been billed."""
-        row = self._run(
-            "SELECT total(cost) + (SELECT total(worst) FROM reservations WHERE account = ?1 AND expires <= ?2),"
-            " coalesce(sum(requests), 0), coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0)"
-            " FROM spend WHERE account = ?1",
-            (account, time.time()),
-        )
-        assert row is not None
-        return Spend(*row)
+        with self._using() as db:
+            requests, prompt, completion, cost = db.execute(
+                "SELECT coalesce(sum(requests), 0), coalesce(sum(prompt_tokens), 0),"
+                " coalesce(sum(completion_tokens), 0), total(cost) + (SELECT total(worst) FROM reservations"
+                " WHERE account = ?1 AND expires <= ?2) FROM spend WHERE account = ?1",
+                (account, time.time()),
+            ).fetchone()
+        return OracleUsage(requests=requests, prompt_tokens=prompt, completion_tokens=completion, cost=cost)
 
     def raise_spent(self, account: str, cost: float) -> None:
         """Makes the account's cost at least `cost`: what a checkpoint knows and this file does not."""
@@ -213,22 +187,13 @@ class AnswerCache:
                 (account, cost),
             )
 
-    def __len__(self) -> int:
-        row = self._run("SELECT COUNT(*) FROM answers", ())
-        assert row is not None
-        return int(row[0])
-
     def close(self) -> None:
-        """Closes the file; calling it twice is harmless."""
+        """Closes the file, after what was submitted; calling it twice is harmless."""
+        self._thread.shutdown()
         with self._lock:
             if self._db is not None:
                 self._db.close()
                 self._db = None
-
-    def _run(self, sql: str, values: tuple[object, ...]) -> tuple[Any, ...] | None:
-        with self._using() as db:
-            row: tuple[Any, ...] | None = db.execute(sql, values).fetchone()
-            return row
 
     @contextmanager
     def _using(self) -> Iterator[sqlite3.Connection]:
@@ -242,15 +207,9 @@ class AnswerCache:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._using() as db:
+        with self._using() as db, db:  # the second commits or rolls back
             db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            finally:
-                if db.in_transaction:
-                    with suppress(sqlite3.Error):
-                        db.execute("ROLLBACK")
+            yield db
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         # SQLite does not wait for locks while it switches a file to WAL, so two processes that start together collide.
@@ -264,17 +223,13 @@ class AnswerCache:
                     raise
                 time.sleep(0.05)
         db.execute("PRAGMA synchronous = NORMAL")
-        db.execute("BEGIN IMMEDIATE")
-        layout = db.execute("PRAGMA user_version").fetchone()[0]
+        (layout,) = db.execute("PRAGMA user_version").fetchone()
         if layout not in (0, LAYOUT):
             raise CacheError(
                 f"the answer cache {self.path} has layout {layout}, and this version reads {LAYOUT}: "
                 "use another file, or the version that wrote it"
             )
-        for table in TABLES:
-            db.execute(table)
-        db.execute(f"PRAGMA user_version = {LAYOUT}")
-        db.execute("COMMIT")
+        db.executescript(TABLES)
 
     def _explain(self, error: sqlite3.Error | OSError) -> CacheError:
         text = str(error)

@@ -21,8 +21,6 @@ PERMANENT = {
     "NotFoundError", "AuthenticationError",
 }  # fmt: skip
 """Codes and types of errors that no second request cures."""
-RETRIED = (408, 409, 429)
-"""HTTP statuses, and such numbers in a reply, under 500 that another request may cure. Those from 500 on all may."""
 _TEXT_PARTS = ("text", "output_text", None)
 _SAID = (
     "message", "msg", "detail", "error_description", "errors", "error_msg", "error_message", "status_msg", "base_resp",
@@ -34,25 +32,24 @@ _TWICE = object()  # the value of a key that an object holds twice: it has none
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Tokens that the server says it billed. `complete` False: it did not say, or not all; then they are the least."""
+    """Tokens that the server says it billed. `complete` False: it did not say, or not all; then they are the least, and
+    the request costs its worst."""
 
-    prompt: int
-    completion: int
-    complete: bool
+    prompt: int = 0
+    completion: int = 0
+    complete: bool = False
+
+
+UNCOUNTED = Counts()
+FREE = Counts(complete=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A reply's text, never blank, and its tokens.
-
-    `counted` False: the server gave no usable counts. Then the request costs its worst, and not less than
-    `prompt_tokens` and `completion_tokens`, which are what could be read (0 where nothing could).
-    """
+    """A reply's text, never blank, and its tokens."""
 
     text: str
-    prompt_tokens: int
-    completion_tokens: int
-    counted: bool
+    counts: Counts
 
 
 class ReplyError(ValueError):
@@ -60,21 +57,21 @@ class ReplyError(ValueError):
 
     Attributes:
         words: That line.
-        billed: Whether the request may have cost money: by its tokens if `counted`, else its worst (see `Reply`).
+        billed: Whether the request may have cost money.
         retry: Whether another request may cure it.
         code: The server's own code or type of the error, "" if it gave none.
-        prompt_tokens, completion_tokens, counted: As in `Reply`.
+        status: The HTTP status that the code is, if it is one.
+        counts: What it cost, if it is billed.
     """
 
-    def __init__(
-        self, words: str, *, billed: bool, retry: bool, code: str = "", counts: Counts = Counts(0, 0, False)
-    ) -> None:
+    def __init__(self, words: str, *, billed: bool, retry: bool, code: str = "", counts: Counts = UNCOUNTED) -> None:
         super().__init__(words)
         self.words = words
         self.billed = billed
         self.retry = retry
         self.code = code
-        self.prompt_tokens, self.completion_tokens, self.counted = counts.prompt, counts.completion, counts.complete
+        self.status = int(code) if code.isdecimal() and len(code) == 3 else None
+        self.counts = counts
 
 
 def read_reply(body: bytes, *, max_prompt_tokens: int, max_completion_tokens: int) -> Reply:
@@ -92,6 +89,11 @@ def read_reply(body: bytes, *, max_prompt_tokens: int, max_completion_tokens: in
         return _read(_parse(body), MAX_TOKENS + max_prompt_tokens + max_completion_tokens)
     except RecursionError:
         raise ReplyError("the reply is nested too deeply", billed=True, retry=True) from None
+
+
+def passes(status: int) -> bool:
+    """Whether another request may cure this HTTP status, or such a number in a reply."""
+    return status in (408, 409, 429) or status >= 500
 
 
 def plain(text: str) -> str:
@@ -151,8 +153,7 @@ def _read(reply: dict[str, Any], limit: int) -> Reply:
         raise ReplyError(f"the reply has no choices: {plain(_dump(reply))}", billed=True, retry=True, counts=counts)
     text, why = _text_of(choice)
     if text.strip():
-        text = text.encode(errors="replace").decode()  # no lone surrogates
-        return Reply(text, counts.prompt, counts.completion, counts.complete)
+        return Reply(text.encode(errors="replace").decode(), counts)  # no lone surrogates
     if not why:
         raise ReplyError(f"the reply is unreadable: {plain(_dump(choice))}", billed=True, retry=True, counts=counts)
     # asked again, it would be paid again
@@ -173,9 +174,9 @@ def _error_of(reply: dict[str, Any], choice: object) -> object:
 def _refusal(error: object, billed: bool, counts: Counts) -> ReplyError:
     words, code = _words_of(error)
     kinds = {str(error.get(key)) for key in ("type", "code")} if isinstance(error, dict) else set()
-    number = int(code) if code.isdecimal() and len(code) == 3 else 500
-    passing = (number >= 500 or number in RETRIED) and not PERMANENT & {code, *kinds}
-    return ReplyError(f"the server says: {words or 'nothing'}", billed=billed, retry=passing, code=code, counts=counts)
+    refusal = ReplyError(f"the server says: {words or 'nothing'}", billed=billed, retry=False, code=code, counts=counts)
+    refusal.retry = passes(500 if refusal.status is None else refusal.status) and not PERMANENT & {code, *kinds}
+    return refusal
 
 
 def _words_of(error: object) -> tuple[str, str]:
@@ -200,9 +201,9 @@ def _text_of(choice: object) -> tuple[str, str]:
         piece = isinstance(choice, dict) and isinstance(choice.get("delta"), dict)
         return "", "the reply is a piece of a stream, which was not asked for" if piece else ""
     content = message.get("content")
-    text = _join(content)
-    if text is None:
+    if not isinstance(content, str | dict | list | None):
         return "", ""
+    text = _join(content)
     if text.strip():
         return text, ""
     finish = choice.get("finish_reason")
@@ -219,47 +220,33 @@ def _text_of(choice: object) -> tuple[str, str]:
     return "", f"the reply has no text (finish_reason {plain(_dump(finish))})"
 
 
-def _join(content: object) -> str | None:
-    """The text of a message's content, a string, a part or a list of parts; None if it is something else."""
-    if content is None:
-        return ""
+def _join(content: object) -> str:
+    """The text of a message's content: a string, a part, or a list of them; "" for thoughts and what is unknown."""
     if isinstance(content, str):
         return content
-    parts = [content] if isinstance(content, dict) else content
-    return "".join(map(_part, parts)) if isinstance(parts, list) else None
-
-
-def _part(part: object) -> str:
-    """The text of one part; "" for thoughts and what is unknown."""
-    if isinstance(part, str):
-        return part
-    if not isinstance(part, dict) or part.get("type") not in _TEXT_PARTS or part.get("thought") is True:
+    if isinstance(content, list):
+        return "".join(map(_join, content))
+    if not isinstance(content, dict) or content.get("type") not in _TEXT_PARTS or content.get("thought") is True:
         return ""
-    text = part.get("text")
-    if isinstance(text, dict):
-        text = text.get("value")
-    if isinstance(text, list):
-        return "".join(map(_part, text))
-    return text if isinstance(text, str) else ""
+    return _join(content["text"] if "text" in content else content.get("value"))
 
 
 def _counts(usage: object, limit: int) -> Counts:
     """The tokens of a usage object. Reasoning that stands beside completion_tokens is counted to them."""
     if not isinstance(usage, dict):
-        return Counts(0, 0, False)
-    prompt, completion, total = (_count(usage.get(f"{key}_tokens"), limit) for key in ("prompt", "completion", "total"))
-    reasoning = _detail(usage, "completion_tokens_details", "reasoning_tokens", limit)
-    reasoning = max(reasoning, _count(usage.get("reasoning_tokens"), limit) or 0)
-    read = _detail(usage, "prompt_tokens_details", "cached_tokens", limit)
+        return UNCOUNTED
+
+    def count(key: str, group: str = "") -> int | None:
+        holder = usage.get(group) if group else usage
+        return _count(holder.get(key), limit) if isinstance(holder, dict) else None
+
+    prompt, completion, total = (count(f"{key}_tokens") for key in ("prompt", "completion", "total"))
+    reasoning = max(count("reasoning_tokens", "completion_tokens_details") or 0, count("reasoning_tokens") or 0)
+    read = count("cached_tokens", "prompt_tokens_details") or 0
     beside = reasoning if reasoning > (completion or 0) else 0  # more than the whole: no part of it
     said = max((completion or 0) + beside, (total or 0) - (prompt or 0))
     complete = None not in (prompt, completion) and (total is not None or usage.get("total_tokens") is None)
     return Counts(max(prompt or 0, read), said, complete)
-
-
-def _detail(usage: dict[str, Any], group: str, key: str, limit: int) -> int:
-    details = usage.get(group)
-    return (_count(details.get(key), limit) or 0) if isinstance(details, dict) else 0
 
 
 def _count(value: object, limit: int) -> int | None:

@@ -15,13 +15,13 @@ from pathlib import Path
 from threading import Lock, Thread
 from typing import Literal
 
-from gapg_rollout.cache import AnswerCache, CachedAnswer, CacheError, Spend, cache_key
-from gapg_rollout.oracle_breaker import Attempt, Breaker, Unavailable
-from gapg_rollout.oracle_connection import connect, most_bytes, post
-from gapg_rollout.oracle_endpoint import read_endpoint
-from gapg_rollout.oracle_limits import Ledger, RateLimiter
-from gapg_rollout.oracle_reply import Reply, read_reply
-from gapg_rollout.oracle_retry import Failure, backoff_s, classify, shorten
+from gapg_rollout.oracle.breaker import Attempt, Breaker, Unavailable
+from gapg_rollout.oracle.cache import AnswerCache, CacheError, cache_key
+from gapg_rollout.oracle.connection import connect, most_bytes, post
+from gapg_rollout.oracle.endpoint import read_endpoint
+from gapg_rollout.oracle.limits import Ledger, RateLimiter
+from gapg_rollout.oracle.reply import Reply, read_reply
+from gapg_rollout.oracle.retry import Failure, backoff_s, classify, shorten
 from gapg_rollout.records import OracleAnswer, OracleQuestion, OracleUsage
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class OpenAIOracle:
     Requests run on one background thread. A question that is open already is not sent again; answers are kept in a
     SQLite file, which other processes may share. The key is read from the environment and goes nowhere but into the
     request's header. When the server is down all questions fail at once until it answers a probe; when it refuses for
-    good, or the money is spent, they do for ever (see `oracle_breaker`).
+    good, or the money is spent, they do for ever (see `Breaker`).
 
     Args:
         base_url: The API's root, usually ending in /v1. Answers are cached per (base_url, model).
@@ -138,7 +138,7 @@ class OpenAIOracle:
         future.set_running_or_notify_cancel()  # others may wait for the same request, so it cannot be cancelled
         with self._lock:
             if self._closed:
-                future.set_result([OracleAnswer(None, error=CLOSED)] * self._samples)
+                future.set_result(self._failed(CLOSED))
                 return future
             self._futures.add(future)
             asyncio.run_coroutine_threadsafe(self._answer_all(question, future), self._loop)
@@ -168,7 +168,8 @@ class OpenAIOracle:
         asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop)
         self._thread.join(timeout=10)
         for future in list(self._futures):  # cancelled before they began, or held by a thread that hangs
-            self._finish(future, [OracleAnswer(None, error=CLOSED)] * self._samples)
+            if not future.done():
+                future.set_result(self._failed(CLOSED))
         if not self._thread.is_alive():
             self._loop.close()
         self._cache.close()
@@ -181,36 +182,34 @@ class OpenAIOracle:
         try:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._client.close(), timeout=5)
-            await self._loop.shutdown_default_executor()  # answers on their way into the cache
+            await self._loop.run_in_executor(None, self._cache.close)  # after answers on their way into it
         finally:
             self._loop.stop()
 
-    def _finish(self, future: Future[list[OracleAnswer]], answers: list[OracleAnswer]) -> None:
-        self._futures.discard(future)
-        if not future.done():
-            future.set_result(answers)
-
     async def _answer_all(self, question: OracleQuestion, future: Future[list[OracleAnswer]]) -> None:
-        answers = [OracleAnswer(None, error=CLOSED)] * self._samples
+        answers = self._failed(CLOSED)
         try:
             answers = list(await asyncio.gather(*(self._answer(question, i) for i in range(self._samples))))
         except Exception as error:  # a failure is an answer, never an exception
             logger.debug("%s", self._clean(traceback.format_exc()))
-            words = shorten(f"{type(error).__name__}: {error}", self._clean)
-            answers = [OracleAnswer(None, error=words)] * self._samples
+            answers = self._failed(shorten(f"{type(error).__name__}: {error}", self._clean))
         finally:
-            self._finish(future, answers)
+            self._futures.discard(future)
+            if not future.done():
+                future.set_result(answers)
+
+    def _failed(self, words: str) -> list[OracleAnswer]:
+        return [OracleAnswer(None, error=words)] * self._samples
 
     async def _answer(self, question: OracleQuestion, sample: int) -> OracleAnswer:
         """One answer: shared with an open request for the same, or cached, or asked for."""
         key = cache_key(self._url, self._model, question.messages, self._sampling, sample)
-        task = self._open.get(key)
-        if task is not None:
+        if (task := self._open.get(key)) is not None:
             answer = await asyncio.shield(task)
-            if answer.text is not None:
-                self._ledger.count(cache_hits=1)
-                return replace(answer, cached=True, cost=0.0)
-            return answer
+            if answer.text is None:
+                return answer
+            self._ledger.count(cache_hits=1)
+            return replace(answer, cached=True, cost=0.0)
         task = self._open[key] = asyncio.create_task(self._look_up_or_ask(question, key))
         task.add_done_callback(lambda _: self._open.pop(key, None))
         return await task
@@ -220,12 +219,12 @@ class OpenAIOracle:
             found = await self._cache.submit(self._cache.lockouts, self._cache.get, key)
             if found is not None:
                 self._ledger.count(cache_hits=1)
-                return OracleAnswer(found.text, None, True, found.prompt_tokens, found.completion_tokens)
+                return found
             answer = await self._ask_with_retries(question, key)
         except CacheError as error:  # without it the same answer would be paid for again, and the money not counted
             answer = OracleAnswer(None, error=str(error))
         except Unavailable as why:
-            answer = OracleAnswer(None, error=why.error, permanent=why.permanent)
+            answer = OracleAnswer(None, error=str(why), permanent=why.permanent)
         if answer.text is None:
             self._ledger.count(failures=1)
         return answer
@@ -255,31 +254,36 @@ class OpenAIOracle:
     ) -> OracleAnswer | Failure:
         """One request, after the waits for the rates and the money, settled in the account whatever becomes of it."""
         self._cache.check(lockouts)
-        size = _size(question)
+        size = len(json.dumps(question.messages, ensure_ascii=False).encode())
         entry = await self._limiter.admit(size // 3 + self._max_tokens)
         # No tokenizer makes more tokens than bytes; the rest is for the chat template.
         most = (size + 16 * (len(question.messages) + 1), self._max_tokens)
         worst = self._cost(*most)
-        room = await self._ledger.reserve(worst, lockouts)
-        if room.reservation is None:
-            self._breaker.stop(self._cap_reached(room.spent, worst))
-        spent, stored = Spend(worst, requests=1), None  # what it counts as if it is cancelled
+        reservation, before = await self._ledger.reserve(worst, lockouts)
+        if reservation is None:
+            self._breaker.stop(
+                f"spending cap of {self._ledger.cap:g} reached: {before:.6g} is spent, and a request may cost "
+                f"{worst:.3g}; raise the cap to go on"
+            )
+        spent, answer = OracleUsage(requests=1, cost=worst), None  # what it counts as if it is cancelled
         try:
             self._breaker.send(attempt)
             result = await self._request(question, most, min(self._timeout_s, left_s))
-            tokens = (result.prompt_tokens, result.completion_tokens)
-            cost = self._cost(*tokens) if result.counted else max(worst, self._cost(*tokens))
-            spent = Spend(cost, 1, *tokens)
+            counts = result.counts
+            cost = self._cost(counts.prompt, counts.completion)
+            if not counts.complete:
+                cost = max(worst, cost)
+            spent = OracleUsage(1, 0, 0, counts.prompt, counts.completion, cost)
             if isinstance(result, Failure):
                 self._breaker.failed(attempt, result)
                 return result
             self._breaker.right(attempt)
-            if result.counted:
-                self._limiter.correct(entry, sum(tokens))
-            stored = CachedAnswer(result.text, *tokens, cost)
-            return OracleAnswer(result.text, None, False, *tokens, cost)
+            if counts.complete:
+                self._limiter.correct(entry, counts.prompt + counts.completion)
+            answer = OracleAnswer(result.text, None, False, counts.prompt, counts.completion, cost)
+            return answer
         finally:
-            await self._ledger.settle(room.reservation, spent, key, stored)
+            await self._ledger.settle(reservation, spent, key, answer)
 
     async def _request(self, question: OracleQuestion, most: tuple[int, int], limit_s: float) -> Reply | Failure:
         body = {"model": self._model, "messages": list(question.messages), **self._sampling}
@@ -293,14 +297,3 @@ class OpenAIOracle:
 
     def _cost(self, prompt_tokens: int, completion_tokens: int) -> float:
         return (prompt_tokens * self._prices[0] + completion_tokens * self._prices[1]) / 1e6
-
-    def _cap_reached(self, spent: float, worst: float) -> str:
-        return (
-            f"spending cap of {self._ledger.cap:g} reached: {spent:.6g} is spent, and a request may cost {worst:.3g}; "
-            f"raise the cap to go on"
-        )
-
-
-def _size(question: OracleQuestion) -> int:
-    """Bytes of the question's messages as JSON."""
-    return len(json.dumps(question.messages, ensure_ascii=False).encode())

@@ -8,12 +8,13 @@ from functools import lru_cache
 from itertools import groupby
 
 import torch
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gapg_rollout.engines.decoding import DecodingBatch, check_decoding, hold_time_steps
+from gapg_rollout.engines.help import HelpSteering
 from gapg_rollout.records import Completion, Sampling
 from gapg_rollout.text import has_stopped, plain_text, response_text
-from gapg_rollout.transformers_cache import DecodingBatch, check_decoding, hold_time_steps
-from gapg_rollout.transformers_help import HelpSteering
 
 COMPACT_BELOW = 0.75
 """Rows are dropped once fewer than this part is alive: selecting rows copies the cache."""
@@ -120,7 +121,9 @@ class _Wave:
         self.logprobs = torch.zeros(shape, device=self.device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=self.device)
         self.stopped = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        self.help = None if sampling.help is None else HelpSteering(sampling.help, *shape, self.device)
+        self.help = None
+        if sampling.help is not None:
+            self.help = HelpSteering(sampling.help, sampling.temperature, *shape, self.device)
 
     def run(self) -> Iterator[tuple[int, list[Completion]]]:
         ends, may_end = self.engine._stop_tokens(self.sampling.stop)
@@ -152,19 +155,21 @@ class _Wave:
 
     def _choose(self, logits: torch.Tensor, index: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(next token, its log-prob before any bias), both [rows]."""
-        temperature = self.sampling.temperature
-        logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
-        biased = logp
+        temperature = self.sampling.temperature or 1.0
+        logp = torch.log_softmax(logits.float() / temperature, dim=-1)
+        biased, forced = logp, None
         if self.help is not None:
-            fits = self.help.fits(self.tokens, index, step)
-            biased = self.help.steer(logp, temperature or 1.0, fits, index, step, ~self.stopped[index])
-        if temperature == 0:
+            back = self.help.look_back
+            recent = pad(self.tokens[index, max(0, step - back) : step], (max(0, back - step), 0), value=-1)
+            deciding, forced = self.help.look(logp, temperature, index, step, recent)
+            biased = torch.where(deciding, logp + self.help.control.bias / temperature, logp)
+        if self.sampling.temperature == 0:
             token = biased.argmax(-1)
         else:
             noise = torch.empty_like(biased).exponential_(generator=self.generator)
             token = (biased - noise.log()).argmax(-1)
-        if self.help is not None:
-            token = self.help.force_rest(token, fits, index)
+        if forced is not None:
+            token = torch.where(forced >= 0, forced, token)
         return token, logp.gather(1, token[:, None]).squeeze(1)
 
     def _text_stops(self, candidates: torch.Tensor, index: torch.Tensor, step: int) -> torch.Tensor:

@@ -7,13 +7,13 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import openai
 
-from gapg_rollout.oracle_connection import ReplyTooLarge
-from gapg_rollout.oracle_reply import RETRIED, ReplyError, plain, read_reply
+from gapg_rollout.oracle.connection import ReplyTooLarge
+from gapg_rollout.oracle.reply import FREE, UNCOUNTED, Counts, ReplyError, passes, plain, read_reply
 
 HINTS = {
     401: "check the key in the environment variable that api_key_env names",
@@ -70,21 +70,18 @@ class Failure:
             question asked like this (the model's name, the URL, the settings). "server": everyone, for now. "account":
             everyone, for good.
         retry: Whether another try may cure it.
-        counted: Whether the server said what it cost: the tokens, none for what was not run. Else it may have cost
-            anything.
+        counts: What the server says it bills, at least. Complete: that is all, none for what was not run; else it may
+            have cost anything.
         status: The HTTP status, or the one that the reply's text stands for; None without one.
         retry_after_s: What the server asked to wait, in seconds; 0 if it did not ask.
-        prompt_tokens, completion_tokens: What the server says it bills, at least.
     """
 
     error: str
     about: About
     retry: bool
-    counted: bool
+    counts: Counts = UNCOUNTED
     status: int | None = None
     retry_after_s: float = 0.0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
 
 
 def classify(error: Exception, url: str, limit_s: float, clean: Callable[[str], str]) -> Failure:
@@ -96,22 +93,19 @@ def classify(error: Exception, url: str, limit_s: float, clean: Callable[[str], 
         clean: Takes the key out of a text.
     """
 
-    def shown(words: object) -> str:
-        return shorten(str(words), clean)
-
     if isinstance(error, openai.APIStatusError):
-        return _of_status(error, url, shown)
+        return _of_status(error, url, clean)
     if isinstance(error, ReplyError):
-        return _of_reply(error, url, shown)
+        return _of_reply(error, url, clean)
     if isinstance(error, TimeoutError | openai.APITimeoutError):
-        return Failure(f"no reply from {url} within {limit_s:.3g} s", "server", retry=True, counted=False)
+        return Failure(f"no reply from {url} within {limit_s:.3g} s", "server", retry=True)
     if isinstance(error, openai.APIConnectionError):
         cause = error.__cause__
-        refused = type(cause).__name__ in ("ConnectError", "ConnectTimeout")
-        what = f"cannot connect to {url}" if refused else f"the connection to {url} broke"
-        why = shown(f"{type(cause).__name__}: {cause}")
-        return Failure(f"{what} ({why})", "server", retry=True, counted=refused)
-    return Failure(shown(f"{type(error).__name__}: {error}"), "server", retry=False, counted=False)
+        why = shorten(f"{type(cause).__name__}: {cause}", clean)
+        if type(cause).__name__ in ("ConnectError", "ConnectTimeout"):
+            return Failure(f"cannot connect to {url} ({why})", "server", retry=True, counts=FREE)
+        return Failure(f"the connection to {url} broke ({why})", "server", retry=True)
+    return Failure(shorten(f"{type(error).__name__}: {error}", clean), "server", retry=False)
 
 
 def shorten(words: str, clean: Callable[[str], str]) -> str:
@@ -120,49 +114,39 @@ def shorten(words: str, clean: Callable[[str], str]) -> str:
     return line if len(line) <= MAX_SHOWN else line[: MAX_SHOWN - 1] + "\u2026"
 
 
-def _of_status(error: openai.APIStatusError, url: str, shown: Callable[[object], str]) -> Failure:
+def _of_status(error: openai.APIStatusError, url: str, clean: Callable[[str], str]) -> Failure:
     status, body = error.status_code, error.response.content
-    words, tokens = _words_of(body, str(error.message))
+    try:  # mostly an error object
+        reply = read_reply(body, max_prompt_tokens=0, max_completion_tokens=0)
+        words, counts = reply.text, reply.counts
+    except ReplyError as refusal:
+        words = refusal.words.removeprefix("the server says: ") if body.strip() else str(error.message)
+        counts = refusal.counts
     said = body[:4000].decode(errors="replace")
     about = _about(status, said)
     return Failure(
-        f"HTTP {status} from {url}: {shown(words)}{_hint(status, about, said)}",
+        f"HTTP {status} from {url}: {shorten(words, clean)}{_hint(status, about, said)}",
         about,
-        retry=about != "account" and (status in RETRIED or status >= 500),
-        counted=True,
+        retry=about != "account" and passes(status),
+        counts=replace(counts, complete=True),
         status=status,
         retry_after_s=retry_after_s(error.response.headers),
-        prompt_tokens=tokens[0],
-        completion_tokens=tokens[1],
     )
 
 
-def _words_of(body: bytes, otherwise: str) -> tuple[str, tuple[int, int]]:
-    """(the server's words, the tokens it bills) in the body of a refusal, which is mostly an error object."""
-    try:
-        reply = read_reply(body, max_prompt_tokens=0, max_completion_tokens=0)
-    except ReplyError as error:
-        words = error.words.removeprefix("the server says: ")
-        return (words if body.strip() else otherwise), (error.prompt_tokens, error.completion_tokens)
-    return reply.text, (reply.prompt_tokens, reply.completion_tokens)
-
-
-def _of_reply(error: ReplyError, url: str, shown: Callable[[object], str]) -> Failure:
-    status = int(error.code) if error.code.isdecimal() and len(error.code) == 3 else None
+def _of_reply(error: ReplyError, url: str, clean: Callable[[str], str]) -> Failure:
     words = f"{error.code} {error.words}"
-    about = _about(status or 400, words)
+    about = _about(error.status or 400, words)
     if error.billed:  # it ran
         about = "server" if error.retry or isinstance(error, ReplyTooLarge) else "question"
     elif about == "request" and error.retry:
         about = "server"
     return Failure(
-        f"no answer from {url}: {shown(error.words)}{_hint(status, about, words)}",
+        f"no answer from {url}: {shorten(error.words, clean)}{_hint(error.status, about, words)}",
         about,
         retry=error.retry and about != "account",
-        counted=error.counted or not error.billed,
-        status=status,
-        prompt_tokens=error.prompt_tokens,
-        completion_tokens=error.completion_tokens,
+        counts=error.counts if error.billed else replace(error.counts, complete=True),
+        status=error.status,
     )
 
 
@@ -175,7 +159,7 @@ def _about(status: int, text: str) -> About:
         return "question"
     if status == 403:
         return "account"
-    return "server" if status >= 500 or status in RETRIED else "request"
+    return "server" if passes(status) else "request"
 
 
 def _hint(status: int | None, about: About, text: str) -> str:
@@ -189,21 +173,17 @@ def _hint(status: int | None, about: About, text: str) -> str:
 
 def retry_after_s(headers: Mapping[str, str], now: float | None = None) -> float:
     """Seconds that the server asks to wait (`Retry-After-Ms`, or `Retry-After` in seconds or as a date), or 0."""
+    value = headers.get("retry-after", "0")
     try:
         if "retry-after-ms" in headers:
             asked_s = float(headers["retry-after-ms"]) / 1000
+        elif ":" in value:
+            asked_s = email.utils.parsedate_to_datetime(value).timestamp() - (time.time() if now is None else now)
         else:
-            asked_s = _seconds(headers.get("retry-after", "0"), time.time() if now is None else now)
+            asked_s = float(value)
     except (ValueError, OverflowError):
         return 0.0
     return max(0.0, asked_s) if math.isfinite(asked_s) else 0.0
-
-
-def _seconds(value: str, now: float) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        return email.utils.parsedate_to_datetime(value).timestamp() - now
 
 
 def backoff_s(attempt: int, asked_s: float, jitter: float) -> float:

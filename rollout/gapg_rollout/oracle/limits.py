@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
+import sys
 from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, replace
 from threading import Lock
 
-from gapg_rollout.cache import AnswerCache, CachedAnswer, CacheError, Room, Spend
-from gapg_rollout.records import OracleUsage
+from gapg_rollout.oracle.cache import AnswerCache, CacheError
+from gapg_rollout.records import OracleAnswer, OracleUsage
 
 logger = logging.getLogger(__name__)
 
@@ -43,22 +43,20 @@ class RateLimiter:
         """Waits for room, then takes it. Returns the entry that `correct` needs."""
         loop = asyncio.get_running_loop()
         async with self._turn:
-            while True:
-                now = loop.time()
-                while self._window and self._window[0][0] <= now - self._period_s:
-                    self._window.popleft()
-                if self._has_room(tokens):
-                    break
-                await asyncio.sleep(self._window[0][0] + self._period_s - now + 1e-3)
+            while not self._has_room(tokens, loop.time()):
+                await asyncio.sleep(self._window[0][0] + self._period_s - loop.time() + 1e-3)
             entry = [loop.time(), float(tokens)]
             self._window.append(entry)
             return entry
 
-    def _has_room(self, tokens: int) -> bool:
+    def _has_room(self, tokens: int, now: float) -> bool:
+        while self._window and self._window[0][0] <= now - self._period_s:
+            self._window.popleft()
+        if not self._window:
+            return True
         if self._requests is not None and len(self._window) >= self._requests:
             return False
-        used = sum(entry[1] for entry in self._window) if self._tokens is not None else 0.0
-        return self._tokens is None or not self._window or used + tokens <= self._tokens
+        return self._tokens is None or sum(entry[1] for entry in self._window) + tokens <= self._tokens
 
     @staticmethod
     def correct(entry: list[float], tokens: int) -> None:
@@ -96,7 +94,10 @@ class Ledger:
     def restore(self, usage: OracleUsage) -> None:
         """Raises ValueError for totals that are no numbers: one that is not finite or negative would lift the cap."""
         for name, total in asdict(usage).items():
-            _check_total(name, total)
+            kinds, wanted = (int | float, "a finite number") if name == "cost" else (int, "a whole number")
+            # compared, not asked of math.isfinite: no float holds every integer
+            if isinstance(total, bool) or not isinstance(total, kinds) or not 0 <= total <= sys.float_info.max:
+                raise ValueError(f"the oracle's total of {name} must be {wanted} of 0 or more, not {str(total)[:40]!r}")
         self._cache.raise_spent(self._account, usage.cost)
         with self._lock:
             self._usage = usage
@@ -106,29 +107,28 @@ class Ledger:
         with self._lock:
             self._usage = replace(self._usage, **{name: getattr(self._usage, name) + n for name, n in more.items()})
 
-    async def reserve(self, worst: float, lockouts: int | None = None) -> Room:
-        """Sets `worst` aside; first come, first served within this object.
+    async def reserve(self, worst: float, lockouts: int) -> tuple[int | None, float]:
+        """(reservation, what was spent before it); first come, first served within this object.
 
-        The room holds no reservation when the cap leaves none, even if all that is open costs nothing. `lockouts` is
-        the cache's count of that name when the caller began to wait; by default it begins now.
+        The reservation is None when the cap leaves no room, even if all that is open costs nothing. `lockouts` is the
+        cache's count of that name when the caller began to wait.
 
         Raises:
             CacheError: The file cannot be used, so nothing may be sent.
         """
-        lockouts = self._cache.lockouts if lockouts is None else lockouts
         async with self._turn:
             while True:
                 self._settled.clear()
-                room = await self._reserve_now(worst, lockouts)
-                if room.reservation is not None or (self.cap is not None and room.spent + worst > self.cap):
-                    return room
+                reservation, spent = await self._reserve_now(worst, lockouts)
+                if reservation is not None or (self.cap is not None and spent + worst > self.cap):
+                    return reservation, spent
                 # Open requests mostly cost less than their worst: what they give back may be enough. Those of other
                 # processes do not tell.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(POLL_S):
                         await self._settled.wait()
 
-    async def _reserve_now(self, worst: float, lockouts: int) -> Room:
+    async def _reserve_now(self, worst: float, lockouts: int) -> tuple[int | None, float]:
         cache = self._cache
         future = cache.submit(lockouts, cache.reserve, self._account, worst, self.cap, self._lifetime_s)
         try:
@@ -136,11 +136,13 @@ class Ledger:
         except asyncio.CancelledError:
             await asyncio.wait([future])  # nothing is sent, so what was set aside meanwhile is given back
             with suppress(CacheError):
-                if (reservation := future.result().reservation) is not None:
-                    await cache.submit(cache.lockouts, cache.settle, self._account, reservation, Spend())
+                if (reservation := future.result()[0]) is not None:
+                    await cache.submit(cache.lockouts, cache.settle, self._account, reservation, OracleUsage())
             raise
 
-    async def settle(self, reservation: int, spent: Spend, key: str = "", answer: CachedAnswer | None = None) -> None:
+    async def settle(
+        self, reservation: int, spent: OracleUsage, key: str = "", answer: OracleAnswer | None = None
+    ) -> None:
         """Gives back what was set aside, counts what was spent, and caches the answer, even if it is cancelled."""
         self.count(**asdict(spent))
         cache = self._cache
@@ -153,15 +155,3 @@ class Ledger:
             logger.warning("%s: %s", what, error)
         finally:
             self._settled.set()
-
-
-def _check_total(name: str, total: object) -> None:
-    """Raises ValueError."""
-    kinds = int | float if name == "cost" else int
-    try:
-        right = isinstance(total, kinds) and not isinstance(total, bool) and total >= 0 and math.isfinite(total)
-    except OverflowError:  # an integer that no float holds
-        right = False
-    if not right:
-        wanted = "a finite number" if name == "cost" else "a whole number"
-        raise ValueError(f"the oracle's total of {name} must be {wanted} of 0 or more, not {str(total)[:40]!r}")

@@ -7,14 +7,18 @@ import os
 import re
 import ssl
 import zlib
+from glob import glob
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import openai
 
-from gapg_rollout.oracle_endpoint import Endpoint
-from gapg_rollout.oracle_reply import ReplyError
+from gapg_rollout.oracle.endpoint import Endpoint
+from gapg_rollout.oracle.reply import ReplyError
+
+HASHED = "[0-9a-f]" * 8 + ".[0-9]*"
+"""The file of a certificate in a folder of them."""
 
 
 class ReplyTooLarge(ReplyError):
@@ -174,8 +178,7 @@ def by_way_of(endpoint: Endpoint, error: str = "") -> str:
 
 
 def _is_openai(endpoint: Endpoint) -> bool:
-    host = urlsplit(endpoint.url).hostname or ""
-    return host == "openai.com" or host.endswith(".openai.com")
+    return f".{urlsplit(endpoint.url).hostname}".endswith(".openai.com")
 
 
 def _check_headers(endpoint: Endpoint) -> None:
@@ -222,21 +225,13 @@ def _check_certificates() -> None:
         try:
             context.load_verify_locations(cafile=value)
             problem = "" if context.cert_store_stats()["x509"] else "there is no certificate in it"
-        except ssl.SSLError:
-            problem = "there is no certificate in it"
         except (OSError, ValueError) as error:
-            problem = str(getattr(error, "strerror", error))
-    elif name and not any(map(_has_certificates, value.split(os.pathsep))):
+            not_one = isinstance(error, ssl.SSLError)
+            problem = "there is no certificate in it" if not_one else str(getattr(error, "strerror", error))
+    elif name and not any(glob(HASHED, root_dir=folder) for folder in value.split(os.pathsep)):
         problem = "it holds no certificates under their hashes, as `openssl rehash` names them"
     if problem:
         raise ValueError(f"{name}={value!r} cannot be used: {problem}. Point it at certificates, or unset it")
-
-
-def _has_certificates(folder: str) -> bool:
-    try:
-        return any(re.fullmatch(r"[0-9a-f]{8}\.\d+", name) for name in os.listdir(folder))
-    except (OSError, ValueError):
-        return False
 
 
 def _variable(lower: str) -> tuple[str, str]:

@@ -1,0 +1,92 @@
+"""`HelpControl` inside an engine: where the help phrase can begin, what must follow it, and how near it came.
+
+It looks at nothing but the tokens so far, so rows may be reordered, dropped and computed again.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gapg_rollout.records import HelpControl
+
+
+class HelpSteering:
+    """The state of R responses of at most T new tokens.
+
+    `margin_RT` is (best deciding token's logit - best other logit) where the phrase could begin, -inf elsewhere, and
+    `log_odds_RT` the log-odds of a deciding token there, at the sampling temperature.
+    `look_back`: how many of the last tokens tell where the phrase stands.
+    """
+
+    def __init__(
+        self, control: HelpControl, temperature: float, rows: int, max_new_tokens: int, device: torch.device | str
+    ) -> None:
+        self.control = control
+        self.temperature = temperature or 1.0  # greedy log-probs are those at temperature 1
+        self._spellings = control.by_prefix
+        self._token_S = torch.tensor([s.token_id for s in self._spellings], device=device)
+        phrases = [(*s.prefix_ids, s.token_id, *s.rest_ids) for s in self._spellings]
+        self.look_back = max(map(len, phrases)) - 1
+        begun = [
+            (phrase[:n], phrase[n])
+            for s, phrase in zip(self._spellings, phrases, strict=True)
+            for n in range(len(s.prefix_ids) + 1, len(phrase))
+        ]
+        self._prefix_SL = self._pattern([s.prefix_ids for s in self._spellings], device)
+        self._begun_PL = self._pattern([part for part, _ in begun], device)
+        self._next_P = torch.tensor([-1, *(token for _, token in begun)], device=device)  # after a first for no match
+        self.margin_RT = torch.full((rows, max_new_tokens), -torch.inf, device=device)
+        self.log_odds_RT = torch.full_like(self.margin_RT, -torch.inf)
+
+    def look(
+        self,
+        scores_BV: torch.Tensor,
+        divisor: float,
+        row_B: torch.Tensor,
+        step_B: torch.Tensor | int,
+        recent_BL: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """([B, V] bool: this token begins the phrase here, [B] the token that a begun phrase needs, -1 for none).
+
+        Records margin and log-odds at (row, step).
+
+        Args:
+            scores_BV: The logits divided by `divisor`, up to a constant of each row.
+            recent_BL: The last L = `look_back` generated tokens, -1 where there are fewer.
+        """
+        begun_BP = self._ends_with(self._begun_PL, recent_BL)
+        order_P = torch.arange(1, len(self._next_P), device=begun_BP.device)
+        # the last that matches is that of the longest prefix; 0: none does
+        forced_B = self._next_P[torch.cat([torch.zeros_like(row_B)[:, None], begun_BP * order_P], 1).amax(1)]
+        fits_BS = self._ends_with(self._prefix_SL, recent_BL) & (forced_B < 0)[:, None]
+        deciding_BV = torch.zeros_like(scores_BV, dtype=torch.bool)
+        for token_id in sorted({s.token_id for s in self._spellings}):
+            deciding_BV[:, token_id] = fits_BS[:, self._token_S == token_id].any(1)
+        helps_BV, others_BV = scores_BV.where(deciding_BV, -torch.inf), scores_BV.masked_fill(deciding_BV, -torch.inf)
+        self.margin_RT[row_B, step_B] = (helps_BV.amax(-1) - others_BV.amax(-1)) * divisor
+        scale = self.temperature / divisor
+        self.log_odds_RT[row_B, step_B] = (helps_BV / scale).logsumexp(-1) - (others_BV / scale).logsumexp(-1)
+        return deciding_BV, forced_B
+
+    def decides(self, token_ids: tuple[int, ...], t: int) -> bool:
+        """Whether token t begins the phrase in some spelling, if the phrase could begin there."""
+        return any(
+            token_ids[t] == s.token_id and token_ids[: t + 1][-len(s.prefix_ids) - 1 : -1] == s.prefix_ids
+            for s in self._spellings
+        )
+
+    def recorded(self, rows: slice, lengths: list[int]) -> list[tuple[float, tuple[float, ...]]]:
+        """(help margin, help log-odds) of these rows, whose responses have these lengths."""
+        best, odds = self.margin_RT[rows].cummax(1).values.tolist(), self.log_odds_RT[rows].tolist()
+        columns = zip(best, odds, lengths, strict=True)
+        return [(margins[n - 1], tuple(x for x in row[:n] if x > -torch.inf)) for margins, row, n in columns]
+
+    def _pattern(self, endings: list[tuple[int, ...]], device: torch.device | str) -> torch.Tensor:
+        """[P, L] the endings, filled up at the left with -2, which stands for any token."""
+        filled = [[*[-2] * (self.look_back - len(ids)), *ids] for ids in endings]
+        return torch.tensor(filled, dtype=torch.long, device=device).view(len(endings), self.look_back)
+
+    @staticmethod
+    def _ends_with(pattern_PL: torch.Tensor, recent_BL: torch.Tensor) -> torch.Tensor:
+        """[B, P] which tokens so far end in which pattern."""
+        return ((recent_BL[:, None] == pattern_PL) | (pattern_PL == -2)).all(-1)

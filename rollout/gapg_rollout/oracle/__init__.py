@@ -1,0 +1,1 @@
+"""The cloud oracle: asked over HTTP or by a solver, paid once, under limits."""
