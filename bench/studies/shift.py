@@ -1,0 +1,264 @@
+"""Problems that the model was not trained on: whether it knows when to call."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from gapg.config import RunConfig
+from gapg.errors import ConfigError
+from gapg.runs.run import Run
+from gapg.seeding import derive
+from gapg.tasks.arithmetic import random_trace, traces
+from gapg.tasks.base import Prompt
+from gapg.tasks.countdown import Countdown
+from studies import arms, drawing
+from studies.arms import Finished, Predictions, Rows
+from studies.predictions import greedy_masked
+from studies.report import Column, Record, Row, Study, Table, grouped, mean_of, seeds_of, table_of, verdict
+from studies.settings import LAST
+from studies.statistics import Difference, compare_seeds, help_margins, threshold_for
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PROBLEMS = 1000
+"""Problems a shifted set, or as many as there are."""
+LONGER = 2
+"""How many times as many tokens as in training a response may have: four numbers need more."""
+TRAINED = "as trained on"
+WAYS = ((1, 1), (2, 2), (3, 4), (5, 10**9))
+"""Buckets of difficulty: in how many ways the target can be reached."""
+EDGES = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)
+"""Borders between bins of the help margin, in logits; at 0 help and the best other token are equally likely."""
+NEAR = 1.0
+"""The call boundary: margins up to this far from 0."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a shifted problem looks like: `count` numbers up to `number`, one of them at least over `over_number`, and a
+    target in (over_target, target]; no value on the way is over `max_value`."""
+
+    count: int
+    number: int
+    over_number: int
+    target: int
+    over_target: int
+    max_value: int
+
+
+def check(config: RunConfig) -> None:
+    """Raises ConfigError: no Countdown."""
+    if config.task.name != "countdown":
+        raise ConfigError("study shift makes its own Countdown problems: it needs task.name=countdown")
+
+
+def shapes(config: RunConfig) -> dict[str, Shape]:
+    """The shifted sets by name, each one step beyond the config's problems; without those that its vocabulary
+    leaves no room for."""
+    bound = inspect.signature(Countdown).bind(**config.task.args)
+    bound.apply_defaults()
+    given = bound.arguments
+    number, target, value = given["max_number"], given["max_target"], given["max_value"]
+    count = given["numbers"] if isinstance(given["numbers"], int) else max(given["numbers"])
+    larger = min(2 * number, max(number, target, value))  # the tokenizer knows no more
+    found = {f"{count + 1} numbers": Shape(count + 1, number, 0, target, 0, value)}
+    if larger > number:
+        found[f"numbers of {number + 1} to {larger}"] = Shape(count, larger, number, target, 0, value)
+    if value > target:
+        found[f"targets of {target + 1} to {value}"] = Shape(count, number, 0, value, target, value)
+    return found
+
+
+def make_problems(shape: Shape, n: int, seed: int) -> list[Prompt]:
+    """Up to n distinct random problems of the shape, each solvable because it was made by a computation."""
+    rng = random.Random(seed)
+    found: dict[str, Prompt] = {}
+    for _ in range(50 * n):
+        numbers = sorted(rng.randint(1, shape.number) for _ in range(shape.count))
+        trace = random_trace(numbers, shape.max_value, rng) if numbers[-1] > shape.over_number else None
+        if trace and shape.over_target < trace.value <= shape.target:
+            problem = f"{' '.join(map(str, numbers))} = {trace.value}"
+            found.setdefault(problem, Prompt(problem, f"{problem} :", trace.expression, "countdown"))
+        if len(found) == n:
+            break
+    return list(found.values())
+
+
+def shifted(run: Run) -> Rows:
+    """Greedy predictions with help forbidden on every shifted set, named by `set`; the same problems for every run."""
+    rollout = run.config.rollout
+    longer = rollout.model_copy(update={"max_new_tokens": LONGER * rollout.max_new_tokens})
+    roomy = replace(run, config=run.config.model_copy(update={"rollout": longer}))
+    return [
+        {"set": name, **row}
+        for name, shape in shapes(run.config).items()
+        for row in greedy_masked(roomy, f"shift: {name}", make_problems(shape, PROBLEMS, derive(0, "shift", name)))
+    ]
+
+
+SHIFTED = Predictions("shifted", shifted)
+
+
+def ways(problem: str, max_value: int) -> int:
+    """How many computations reach the target of `3 8 15 = 39`."""
+    numbers, _, target = problem.partition(" = ")
+    return sum(t.value == int(target) for t in traces(tuple(map(int, numbers.split())), max_value))
+
+
+def decisions(table: pd.DataFrame) -> dict[str, float | None]:
+    """Calls against the model's own failures: precision is P(failed | called), recall is P(called | failed).
+
+    table: a row a problem with the columns called and local, both 0 or 1.
+    """
+    called, failed = table["called"], 1 - table["local"]
+    both = float((called * failed).sum())
+    return {
+        "called": float(called.mean()),
+        "failed": float(failed.mean()),
+        "precision": both / float(called.sum()) if called.any() else None,
+        "recall": both / float(failed.sum()) if failed.any() else None,
+    }
+
+
+def boundary(margins: pd.Series, local: pd.Series) -> dict[str, Any]:
+    """Local success by the margin of help: in bins, and at the call boundary (None where nothing is near it)."""
+
+    def right(inside: Any) -> float | None:
+        return float(local[inside].mean()) if inside.any() else None
+
+    near, bin_of = margins.abs() <= NEAR, np.searchsorted(EDGES, margins)
+    bins = [{"n": int((bin_of == i).sum()), "right": right(bin_of == i)} for i in range(len(EDGES) + 1)]
+    return {"near": int(near.sum()), "right_near": right(near), "bins": bins}
+
+
+def measure(finished: list[Finished]) -> tuple[Rows, list[Difference]]:
+    """A row a seed and set; calls are greedy, at the threshold set on the training problems."""
+    rows = []
+    for run in finished:
+        threshold = threshold_for(help_margins(run.rows("train-masked")), run.config.budget.cloud_fraction)
+        sets = {(TRAINED,): run.rows("heldout-masked")} | grouped(run.rows(SHIFTED.name), "set")
+        rows += [_set_row(run, name, of_set, threshold) for (name,), of_set in sets.items()]
+    of_sets = {name: [row["called"] for row in of_set] for (name,), of_set in grouped(rows, "set").items()}
+    pairs = ((name, compare_seeds(called, of_sets[TRAINED])) for name, called in of_sets.items() if name != TRAINED)
+    return rows, [{"a": name, "b": TRAINED, "what": "called", **d} for name, d in pairs]
+
+
+def _set_row(run: Finished, name: str, predictions: Sequence[Row], threshold: float) -> dict[str, Any]:
+    max_value = next(iter(shapes(run.config).values())).max_value
+    known = [row for row in predictions if row["oracle_score"] is not None]
+    table = pd.DataFrame(
+        {
+            "margin": help_margins(known),
+            "local": [float(row["outcome"] == "local_correct") for row in known],
+            "cloud": [float(row["oracle_score"]) for row in known],
+            "ways": [ways(row["id"], max_value) for row in known],
+        }
+    )
+    table["called"] = (table["margin"] > threshold).astype(float)
+    buckets = []
+    for low, high in WAYS:
+        inside = table[table["ways"].between(low, high)]
+        buckets.append({"ways": [low, high], "n": len(inside), **(decisions(inside) if len(inside) else {})})
+    price = float(np.mean([row["alpha_c"] for row in run.metrics()[-LAST:]]))
+    return {
+        "set": name,
+        "seed": run.arm.seed,
+        "n": len(table),
+        **decisions(table),
+        "called_unbiased": float((table["margin"] > 0).mean()),
+        "accuracy": float(table["cloud"].where(table["called"] > 0, table["local"]).mean()),
+        "local_alone": float(table["local"].mean()),
+        "cloud_alone": float(table["cloud"].mean()),
+        "buckets": buckets,
+        "boundary": boundary(table["margin"], table["local"]),
+        "alpha_c": price,
+        "implied": price * float(table["cloud"].mean()),
+    }
+
+
+def tables(record: Record) -> list[Table]:
+    sets = grouped(record["rows"], "set").values()
+    more = {d["a"]: {"better": "more", "worse": "fewer", "same": "same"}[verdict(d)] for d in record["comparisons"]}
+    name: Column = ("", lambda rows: str(rows[0]["set"]))
+    number: Column = ("problems", mean_of("n", "{:.0f}".format))
+    calls: list[Column] = [("called", seeds_of("called")), ("fails alone", seeds_of("failed"))]
+    by_set: list[Column] = [
+        ("calls that were needed", seeds_of("precision")),
+        ("failures that are called", seeds_of("recall")),
+        ("together", seeds_of("accuracy")),
+        ("local alone", seeds_of("local_alone")),
+        ("cloud alone", seeds_of("cloud_alone")),
+        ("called, no threshold", seeds_of("called_unbiased")),
+        (f"calls, beside {TRAINED}", lambda rows: more.get(rows[0]["set"], "")),
+    ]
+    needed: list[Column] = [("calls needed", seeds_of("precision")), ("failures called", seeds_of("recall"))]
+    buckets = [[{"set": row["set"], **row["buckets"][i]} for row in rows] for rows in sets for i in range(len(WAYS))]
+    edge = [[{**row, **row["boundary"]} for row in rows] for rows in sets]
+    at_edge: list[Column] = [
+        (f"problems with a margin within {NEAR:g} of 0", mean_of("near", "{:.0f}".format)),
+        ("right alone there", mean_of("right_near", "{:.3f}".format)),
+        ("alpha_c P(oracle right)", mean_of("implied", "{:.3f}".format)),
+    ]
+    first = "Greedy, with the threshold of the help phrase set on the training problems"
+    second = "By difficulty: in how many ways the target can be reached"
+    third = "The implied threshold: where help and an answer are equally likely"
+    return [
+        table_of(first, sets, [name, number, *calls, *by_set]),
+        table_of(second, buckets, [name, ("ways to the target", _ways), number, *calls, *needed]),
+        table_of(third, edge, [name, *at_edge]),
+    ]
+
+
+def _ways(rows: list[Row]) -> str:
+    low, high = rows[0]["ways"]
+    return f"{low}" if low == high else f"{low} or more" if high > 1000 else f"{low} to {high}"
+
+
+def draw(figure: Figure, record: Record) -> None:
+    """Calls against failures by set, the same by difficulty, precision and recall, and success by the help margin."""
+    sets, difficulty, both, margins = drawing.panels(figure, 4, width=4.8)
+    centres = [EDGES[0] - 1.5, *(np.add(EDGES[:-1], EDGES[1:]) / 2), EDGES[-1] + 1.5]
+    for ((name,), rows), colour in zip(grouped(record["rows"], "set").items(), drawing.COLOURS, strict=False):
+        of_seeds = pd.DataFrame(rows)
+        sets.plot(of_seeds["failed"], of_seeds["called"], "o", color=colour, label=name)
+        both.plot(of_seeds["recall"], of_seeds["precision"], "o", color=colour)
+        buckets = pd.DataFrame([bucket for row in rows for bucket in row["buckets"] if bucket["n"]])
+        difficulty.scatter(buckets["failed"], buckets["called"], 3 + buckets["n"] / 15, color=colour, alpha=0.7)
+        bins = pd.DataFrame([{"bin": i, **b} for row in rows for i, b in enumerate(row["boundary"]["bins"])])
+        bins["right"] = bins["n"] * bins["right"].astype(float)
+        # over the seeds, weighed by their problems; 0 / 0, an empty bin, is not drawn
+        of_bins = bins.groupby("bin").sum()
+        margins.plot(centres, of_bins["right"] / of_bins["n"], "o-", color=colour, markersize=4, label=name)
+    for axis, title in ((sets, "sets, a dot a seed"), (difficulty, "by the number of ways to the target")):
+        axis.plot([0, 1], [0, 1], color=drawing.GREY, linewidth=0.8, linestyle="--")
+        axis.set(xlabel="fails alone", ylabel="called", title=title)
+    both.set(xlabel="recall: failures that are called", ylabel="precision: calls that fail alone")
+    both.set_title("calls against its own failures")
+    implied = float(np.mean([row["implied"] for row in record["rows"]]))
+    margins.axhline(implied, color="black", linewidth=0.8, linestyle="--", label="alpha_c P(oracle right)")
+    margins.axvline(0, color="black", linewidth=0.8)
+    margins.set(xlabel="help margin, logits", ylabel="right alone", title="success at the call boundary")
+    for axis in (sets, difficulty, both, margins):
+        drawing.percent(axis, x=axis is not margins, y=True)
+    for axis in (sets, margins):
+        axis.legend(fontsize=drawing.SMALL)
+
+
+SHIFT = Study(
+    "shift",
+    "On problems unlike those trained on: does calling rise with difficulty, and is it the model's own failures?",
+    arms.SEEDS,
+    lambda seed: [arms.gapg(seed, predictions=(SHIFTED,))],
+    measure,
+    tables,
+    draw,
+    check,
+)
