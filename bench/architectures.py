@@ -1,22 +1,24 @@
 """Which architectures train on packed rows, on padded rows, or not at all: measured on a tiny random model of each.
 
-    OMP_NUM_THREADS=1 python bench/architectures.py                    # all of them, a minute on a CPU
-    python bench/architectures.py --only lfm2,granite --output /tmp/some.json
+    python bench/architectures.py                              # all of them, some minutes on a CPU
+    python bench/architectures.py --only lfm2,granite
+    python bench/architectures.py --table docs/architectures.md    # the committed table into that page, no run
 
 Each route's log-probs and gradients, in training mode, are compared with those of transformers' own eager model given
-one sequence at a time. Beside them stands what `gapg.model.policy.choose_route` says of the model: the row is WRONG
-where that route is off, or padded without need. The script exits with 1 if a row is. Results go to
-bench/results/architectures.json and, as a table, to docs/architectures.md; those of chosen architectures to --output.
+one sequence at a time. Beside them stands what `gapg.model.route.choose_route` says of the model: the row is WRONG
+where that route is off, or padded without need. The script exits with 1 if a row is.
 """
 
 from __future__ import annotations
 
-import argparse
+import os
 import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small for more
 
 import torch
 import transformers
@@ -26,12 +28,12 @@ from transformers import PreTrainedModel
 import record
 from architecture_zoo import SIZE, ZOO, build
 from gapg.batches.batching import Example, PackedBatch, packed_batches
-from gapg.config import ConfigError
-from gapg.model.policy import choose_route, response_logprobs
+from gapg.errors import ConfigError
+from gapg.model.policy import response_logprobs
+from gapg.model.route import choose_route
 from record import Row
 
-RESULTS = record.ROOT / "bench" / "results" / "architectures.json"
-PAGE = record.ROOT / "docs" / "architectures.md"
+RESULTS = record.RESULTS / "architectures" / "architectures.json"
 MARKERS = ("<!-- architectures: drawn by bench/architectures.py -->", "<!-- end of architectures -->")
 TOLERANCE = 1e-4
 """Of a log-prob, in nats, and of the gradient, relative to its norm; both in float32."""
@@ -165,10 +167,8 @@ def figure(name: str, impl: str, logprob: float) -> Row:
 
 
 def by_case(rows: list[Row]) -> dict[str, dict[str, Row]]:
-    found: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        found.setdefault(row["case"], {})[row["impl"]] = row
-    return found
+    """{architecture: {route, or what else was looked at: its row}}"""
+    return {case: {row["impl"]: row for row in part} for case, part in record.by_case(rows).items()}
 
 
 def worst(rows: list[Row]) -> tuple[float, float] | None:
@@ -199,16 +199,10 @@ def table(found: dict[str, Any]) -> str:
     cases = by_case(found["rows"])
     routes = [route_of(of) for of in cases.values()]
     counts = ", ".join(f"{routes.count(r)} {r}" for r in ("packed", "padded", "refused", "not built") if r in routes)
-    lines = [
-        f"{len(cases)} models of transformers {found['versions']['transformers']}: {counts}.",
-        "",
-        "| architecture | route | log-probs off by | gradient off by | packed instead | attention |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in cells(name, of)) + " |" for name, of in cases.items()
-    ]
-    return "\n".join(lines)
+    head = ("architecture", "route", "log-probs off by", "gradient off by", "packed instead", "attention")
+    lines = [[cell.replace("|", "\\|") for cell in cells(name, of)] for name, of in cases.items()]
+    versions = f"{len(cases)} models of transformers {found['versions']['transformers']}"
+    return f"{versions}: {counts}.\n\n{record.markdown(head, lines)}"
 
 
 def route_of(of: dict[str, Row]) -> str:
@@ -232,15 +226,16 @@ def cells(name: str, of: dict[str, Row]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=record.pick(ZOO), help="architectures, by parts of their names")
-    parser.add_argument("--output", type=Path, help="a JSON file, instead of the committed one and the page")
-    args = parser.parse_args()
+    parser = record.parser(__doc__, "architectures")
+    parser.add_argument("--only", type=record.pick(ZOO), metavar="NAMES", help="parts of architectures' names")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="draw the committed record into it, and stop")
+    given = parser.parse_args()
+    if given.table:
+        record.draw_between(given.table, MARKERS, table(record.read(RESULTS)))
+        return
     transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    names = args.only or list(ZOO)
-    rows: list[Row] = []
-    wrong = {}
+    names = given.only or sorted(ZOO)
+    rows, wrong = list[Row](), dict[str, str]()
     for name in names:
         measured = measure(name)
         rows += measured
@@ -249,10 +244,7 @@ def main() -> None:
         if found := fault(of):
             wrong[name] = found
             print(f"    WRONG: {found}", flush=True)
-    if args.output or not args.only:
-        record.write("architectures", rows, args.output or RESULTS)
-    if not args.output and not args.only:
-        record.draw_between(PAGE, MARKERS, table(record.read(RESULTS)))
+    record.write("architectures", rows, given.output / "architectures.json")
     print(f"{len(wrong)} of {len(names)} wrong" + "".join(f"\n  {name}: {why}" for name, why in wrong.items()))
     sys.exit(bool(wrong))
 

@@ -1,12 +1,13 @@
 """Compile every kernel for sm_90 without a GPU and write what the machine code is made of.
 
-    python bench/compile_report.py [FILE]     # writes bench/results/sass/triton-<version>.json
+    python bench/compile_report.py [FILE]     # runs/bench/sass/triton-<version>.json, unless told otherwise
 
 The figures are read from ptxas and the disassembly: registers, shared memory, spills, how many programs one
 multiprocessor holds, whether ptxas had to serialize the tensor cores' work, counts of the instructions that matter
 (HGMMA: tensor cores; UTMALDG/UTMASTG: TMA; LDL/STL: local memory; ATOM/RED: atomics; MUFU: exponentials), and how many
 instructions a thread spends on the end of a tile. Each triton makes code of its own, so it has a file of its own;
-"sources" there are hashes of the kernels they are of.
+"sources" there are hashes of the kernels they are of. The committed ones are made by
+`python bench/compile_report.py bench/results/sass/triton-3.7.1.json`, with each triton.
 Run it in its own process with TRITON_INTERPRET unset: an interpreted kernel has no machine code. Another triton than
 the installed one: `pip install --no-deps --target FOLDER triton==3.6.0`, then PYTHONPATH=FOLDER.
 """
@@ -23,7 +24,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +33,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from gapg_kernels import cublas_odds as odds_pass
-from gapg_kernels import odds_gemm, policy_loss_kernel
-from gapg_kernels import row_kernels as odds_rows
+import record
+from gapg_kernels import cublas_odds, odds_gemm, policy_loss_kernel, row_kernels
 
 SHARED, RESERVED = 228 << 10, 1 << 10
 """Bytes of shared memory of a multiprocessor of sm_90, and those of them that each program on it takes unasked."""
@@ -42,7 +42,6 @@ SHARED, RESERVED = 228 << 10, 1 << 10
 REGISTERS, WARPS, PROGRAMS = 65_536, 64, 32
 """What a multiprocessor has of registers, and the most warps and programs on it."""
 
-RESULTS = Path(__file__).parent / "results" / "sass"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -60,28 +59,6 @@ class Kernel:
     gemm: bool
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What the compiler made of one kernel."""
-
-    registers: int
-    shared_bytes: int
-    programs_per_multiprocessor: int
-    stack_bytes: int
-    spill_store_bytes: int
-    spill_load_bytes: int
-    hgmma: int
-    hgmma_in_loop: int
-    wgmma_serialized: bool
-    exponentials: int
-    tma_loads: int
-    tma_stores: int
-    local_memory: int
-    arithmetic_atomics: int
-    instructions: int
-    epilogue_instructions: int | None
-
-
 TYPES = {
     "target_ptr": "*i64", "logit_ptr": "*fp32", "partial_ptr": "*fp32", "moment_ptr": "*fp32", "out_ptr": "*fp32",
     "logprob_ptr": "*fp32", "odds_ptr": "*fp32", "unit_ptr": "*fp32", "entropy_ptr": "*fp32", "logits_ptr": "*fp32",
@@ -96,18 +73,20 @@ def kernels() -> Iterator[Kernel]:
     yield from gemms()
     bf16 = {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "e_ptr": "*bf16"}
     fp32 = dict.fromkeys(bf16, "*fp32")
-    sizes = {"BR": odds_rows.TARGET_ROWS, "BK": odds_rows.TARGET_K}
-    yield as_launched("target_logit", odds_rows.target_logit_kernel, bf16, sizes)
-    yield as_launched("target_logit_float32", odds_rows.target_logit_kernel, fp32, sizes, absent=["bias_ptr"])
-    sizes = {"BR": odds_rows.SUM_ROWS, "BB": odds_rows.SUM_BLOCKS}
-    yield as_launched("row_sum", odds_rows.row_sum_kernel, {}, sizes, absent=["moment_ptr", "entropy_ptr"])
-    yield as_launched("row_sum_entropy", odds_rows.row_sum_kernel, {}, sizes)
-    sizes = {"BV": odds_rows.REPAIR_V, "BK": odds_rows.REPAIR_K}
-    yield as_launched("repair", odds_rows.repair_kernel, bf16, sizes, absent=["bias_ptr", "e_ptr", "entropy_ptr"])
-    yield as_launched("repair_store_entropy_bias", odds_rows.repair_kernel, bf16, sizes)
-    yield as_launched("repair_float32_store", odds_rows.repair_kernel, fp32, sizes, absent=["bias_ptr", "entropy_ptr"])
-    sizes, warps = {"BLOCK": odds_pass.BLOCK}, odds_pass.WARPS
-    kernel = odds_pass.odds_pass_kernel
+    sizes = {"BR": row_kernels.TARGET_ROWS, "BK": row_kernels.TARGET_K}
+    yield as_launched("target_logit", row_kernels.target_logit_kernel, bf16, sizes)
+    yield as_launched("target_logit_float32", row_kernels.target_logit_kernel, fp32, sizes, absent=["bias_ptr"])
+    sizes = {"BR": row_kernels.SUM_ROWS, "BB": row_kernels.SUM_BLOCKS}
+    yield as_launched("row_sum", row_kernels.row_sum_kernel, {}, sizes, absent=["moment_ptr", "entropy_ptr"])
+    yield as_launched("row_sum_entropy", row_kernels.row_sum_kernel, {}, sizes)
+    sizes = {"BV": row_kernels.REPAIR_V, "BK": row_kernels.REPAIR_K}
+    yield as_launched("repair", row_kernels.repair_kernel, bf16, sizes, absent=["bias_ptr", "e_ptr", "entropy_ptr"])
+    yield as_launched("repair_store_entropy_bias", row_kernels.repair_kernel, bf16, sizes)
+    yield as_launched(
+        "repair_float32_store", row_kernels.repair_kernel, fp32, sizes, absent=["bias_ptr", "entropy_ptr"]
+    )
+    sizes, warps = {"BLOCK": cublas_odds.BLOCK}, cublas_odds.WARPS
+    kernel = cublas_odds.odds_pass_kernel
     yield as_launched("odds_pass", kernel, bf16, sizes, warps, absent=["e_ptr", "bias_ptr", "moment_ptr"])
     yield as_launched("odds_pass_store", kernel, bf16, sizes, warps, absent=["bias_ptr", "moment_ptr"])
     yield as_launched("odds_pass_store_entropy_bias", kernel, bf16, sizes, warps)
@@ -174,8 +153,8 @@ def as_launched(
     return Kernel(name, function, signature, constants, multiples, {"num_warps": warps, "num_stages": stages}, gemm)
 
 
-def compile_figures(kernel: Kernel) -> Figures:
-    """Compile for sm_90, assemble, disassemble and count."""
+def compile_figures(kernel: Kernel) -> dict[str, int | bool | None]:
+    """Compile for sm_90, assemble, disassemble and count; by the names that the record has."""
     attrs = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(kernel.signature) if x in kernel.multiples}
     source = ASTSource(kernel.function, kernel.signature, kernel.constants, attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=kernel.options)
@@ -202,25 +181,25 @@ def compile_figures(kernel: Kernel) -> Figures:
         return int(found[1])
 
     registers, shared = reported(r"Used (\d+) registers"), compiled.metadata.shared
-    return Figures(
-        registers=registers,
-        shared_bytes=shared,
-        programs_per_multiprocessor=_programs(registers, shared, kernel.options["num_warps"]),
-        stack_bytes=reported(r"(\d+) bytes stack frame"),
-        spill_store_bytes=reported(r"(\d+) bytes spill stores"),
-        spill_load_bytes=reported(r"(\d+) bytes spill loads"),
-        hgmma=count("HGMMA"),
-        hgmma_in_loop=_in_loops(code, "HGMMA"),
-        wgmma_serialized="wgmma.mma_async instructions are serialized" in log,
-        exponentials=count("MUFU.EX2"),
-        tma_loads=count("UTMALDG"),
-        tma_stores=count("UTMASTG"),
-        local_memory=count(r"(LDL|STL)\b"),
+    return {
+        "registers": registers,
+        "shared_bytes": shared,
+        "programs_per_multiprocessor": _programs(registers, shared, kernel.options["num_warps"]),
+        "stack_bytes": reported(r"(\d+) bytes stack frame"),
+        "spill_store_bytes": reported(r"(\d+) bytes spill stores"),
+        "spill_load_bytes": reported(r"(\d+) bytes spill loads"),
+        "hgmma": count("HGMMA"),
+        "hgmma_in_loop": _in_loops(code, "HGMMA"),
+        "wgmma_serialized": "wgmma.mma_async instructions are serialized" in log,
+        "exponentials": count("MUFU.EX2"),
+        "tma_loads": count("UTMALDG"),
+        "tma_stores": count("UTMASTG"),
+        "local_memory": count(r"(LDL|STL)\b"),
         # ATOM.EXCH and ATOM.CAS do no arithmetic; triton uses them to publish descriptors.
-        arithmetic_atomics=count(r"(ATOM|ATOMG|ATOMS)\.(?!EXCH|CAS)") + count(r"U?RED\b(?!UX)"),
-        instructions=sum(operations.values()),
-        epilogue_instructions=_epilogue(code) if kernel.gemm else None,
-    )
+        "arithmetic_atomics": count(r"(ATOM|ATOMG|ATOMS)\.(?!EXCH|CAS)") + count(r"U?RED\b(?!UX)"),
+        "instructions": sum(operations.values()),
+        "epilogue_instructions": _epilogue(code) if kernel.gemm else None,
+    }
 
 
 class Instruction(NamedTuple):
@@ -272,7 +251,7 @@ def _epilogue(code: list[Instruction]) -> int | None:
 def sources() -> dict[str, str]:
     """A hash of every triton function's text, by name, and one of all that is compiled of them. Figures with other
     hashes are of other kernels."""
-    modules = (odds_gemm, odds_pass, odds_rows, policy_loss_kernel)
+    modules = (odds_gemm, cublas_odds, row_kernels, policy_loss_kernel)
     functions = {x for module in modules for x in vars(module).values() if isinstance(x, JITFunction)}
     launches = [[x.name, x.signature, x.constants, x.multiples, x.options] for x in kernels()]
     texts = {f"{x.__module__}.{x.__name__}": x.src for x in functions} | {"launches": json.dumps(launches)}
@@ -285,11 +264,11 @@ def _run(tool: str, *args: str) -> str:
 
 
 def main() -> None:
-    """Write the figures of every kernel into the file given as the only argument, else among the results."""
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / f"triton-{triton.__version__}.json"
+    """Write the figures of every kernel into the file given as the only argument."""
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else record.SCRATCH / "sass" / f"triton-{triton.__version__}.json"
     figures: dict[str, dict[str, Any]] = {"sources": sources()}
     for kernel in kernels():
-        figures[kernel.name] = asdict(compile_figures(kernel))
+        figures[kernel.name] = compile_figures(kernel)
         print(kernel.name, *(f"{key}={value}" for key, value in figures[kernel.name].items()))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures, indent=1) + "\n")

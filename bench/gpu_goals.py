@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import heads_report
-from record import Row
+from record import Row, medians
 from update_step_report import GOAL, OURS, TRL
 
 SHAPE = "(16384, 2048, 151936)"
@@ -14,10 +14,10 @@ SHAPE = "(16384, 2048, 151936)"
 
 FUSED, EAGER = "gapg fused_policy_loss", "PyTorch eager"
 
-
-class HasRows(Protocol):
-    def rows(self, name: str) -> list[Row]:
-        """Those of a record; none where it did not come back."""
+Rows = Callable[[str], list[Row]]
+"""Those of a record, by its name; none where it did not come back."""
+Figure = tuple[float | None, str]
+"""A figure, None where nothing was measured, and what it is of."""
 
 
 @dataclass(frozen=True)
@@ -26,53 +26,45 @@ class Goal:
 
     what: str
     wanted: str
-    shown: str = "–"
-    met: bool | None = None
+    shown: str
+    met: bool | None
 
 
-def goals(results: HasRows) -> list[Goal]:
+def goals(rows: Rows) -> list[Goal]:
     """All of them, in the order of the stages."""
-    kernels = results.rows("kernels")
-    forward, train = f"{SHAPE} random, forward only", f"{SHAPE} random"
+    train, summed = f"{SHAPE} random", "the fastest loss that only sums a cross entropy beside ours"
     return [
-        _at_most("forward beside one bare GEMM", 1.10, *_of_bare(kernels, forward)),
-        _at_most("forward and backward beside three bare GEMMs", 1.15, *_of_bare(kernels, train)),
-        _logprob_error(results.rows("errors")),
-        _gradient_error(results.rows("errors")),
-        _at_least("TRL's update beside ours", GOAL, _update(results.rows("update"))),
-        _at_least("the fastest other policy loss beside ours", 1.15, *_other(results, train, sums=False)),
-        _at_least(
-            "the fastest loss that only sums a cross entropy beside ours", 1.0, *_other(results, train, sums=True)
-        ),
+        _judged("forward beside one bare GEMM", 1.10, _of_bare(rows, f"{train}, forward only")),
+        _judged("forward and backward beside three bare GEMMs", 1.15, _of_bare(rows, train)),
+        _judged("worst error of a log-prob, in nats", 1e-3, _logprob_error(rows), form="{:.0e}"),
+        _judged("error of dH beside eager's, where it compares worst", 1.0, _gradient_error(rows)),
+        _judged("TRL's update beside ours", GOAL, _update(rows), least=True),
+        _judged("the fastest other policy loss beside ours", 1.15, _other(rows, train, sums=False), least=True),
+        _judged(summed, 1.0, _other(rows, train, sums=True), least=True),
     ]
 
 
-def _at_most(what: str, bound: float, value: float | None, of: str = "") -> Goal:
-    return _judged(what, f"at most {bound:.2f}x", value, of, value is not None and value <= bound)
-
-
-def _at_least(what: str, bound: float, value: float | None, of: str = "") -> Goal:
-    return _judged(what, f"at least {bound:.2f}x", value, of, value is not None and value >= bound)
-
-
-def _judged(what: str, wanted: str, value: float | None, of: str, met: bool) -> Goal:
+def _judged(what: str, bound: float, found: Figure, *, least: bool = False, form: str = "{:.2f}x") -> Goal:
+    value, of = found
+    wanted = f"at {'least' if least else 'most'} {form.format(bound)}"
     if value is None:
-        return Goal(what, wanted)
-    return Goal(what, wanted, f"{value:.2f}x" + (f" ({of})" if of else ""), met)
+        return Goal(what, wanted, "–", None)
+    met = value >= bound if least else value <= bound
+    return Goal(what, wanted, form.format(value) + (f" ({of})" if of else ""), met)
 
 
-def _of_bare(rows: list[Row], case: str) -> tuple[float | None, str]:
+def _of_bare(rows: Rows, case: str) -> Figure:
     """The fastest of ours."""
-    times, _ = heads_report.times_of(rows, case)
+    times, _ = heads_report.times_of(rows("kernels"), case)
     ours = heads_report.fastest(times, ours=True)
     return (times[ours] / times[heads_report.FLOOR], ours) if ours and heads_report.FLOOR in times else (None, "")
 
 
-def _other(results: HasRows, case: str, *, sums: bool) -> tuple[float | None, str]:
+def _other(rows: Rows, case: str, *, sums: bool) -> Figure:
     """The fastest of the peers, each beside ours of its own run; stage C only, as A has none but eager."""
     found: dict[str, float] = {}
     for name in ("peers", "cutlass"):
-        times = heads_report.times_of(results.rows(name), case)
+        times = heads_report.times_of(rows(name), case)
         ours = heads_report.fastest(times[0], ours=True)
         other = heads_report.fastest(times[sums], ours=False)
         if ours and other:
@@ -81,25 +73,22 @@ def _other(results: HasRows, case: str, *, sums: bool) -> tuple[float | None, st
     return found.get(fastest), fastest
 
 
-def _logprob_error(rows: list[Row]) -> Goal:
-    what, wanted = "worst error of a log-prob, in nats", "at most 1e-03"
-    worst = max(_of_entropy(rows, "logprob_error", FUSED).values(), default=None)
-    return Goal(what, wanted) if worst is None else Goal(what, wanted, f"{worst:.0e}", worst <= 1e-3)
+def _logprob_error(rows: Rows) -> Figure:
+    found = medians(rows("errors"))
+    return max((x for (_, *of), x in found.items() if of == [FUSED, "logprob_error"]), default=None), ""
 
 
-def _gradient_error(rows: list[Row]) -> Goal:
+def _gradient_error(rows: Rows) -> Figure:
     """At the entropy where it compares worst."""
-    ours, eager = (_of_entropy(rows, "dH_error", impl) for impl in (FUSED, EAGER))
-    ratios = [value / eager[case] for case, value in ours.items() if case in eager]
-    return _at_most("error of dH beside eager's, where it compares worst", 1.0, max(ratios, default=None))
+    found = medians(rows("errors"))
+    errors = {case: x for (case, *of), x in found.items() if of == [EAGER, "dH_error"]}
+    ratios = [found[case, FUSED, "dH_error"] / x for case, x in errors.items() if (case, FUSED, "dH_error") in found]
+    return max(ratios, default=None), ""
 
 
-def _of_entropy(rows: list[Row], metric: str, impl: str) -> dict[str, float]:
-    return {row["case"]: row["median"] for row in rows if (row.get("metric"), row["impl"]) == (metric, impl)}
-
-
-def _update(rows: list[Row]) -> float | None:
+def _update(rows: Rows) -> Figure:
     """At the case where it compares worst."""
-    times = {(row["case"], row["impl"]): row["median"] for row in rows if row.get("metric") == "time"}
-    ours = {case: seconds for (case, impl), seconds in times.items() if impl == OURS[-1] and (case, TRL) in times}
-    return min((times[case, TRL] / seconds for case, seconds in ours.items()), default=None)
+    found = medians(rows("update"))
+    theirs = {case: x for (case, *of), x in found.items() if of == [TRL, "time"]}
+    ours = (OURS[-1], "time")
+    return min((x / found[case, *ours] for case, x in theirs.items() if (case, *ours) in found), default=None), ""

@@ -1,7 +1,7 @@
-"""One page of whatever the stages of `bench/gpu.sh` brought back from a card, and the README's line about it.
+"""One page of whatever the stages of `bench/gpu.sh` brought back from a card, and a sentence about it for other pages.
 
-    python bench/gpu_report.py bench/results/nvidia-h200                     # README.md and report.png in that folder
-    python bench/gpu_report.py bench/results/nvidia-h* --readme README.md    # and the line between that file's markers
+    python bench/gpu_report.py bench/results/nvidia-h200          # README.md in that folder
+    python bench/gpu_report.py bench/results/nvidia-h* --readme README.md docs/benchmarks.md    # and between markers
 
 Nothing on the page is typed: a stage that did not come back is missing from it, and what failed stands under its own
 heading with its reason.
@@ -10,16 +10,18 @@ heading with its reason.
 from __future__ import annotations
 
 import argparse
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gpu_report_picture as picture
 import heads_report
 import record
 import roofline
 import update_step_report
+from gapg_kernels.odds_gemm import TILES
 from gpu_goals import Goal, goals
 from record import Row
 
@@ -34,6 +36,8 @@ RECORDS = {
     "cutlass": "cutlass/kernels-{}.json",
 }
 """What the stages leave, by device: A the first three, B the next two, C the rest."""
+HEADS = ("kernels", "tiles", "peers", "cutlass")
+"""Those with times that the roofline predicts."""
 
 
 @dataclass(frozen=True)
@@ -103,15 +107,15 @@ def page(results: Results) -> str:
     title = results.device if measured else "A dry run on a CPU: no measurement of any GPU"
     lines = [f"# {title}", "", *_provenance(results), ""]
     if measured:
-        lines += ["![ratios, roofline, errors and the update](report.png)", "", *_goals(goals(results)), ""]
+        lines += [_goals(goals(results.rows)), ""]
     for heading, section in (
-        ("The head", _head(results.rows("kernels"))),
+        ("The head", _tables(results, "kernels")),
         ("The roofline beside it", _roofline(results)),
-        ("Tiles", _tiles(results.rows("tiles"))),
-        ("The head's peers", _head(results.rows("peers"))),
-        ("Its peers on CUTLASS", _head(results.rows("cutlass"))),
-        ("Errors", _errors(results)),
-        ("One update", _update(results.rows("update"))),
+        ("Tiles", _tables(results, "tiles")),
+        ("The head's peers", _tables(results, "peers")),
+        ("Its peers on CUTLASS", _tables(results, "cutlass")),
+        ("Errors", _errors(results.rows("errors"))),
+        ("One update", _update(results)),
         ("One prompt for its responses", _plain(results.rows("shared"))),
         ("What failed", _failed(results)),
         ("Steps", _steps(results)),
@@ -120,6 +124,11 @@ def page(results: Results) -> str:
         if found:
             lines += [f"## {heading}", "", *found, ""]
     return "\n".join(lines)
+
+
+def _block(text: str) -> str:
+    """Text as it stands in a terminal."""
+    return f"```\n{text.strip(chr(10))}\n```"
 
 
 def _provenance(results: Results) -> Iterator[str]:
@@ -136,74 +145,70 @@ def _short(found: dict[str, Any]) -> str:
     return revision[:12] + ("+dirty" if dirty else "")
 
 
-def _goals(found: list[Goal]) -> Iterator[str]:
-    yield from ("| goal | wanted | measured | |", "|---|---|---:|---|")
-    for goal in found:
-        verdict = {True: "met", False: "**not met**", None: "not measured"}[goal.met]
-        yield f"| {goal.what} | {goal.wanted} | {goal.shown} | {verdict} |"
+def _goals(found: list[Goal]) -> str:
+    verdicts = {True: "met", False: "**not met**", None: "not measured"}
+    lines = [(goal.what, goal.wanted, goal.shown, verdicts[goal.met]) for goal in found]
+    return record.markdown(("goal", "wanted", "measured", ""), lines, right=(2,))
 
 
-def _head(rows: list[Row]) -> Iterator[str]:
-    """A table a case, the fastest first: times, and ratios to the bare products and to the fastest of ours."""
-    for case in dict.fromkeys(row["case"] for row in rows if row.get("metric") == "time"):
-        found = heads_report.by_metric([row for row in rows if row["case"] == case])
-        times, _ = heads_report.times_of(rows, case)
-        ours = heads_report.fastest(times, ours=True)
-        yield from (f"**T H V = {case}**", "")
-        yield "| | ms (20 to 80%) | of bare | of ours | peak GiB | dH error | log-prob error | |"
-        yield "|---|---:|---:|---:|---:|---:|---:|---|"
-        for impl in sorted((i for i in found if "time" in found[i]), key=lambda i: found[i]["time"]["median"]):
-            row = found[impl]
-            ms = " to ".join(f"{row['time'][key] * 1e3:.2f}" for key in ("p20", "p80"))
-            bare = row["time"]["median"] / times[heads_report.FLOOR]
-            own = f"{row['time']['median'] / times[ours]:.2f}" if ours else ""
-            peak = f"{row['peak_memory']['median'] / 2**30:.2f}" if "peak_memory" in row else ""
-            errors = [f"{row[m]['median']:.0e}" if m in row else "" for m in ("dH_error", "logprob_error")]
-            note = "sums a cross entropy" if row["time"].get("computes") == heads_report.ENTROPY else ""
-            yield (
-                f"| {impl} | {row['time']['median'] * 1e3:.2f} ({ms}) | {bare:.2f} | {own} | {peak} | "
-                f"{' | '.join(errors)} | {note} |"
-            )
-        yield ""
+def _picture(results: Results, name: str) -> Iterator[str]:
+    """The one that the stage has left beside a record, if it has."""
+    pattern = RECORDS[name].removesuffix(".json")
+    for device in ("cuda", "cpu"):
+        picture = Path(f"{pattern.format(device)}.png")
+        if (results.folder / picture).exists():
+            yield f"![times beside those of the others]({picture.as_posix()})\n"
+            return
+
+
+def _tables(results: Results, name: str) -> Iterator[str]:
+    """The picture, then a block a case of the head or of the sweep of tiles, whose winner is named."""
+    if results.rows(name):
+        yield from _picture(results, name)
+    for case, part in record.by_case(results.rows(name)).items():
+        times = {row["impl"]: row["median"] for row in part if row.get("metric") == "time"}
+        if not times:
+            continue
+        yield _block(heads_report.table(case, part))
+        tiles = [impl for impl in times if impl in TILES]
+        if tiles:
+            yield f"\n**{min(tiles, key=times.__getitem__)}** wins.\n"
+
+
+def _update(results: Results) -> Iterator[str]:
+    if results.rows("update"):
+        yield from _picture(results, "update")
+        yield _block(update_step_report.summary(results.rows("update")))
 
 
 def _roofline(results: Results) -> Iterator[str]:
-    for name in ("kernels", "tiles", "peers", "cutlass"):
+    for name in HEADS:
         if name in results.records:
             try:
-                yield from ("```", roofline.compare(results.records[name]), "```", "")
+                yield _block(roofline.compare(results.records[name])) + "\n"
             except ValueError as error:  # a card that has no prediction
-                yield from (f"{error}.", "")
+                yield f"{error}.\n"
 
 
-def _errors(results: Results) -> Iterator[str]:
-    if "errors" in results.records:
-        yield "Relative error of dH, and the worst error of a log-prob in nats, against float64:"
-        yield from ("", heads_report.error_table(results.records["errors"]))
-
-
-def _tiles(rows: list[Row]) -> Iterator[str]:
-    """Times of the sweep's tiles, and which won."""
-    times = [row for row in rows if row.get("metric") == "time"]
-    for case in dict.fromkeys(row["case"] for row in times):
-        found = {row["impl"]: row["median"] * 1e3 for row in times if row["case"] == case}
-        order = sorted(found, key=found.__getitem__)
-        tiles = [impl for impl in order if not impl.startswith("torch")]
-        won = f"**{tiles[0]}** wins" if tiles else "no tile ran"
-        yield f"- {case}: {won}; " + ", ".join(f"{impl} {found[impl]:.2f} ms" for impl in order)
-
-
-def _update(rows: list[Row]) -> Iterator[str]:
+def _errors(rows: list[Row]) -> Iterator[str]:
     if rows:
-        yield from ("```", update_step_report.summary(rows).strip("\n"), "```")
+        yield "Relative error of dH, and the worst error of a log-prob in nats, against float64:\n"
+        yield heads_report.error_table(rows)
+
+
+def _steps(results: Results) -> Iterator[str]:
+    if results.steps:
+        yield record.markdown(("stage", "step", "seconds", "at most", ""), results.steps, right=(2, 3))
 
 
 def _plain(rows: list[Row]) -> Iterator[str]:
-    if any("median" in row for row in rows):
-        yield from ("| case | | metric | value | unit |", "|---|---|---|---:|---|")
-    for row in rows:
-        if "median" in row:
-            yield f"| {row['case']} | {row['impl']} | {row['metric']} | {row['median']:.4g} | {row['unit']} |"
+    lines = [
+        (row["case"], row["impl"], row["metric"], f"{row['median']:.4g}", row["unit"])
+        for row in rows
+        if "median" in row
+    ]
+    if lines:
+        yield record.markdown(("case", "", "metric", "value", "unit"), lines, right=(3,))
 
 
 def _failed(results: Results) -> Iterator[str]:
@@ -212,63 +217,49 @@ def _failed(results: Results) -> Iterator[str]:
             yield f"- stage {stage}, {name}: {verdict}" + (f" of {limit} s" if "limit" in verdict else "")
     yield from (f"- {path} cannot be read" for path in results.unreadable)
     for name, found in results.records.items():
-        reasons: dict[tuple[str, str], int] = {}
-        for row in found["rows"]:
-            if "error" in row:
-                key = (row["impl"], row["error"])
-                reasons[key] = reasons.get(key, 0) + 1
+        reasons = Counter((row["impl"], row["error"]) for row in found["rows"] if "error" in row)
         for (impl, why), count in reasons.items():
             yield f"- {name}, {impl} ({count} case{'s' * (count > 1)}): {why}"
 
 
-def _steps(results: Results) -> Iterator[str]:
-    if results.steps:
-        yield from ("| stage | step | seconds | at most | |", "|---|---|---:|---:|---|")
-    for step in results.steps:
-        yield f"| {' | '.join(step)} |"
+# --- the line of a page ----------------------------------------------------------------------------------------------
 
 
-# --- the README ------------------------------------------------------------------------------------------------------
+def status(results: Results, into: Path) -> str:
+    """One sentence of a card: what was measured there, each goal with its figure, and where the report is.
 
-
-def status(results: Results, root: Path) -> str:
-    """One sentence of a card: what was measured there, each goal with its figure, and where the page is.
-
-    Raises ValueError for a dry run.
+    Raises ValueError for a dry run, and for a folder that a link of the page ``into`` would not find elsewhere.
     """
     if results.device == "cpu":
         raise ValueError(f"{results.folder} is a dry run on a CPU: it says nothing of a GPU")
-    found = goals(results)
+    folder = results.folder.resolve()
+    if folder.parent.parts[-2:] != ("bench", "results"):
+        raise ValueError(f"{results.folder} is not in bench/results: copy it there first")
+    found = goals(results.rows)
     said = "; ".join(f"{goal.what}: {goal.shown}, wanted {goal.wanted}" for goal in found if goal.met is not None)
     missing = ", ".join(goal.what for goal in found if goal.met is None)
     revision = _short(next(iter(results.records.values())))
-    if not results.folder.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"{results.folder} is not below {root}: copy it under bench/results first")
-    path = results.folder.resolve().relative_to(root.resolve())
-    text = f"**Measured on an {results.device}** ([report]({path.as_posix()}/README.md), revision {revision}): {said}."
+    link = Path(os.path.relpath(folder / "README.md", into.resolve().parent)).as_posix()
+    text = f"**Measured on an {results.device}** ([report]({link}), revision {revision}): {said}."
     return text + (f" Not measured: {missing}." if missing else "")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="what the stages of one card left")
-    parser.add_argument("--readme", type=Path, help="draw the status of all folders between this file's markers")
+    parser.add_argument("--readme", type=Path, nargs="+", default=[], help="draw all folders' status into these pages")
     given = parser.parse_args(argv)
     try:
         cards = [load(folder) for folder in given.folders]
-        lines = [status(card, given.readme.parent) for card in cards] if given.readme else []
-    except ValueError as error:
+        lines = {readme: "\n\n".join(status(card, readme) for card in cards) for readme in given.readme}
+        for card in cards:
+            text = page(card)
+            (card.folder / "README.md").write_text(text)
+            print(text)
+        for readme, text in lines.items():
+            record.draw_between(readme, MARKERS, text)
+    except (OSError, ValueError) as error:
         parser.error(str(error))
-    for card in cards:
-        text = page(card)
-        (card.folder / "README.md").write_text(text)
-        picture.plot(card, card.machine, card.folder / "report.png")
-        print(text)
-    if given.readme:
-        try:
-            record.draw_between(given.readme, MARKERS, "\n\n".join(lines))
-        except (OSError, ValueError) as error:
-            parser.error(str(error))
 
 
 if __name__ == "__main__":

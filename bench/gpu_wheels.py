@@ -4,10 +4,10 @@
     python bench/gpu_wheels.py install peers /tmp/gpu/site-packages     # there; then PYTHONPATH=/tmp/gpu/site-packages
 
 `update` is what a whole update and its peers need (`bench/gpu.sh B`), `peers` what the heads' peers need, those of
-`update` among them (C). `.wheels/` has a folder for each transfer (`update`, `peers-1`, `peers-2`), none larger than
-TRANSFER, and manifest.json, which goes along each time. A wheel that is too large is cut, and joined by `install`,
-which checks every byte. Carry the folders in any order; `install` says which one is still missing. Where a transfer
-replaces the folder it goes to, gather them there first: `cp -r .wheels/. /tmp/wheels`, and `--wheels /tmp/wheels`.
+`update` among them (C). A set is one tar, cut so that a transfer can carry a folder of it (`update`, `peers-1`,
+`peers-2`); manifest.json goes along each time. Carry the folders in any order: `install` checks every byte and says
+which one is still missing. Where a transfer replaces the folder it goes to, gather them there first:
+`cp -r .wheels/. /tmp/wheels`, and `--wheels /tmp/wheels`.
 
 Both commands need pip and no package beside it, but for the check of `fetch` that nothing else is missing (packaging).
 """
@@ -16,18 +16,19 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.metadata
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
+import zipfile
 from collections.abc import Iterable
-from email.parser import HeaderParser
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
-from zipfile import ZipFile
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".wheels"
@@ -72,7 +73,7 @@ IMAGE = {
 
 UNUSED = {"nvidia-cutlass-dsl": "nvidia-cutlass-dsl-libs-cu12", "verl": "*"}
 """Wheel: what it requires and we do without. The libraries for CUDA 13 do for those for 12; of verl two files are
-loaded, which need torch and triton (`peers.heads`)."""
+loaded, which need torch and triton (`peers.losses`)."""
 
 SITECUSTOMIZE = """\
 import os
@@ -93,15 +94,18 @@ def fetch(folder: Path) -> None:
     """Every wheel of SETS into ``folder``/whole, those already there apart, and from there into the transfers."""
     whole = folder / "whole"
     whole.mkdir(parents=True, exist_ok=True)
-    wheels = {name: {wheel: path_of(wheel, whole) for wheel in SETS[name]} for name in SETS}
-    lacking = [wheel for found in wheels.values() for wheel, path in found.items() if path is None]
+    lacking = [wheel for wheels in SETS.values() for wheel in wheels if path_of(wheel, whole) is None]
     for done, wheel in enumerate(lacking, 1):
         print(f"fetching {done} of {len(lacking)}: {wheel} {version(wheel)}", flush=True)
-        download(wheel, whole)
-    found = {name: [path for wheel in SETS[name] if (path := path_of(wheel, whole))] for name in SETS}
-    manifest = lay_out(found, folder)
-    report(manifest, folder)
-    missing = unmet([path for paths in found.values() for path in paths])
+        target = ["--python-version", PYTHON, "--implementation", "cp", "--only-binary=:all:", "--no-deps"]
+        target += [word for platform in PLATFORMS for word in ("--platform", platform)]
+        pip("download", *target, "--dest", str(whole), f"{wheel}=={version(wheel)}")
+    wheels = {name: [path for wheel in SETS[name] if (path := path_of(wheel, whole))] for name in SETS}
+    lay_out(wheels, folder)
+    for name, needs in NEEDS.items():
+        sizes = [path.stat().st_size for need in needs for path in wheels[need]]
+        print(f"{sum(sizes):>12,}  {name}: {len(sizes)} wheels")
+    missing = unmet([path for paths in wheels.values() for path in paths])
     if missing:
         raise Refused("neither fetched nor on the GPU machine, add it to SETS: " + "; ".join(missing))
 
@@ -127,13 +131,6 @@ def path_of(wheel: str, folder: Path) -> Path | None:
     return next(folder.glob(f"{wheel.replace('-', '_')}-{version(wheel)}-*.whl"), None)
 
 
-def download(wheel: str, folder: Path) -> None:
-    """One wheel for the GPU machine, without what it requires."""
-    target = ["--python-version", PYTHON, "--implementation", "cp", "--only-binary=:all:", "--no-deps"]
-    target += [word for platform in PLATFORMS for word in ("--platform", platform)]
-    pip("download", *target, "--dest", str(folder), f"{wheel}=={version(wheel)}")
-
-
 def pip(*arguments: str) -> None:
     """Runs this Python's pip, silently."""
     done = subprocess.run([sys.executable, "-m", "pip", arguments[0], "-q", *arguments[1:]], stderr=subprocess.PIPE)
@@ -143,89 +140,64 @@ def pip(*arguments: str) -> None:
         raise Refused(f"pip {arguments[0]} failed: {said}")
 
 
-def unmet(wheels: Iterable[Path], image: dict[str, str | None] = IMAGE) -> list[str]:
+def unmet(paths: Iterable[Path], image: dict[str, str | None] = IMAGE) -> list[str]:
     """What the wheels require on the GPU machine, extras apart, that neither is among them nor in ``image``.
 
     One line each, "trl 1.16.0 needs datasets>=4.7.0"; a known version that does not fit is said as well.
     """
     from packaging.requirements import Requirement
 
-    headers = [metadata(path) for path in wheels]
-    there = image | {canonical(header["Name"]): header["Version"] for header in headers}
+    wheels = [
+        importlib.metadata.PathDistribution(inside)
+        for path in paths
+        for inside in zipfile.Path(path).iterdir()
+        if inside.name.endswith(".dist-info")
+    ]
+    there = image | {canonical(wheel.name): wheel.version for wheel in wheels}
     machine = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.0", "sys_platform": "linux", "extra": "",
                "platform_system": "Linux", "platform_machine": "x86_64", "implementation_name": "cpython"}  # fmt: skip
     found = []
-    for header in headers:
-        for text in header.get_all("Requires-Dist", []):
-            needed = Requirement(text)
+    for wheel in wheels:
+        by = canonical(wheel.name)
+        for needed in map(Requirement, wheel.requires or []):
             name = canonical(needed.name)
-            if needed.marker is not None and not needed.marker.evaluate(machine):
-                continue
-            if fnmatchcase(name, UNUSED.get(canonical(header["Name"]), "")):
+            unused = needed.marker is not None and not needed.marker.evaluate(machine)
+            if unused or fnmatchcase(name, UNUSED.get(by, "")):
                 continue
             has = there.get(name)
             if name not in there or (has is not None and not needed.specifier.contains(has, prereleases=True)):
                 but = f", there is {has}" if has else ""
-                found.append(f"{canonical(header['Name'])} {header['Version']} needs {name}{needed.specifier}{but}")
+                found.append(f"{by} {wheel.version} needs {name}{needed.specifier}{but}")
     return found
 
 
-def metadata(path: Path) -> Any:
-    """A wheel's headers."""
-    with ZipFile(path) as archive:
-        name = next(name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
-        return HeaderParser().parsestr(archive.read(name).decode())
+def lay_out(wheels: dict[str, list[Path]], folder: Path, limit: int = TRANSFER) -> None:
+    """Each set as a tar, cut into pieces of at most ``limit`` bytes, a folder each, and the manifest of the pieces.
 
-
-def lay_out(wheels: dict[str, list[Path]], folder: Path, limit: int = TRANSFER) -> dict[str, Any]:
-    """Fills folders of at most ``limit`` bytes, set by set, small wheels first, and writes the manifest.
-
-    A set that fits one folder has one of its own name, else they are numbered. What does not fit what is left of a
-    folder is cut there, so that all but the last are full: its parts sort in their order.
+    A set of one piece has a folder of its own name, else they are numbered.
     """
-    manifest: dict[str, Any] = {}
+    manifest: dict[str, list[dict[str, str]]] = {}
     for name, paths in wheels.items():
         for old in (path for path in folder.glob(f"{name}*") if path.is_dir()):
             shutil.rmtree(old)
-        numbered = sum(path.stat().st_size for path in paths) > limit
-        number, room = 1, limit
-        for path in sorted(paths, key=lambda path: path.stat().st_size):
-            size, parts = path.stat().st_size, []
-            with path.open("rb") as source:
-                while source.tell() < size:
-                    if not room:
-                        number, room = number + 1, limit
-                    data = source.read(min(room, size - source.tell()))
-                    room -= len(data)
-                    part = path.name if len(data) == size else f"{path.name}.part{len(parts):02}"
-                    place = folder / (f"{name}-{number}" if numbered else name) / part
-                    place.parent.mkdir(exist_ok=True)
-                    place.write_bytes(data)
-                    parts.append({"file": place.relative_to(folder).as_posix(), **checks(data)})
-            manifest[path.name] = {"set": name, **checks(path.read_bytes()), "parts": parts}
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            for path in sorted(paths):
+                tar.add(path, path.name)
+        data = archive.getvalue()
+        manifest[name] = []
+        for number, start in enumerate(range(0, len(data), limit), 1):
+            piece = data[start : start + limit]
+            place = folder / (f"{name}-{number}" if len(data) > limit else name) / f"{name}.tar.{number:02}"
+            place.parent.mkdir()
+            place.write_bytes(piece)
+            manifest[name].append({"file": place.relative_to(folder).as_posix(), "sha256": sha256(piece)})
+            print(f"{len(piece):>12,}  {place}")
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    return manifest
 
 
-def checks(data: bytes) -> dict[str, Any]:
-    """What tells whether it arrived."""
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def report(manifest: dict[str, Any], folder: Path) -> None:
-    """Every wheel with its size, every folder, every set."""
-    sizes: dict[str, int] = {}
-    for name, wheel in sorted(manifest.items(), key=lambda item: item[1]["bytes"]):
-        parts = f", in {len(wheel['parts'])} parts" if len(wheel["parts"]) > 1 else ""
-        print(f"{wheel['bytes']:>12,}  {name}{parts}")
-        for part in wheel["parts"]:
-            place = part["file"].partition("/")[0]
-            sizes[place] = sizes.get(place, 0) + part["bytes"]
-    for place, size in sorted(sizes.items()):
-        print(f"{size:>12,}  {folder / place}")
-    for name, needs in NEEDS.items():
-        chosen = [wheel["bytes"] for wheel in manifest.values() if wheel["set"] in needs]
-        print(f"{sum(chosen):>12,}  {name}: {len(chosen)} wheels")
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 # --- there -----------------------------------------------------------------------------------------------------------
@@ -238,33 +210,27 @@ def install(name: str, site: Path, folder: Path) -> None:
     if not (folder / "manifest.json").exists():
         raise Refused(f"{folder} has no manifest.json: run `make gpu-wheels`, and carry it along with each folder")
     manifest = json.loads((folder / "manifest.json").read_text())
-    chosen = {wheel: entry for wheel, entry in manifest.items() if entry["set"] in NEEDS[name]}
-    files = [part["file"] for entry in chosen.values() for part in entry["parts"]]
+    files = [piece["file"] for need in NEEDS[name] for piece in manifest[need]]
     missing = sorted({file.partition("/")[0] for file in files if not (folder / file).exists()})
     if missing:
         raise Refused(f"{folder} lacks {', '.join(missing)}: carry that here too")
     with tempfile.TemporaryDirectory() as scratch:
-        wheels = [join(folder, wheel, entry, Path(scratch)) for wheel, entry in chosen.items()]
+        for need in NEEDS[name]:
+            data = b"".join(checked(folder / piece["file"], piece["sha256"]) for piece in manifest[need])
+            with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+                tar.extractall(scratch, filter="data")
+        wheels = sorted(map(str, Path(scratch).glob("*.whl")))
         pip("install", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade",
-            "--target", str(site), *map(str, wheels))  # fmt: skip
+            "--target", str(site), *wheels)  # fmt: skip
     (site / "sitecustomize.py").write_text(SITECUSTOMIZE)
     print(f"{len(wheels)} wheels in {site}: put it on PYTHONPATH")
 
 
-def join(folder: Path, wheel: str, entry: dict[str, Any], scratch: Path) -> Path:
-    """A wheel from its parts, each checked, then the whole."""
-    data = b"".join(checked(folder, part) for part in entry["parts"])
-    if checks(data) != {"bytes": entry["bytes"], "sha256": entry["sha256"]}:
-        raise Refused(f"the parts of {wheel} do not make it: run `make gpu-wheels` and carry all of them again")
-    (scratch / wheel).write_bytes(data)
-    return scratch / wheel
-
-
-def checked(folder: Path, part: dict[str, Any]) -> bytes:
-    """A part's bytes."""
-    data = (folder / part["file"]).read_bytes()
-    if checks(data) != {"bytes": part["bytes"], "sha256": part["sha256"]}:
-        raise Refused(f"{folder / part['file']} is damaged: carry it here again")
+def checked(path: Path, wanted: str) -> bytes:
+    """A piece's bytes."""
+    data = path.read_bytes()
+    if sha256(data) != wanted:
+        raise Refused(f"{path} is damaged: carry it here again")
     return data
 
 

@@ -3,25 +3,25 @@
     python bench/heads.py                       # on this machine's GPU, or small shapes on the CPU
     python bench/heads.py --shape 8192,4096,128256 --case train,forward --impl gapg,quack   # yours, beside one peer
     python bench/heads.py --only-errors         # errors over a ladder of entropies, without timing
-    python bench/heads.py --table README.md     # the CPU's errors as Markdown, between the markers in that file
+    python bench/heads.py --table docs/benchmarks.md    # the committed errors between that file's markers, no run
 
 The floor of a case is the time of the bare products it cannot do without (torch.mm, preallocated, whole T at once) in
 the same run. Times are medians of round-robin calls, by device events or, on a CPU, in processor time. What a peer
-computes, and whether it is the same thing, stands in `peers.heads`. Results go to bench/results/kernels/, or to
-the folder given as --output.
+computes, and whether it is the same thing, stands in `peers.losses`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import math
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,13 +34,13 @@ from torch import Tensor
 import heads_report
 import problems
 import record
-from peers import heads
-from peers.heads import Outcome, Peer
+from peers import losses
+from peers.losses import Outcome, Peer
 from problems import Problem, Truth
 from record import Row
 from roofline_designs import SHAPES, Shape
 
-RESULTS = record.ROOT / "bench" / "results" / "kernels"
+RESULTS = record.RESULTS / "kernels"
 DEVICE: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
 
 CPU_SHAPE = Shape(256, 256, 8_192)
@@ -122,8 +122,7 @@ def measure(case: Case, chosen: Sequence[Peer]) -> list[Row]:
     """Errors, peak memory and times of every peer, and of the bare products."""
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # nobody trains a head in 16 bits on a CPU
     problem = problems.make(*case.shape, dtype=dtype, device=DEVICE, nats=case.nats, zero_groups=case.zero)
-    truths: dict[str, Truth] = {}
-    rows: list[Row] = []
+    name, rows, truths = str(case), list[Row](), dict[str, Truth]()
     timed: dict[str, Callable[[], object]] = {heads_report.FLOOR: bare(problem, case)}
     peers = {
         peer.name: peer
@@ -133,19 +132,19 @@ def measure(case: Case, chosen: Sequence[Peer]) -> list[Row]:
     for peer in record.progress(list(peers.values()), f"trying each peer: {case}"):
         try:
             run = peer.forward(problem) if case.forward else peer.prepare(problem, case.trained)
-            if peer.computes not in truths:
-                truths[peer.computes] = problems.truth(problem, peer.coefficient(problem))
-            rows += error_rows(str(case), peer, run(), truths[peer.computes], problem)
-            rows += record.timing_rows(str(case), {peer.name: [float(peak_bytes(run))]}, "peak_memory", "B")
+            found = error_rows(name, peer, run(), problem, truths)
+            rows += found + record.timing_rows(name, {peer.name: [float(peak_bytes(run))]}, "peak_memory", "B")
             timed[peer.name] = run
         except Exception as error:  # a peer may raise anything: its reason is the result
-            rows = [row for row in rows if row["impl"] != peer.name]
-            rows.append(record.error_row(str(case), peer.name, error))
+            rows.append(record.error_row(name, peer.name, error))
             release()
-    try:
-        times = record.timing_rows(str(case), timings(timed, flush() if case.cold else None))
-    except Exception as error:  # a peer's illegal access shows in whatever comes next
-        return [*(row for row in rows if "error" in row), record.error_row(str(case), heads_report.FLOOR, error)]
+    failed: dict[str, Exception] = {}
+    times = record.timing_rows(name, timings(timed, flush() if case.cold else None, failed))
+    lost = timed.keys() if heads_report.FLOOR in failed else failed.keys()  # a peer's illegal access fails all others
+    rows = [row for row in rows if row["impl"] not in lost]
+    rows += [record.error_row(name, impl, error) for impl, error in failed.items()]
+    if heads_report.FLOOR in failed:
+        return rows
     live = int(problem.coefficient().count_nonzero())
     flops = 2 * case.products * live * case.shape.hidden * case.shape.vocab
     for row in times:
@@ -156,14 +155,18 @@ def measure(case: Case, chosen: Sequence[Peer]) -> list[Row]:
     return times + rows
 
 
-def timings(timed: dict[str, Callable[[], object]], before: Callable[[], object] | None) -> dict[str, list[float]]:
+def timings(
+    timed: dict[str, Callable[[], object]], before: Callable[[], object] | None, failed: dict[str, Exception]
+) -> dict[str, list[float]]:
     """Seconds by implementation, the bare products first. One call of each decides which are slow."""
-    once = record.interleaved(timed, rounds=1, clock=DEVICE, before=before)
+    clocked = functools.partial(record.interleaved, clock=DEVICE, before=before, failed=failed)
+    once = clocked(timed, rounds=1)
+    if heads_report.FLOOR in failed:
+        return {}
     slow = {name for name, (seconds,) in once.items() if seconds > SLOW * once[heads_report.FLOOR][0]}
     found: dict[str, list[float]] = {}
-    for group, rounds in ((timed.keys() - slow, ROUNDS[DEVICE]), (slow, SLOW_ROUNDS)):
-        impls = {name: run for name, run in timed.items() if name in group}
-        found |= record.interleaved(impls, rounds=rounds, clock=DEVICE, before=before, warm=False)
+    for group, rounds in ((once.keys() - slow, ROUNDS[DEVICE]), (slow, SLOW_ROUNDS)):
+        found |= clocked({name: timed[name] for name in once if name in group}, rounds=rounds, warm=False)
     return found
 
 
@@ -184,8 +187,14 @@ def bare(problem: Problem, case: Case) -> Callable[[], object]:
     return run
 
 
-def error_rows(case: str, peer: Peer, found: Outcome | Tensor, truth: Truth, problem: Problem) -> list[Row]:
-    """Relative errors of the gradients, and the worst error of a log-prob among rows that have a coefficient."""
+def error_rows(case: str, peer: Peer, found: Outcome | Tensor, problem: Problem, truths: dict[str, Truth]) -> list[Row]:
+    """Relative errors of the gradients, and the worst error of a log-prob among rows that have a coefficient.
+
+    ``truths``: those of the problem that are known, by what a peer computes; the one that is missing is added.
+    """
+    if peer.computes not in truths:
+        truths[peer.computes] = problems.truth(problem, peer.coefficient(problem))
+    truth = truths[peer.computes]
     errors: dict[str, tuple[float, str]] = {}
     logprob = found if isinstance(found, Tensor) else found.logprob
     if not isinstance(found, Tensor):
@@ -256,39 +265,36 @@ def ceilings() -> list[Row]:
     return [row for name in work for row in record.timing_rows("ceiling", {name: rates[name]}, "rate", work[name][1])]
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------
-
-
-def ladder(peers: Sequence[Peer], shape: Shape) -> Iterator[list[Row]]:
-    """Errors of bf16 heads, entropy by entropy."""
+def ladder(peers: Sequence[Peer], shape: Shape, path: Path) -> list[Row]:
+    """Errors of bf16 heads, entropy by entropy; what is known is in the file at ``path`` after each."""
+    rows: list[Row] = []
     for nats in record.progress(problems.LADDER, "errors by entropy"):
         problem = problems.make(*shape, dtype=torch.bfloat16, device=DEVICE, nats=nats)
-        truths: dict[str, Truth] = {}
-        rows: list[Row] = []
+        case, truths = f"{nats} nats", dict[str, Truth]()
         for peer in peers:
             try:
-                run = peer.prepare(problem, True)
-                if peer.computes not in truths:
-                    truths[peer.computes] = problems.truth(problem, peer.coefficient(problem))
-                rows += error_rows(f"{nats} nats", peer, run(), truths[peer.computes], problem)
+                rows += error_rows(case, peer, peer.prepare(problem, True)(), problem, truths)
             except Exception as error:  # as above
-                rows.append(record.error_row(f"{nats} nats", peer.name, error))
+                rows.append(record.error_row(case, peer.name, error))
                 release()
-        yield rows
+        record.write("kernels: errors by entropy", rows, path)
+    return rows
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    everyone = {peer.name: peer for peer in [*heads.PEERS, heads.DESIGN]}
+    parser = record.parser(__doc__, "kernels")
+    everyone = {peer.name: peer for peer in [*losses.PEERS, losses.DESIGN]}
     parser.add_argument("--shape", type=Shape.of, action="append", metavar="T,H,V", help="repeatable")
     parser.add_argument("--case", type=record.pick(CASES), metavar="NAMES", help=f"of {', '.join(CASES)}")
     parser.add_argument("--impl", type=record.pick(everyone), metavar="NAMES", help="parts of names, as in gapg,eager")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON and PNG")
     parser.add_argument("--only-errors", action="store_true", help="errors over the ladder of entropies, no timing")
-    parser.add_argument("--table", type=Path, help="draw the CPU's table of errors into this Markdown file, and stop")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="draw the committed CPU's errors into it, and stop")
     given = parser.parse_args()
-    design = [heads.DESIGN.name] if given.only_errors else []
-    given.peers = [everyone[name] for name in given.impl or [*(peer.name for peer in heads.PEERS), *design]]
+    design = [losses.DESIGN.name] if given.only_errors else []
+    given.peers = [everyone[name] for name in given.impl or [*(peer.name for peer in losses.PEERS), *design]]
     return given
 
 
@@ -297,17 +303,15 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="trl|torch._inductor|torch.profiler")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # how a time limit ends it: what is measured is still drawn
     if given.table is not None:
-        heads_report.draw_into(given.table, record.read(RESULTS / "errors-cpu.json"))
+        text = heads_report.error_table(record.read(RESULTS / "errors-cpu.json")["rows"])
+        record.draw_between(given.table, heads_report.MARKERS, text)
+        heads_report.plot(record.read(RESULTS / "kernels-cpu.json"), RESULTS / "kernels-cpu.png")
         return
     if given.only_errors:
-        path = given.output / f"errors-{DEVICE}.json"
         shape = given.shape[0] if given.shape else ERROR_SHAPES[DEVICE]
-        found: list[Row] = []
-        for rows in ladder(given.peers, shape):
-            found += rows
-            record.write("kernels: errors by entropy", found, path)
-        print(heads_report.error_table(record.read(path)))
-        sys.exit(heads_report.ours_failed(found))
+        rows = ladder(given.peers, shape, given.output / f"errors-{DEVICE}.json")
+        print(heads_report.error_table(rows))
+        sys.exit(heads_report.ours_failed(rows))
     path = given.output / f"kernels-{DEVICE}.json"
     rows = ceilings() if DEVICE == "cuda" else []
     try:
@@ -320,7 +324,7 @@ def main() -> None:
     finally:
         if path.exists():
             heads_report.plot(record.read(path), path.with_suffix(".png"))
-            print(heads_report.summary(record.read(path)))
+            print(heads_report.summary(rows))
     sys.exit(heads_report.ours_failed(rows))
 
 

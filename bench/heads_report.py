@@ -1,22 +1,22 @@
-"""What one sees of a record of `bench/heads.py`: tables for the terminal and the README, and a picture."""
+"""What one sees of a record of `bench/heads.py`: tables for the terminal and the docs, and a picture."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-from peers.heads import ENTROPY
-from record import Row, draw_between
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
+import pictures
+from peers.losses import ENTROPY
+from record import Row, by_case, markdown, medians
 
 FLOOR = "bare GEMMs"
 NOT_OURS = ("gapg control", "gapg fused_policy_loss, patched")
 MARKERS = ("<!-- errors:begin -->", "<!-- errors:end -->")
+ERRORS = {"dH_error": "dH", "dW_error": "dW", "logprob_error": "logprob", "e_error": "E"}
+"""Metrics of errors, and their headings."""
 
 
 def by_metric(rows: list[Row]) -> dict[str, dict[str, Row]]:
@@ -28,32 +28,37 @@ def by_metric(rows: list[Row]) -> dict[str, dict[str, Row]]:
 
 
 def table(case: str, rows: list[Row]) -> str:
-    """One case, one line an implementation, the fastest first and the failed last."""
-    columns = ("ms", "p20", "p80", "TFLOP/s", "of floor", "peak MiB", "dH", "dW", "logprob")
-    lines = ["", f"{case}", f"{'':36}" + "".join(f"{name:>10}" for name in columns)]
+    """One case of `bench/heads.py` or `bench/tiles.py`: an implementation a line, the fastest first, the failed last.
+
+    "of floor" is the floor's time over this one; "of ours" this one over the fastest of ours.
+    """
     found = by_metric(rows)
+    ours = fastest(times_of(rows, case)[0], ours=True)
+    errors = [metric for metric in ERRORS if any(metric in row for row in found.values())]
+    columns = ("ms", "p20", "p80", "TFLOP/s", "of floor", "of ours", "peak MiB", *(ERRORS[metric] for metric in errors))
+    lines = ["", case, f"{'':36}" + "".join(f"{name:>10}" for name in columns)]
     for impl in sorted(found, key=lambda impl: found[impl].get("time", {}).get("median", float("inf"))):
         row = found[impl]
-        if "error" in row:
-            lines.append(f"{impl:36}  {row['error']['error'][:90]}")
+        if "time" not in row:
+            lines.append(f"{impl:36}  {row['error']['error'][:90]}" if "error" in row else impl)
             continue
-        time = row["time"]
-        cells = [f"{time[key] * 1e3:10.2f}" for key in ("median", "p20", "p80")]
-        cells += [f"{time['tflops']:10.2f}", f"{time['floor_share']:10.2f}"]
-        cells.append(f"{row['peak_memory']['median'] / 2**20:10.1f}" if "peak_memory" in row else f"{'':10}")
-        for metric in ("dH_error", "dW_error", "logprob_error"):
-            cells.append(f"{row[metric]['median']:10.1e}" if metric in row else f"{'':10}")
-        note = "  its own loss" if time.get("computes") == ENTROPY else ""
-        lines.append(f"{impl:36}{''.join(cells)}{note}")
+        time, peak = row["time"], row.get("peak_memory")
+        cells = [f"{time[key] * 1e3:.2f}" for key in ("median", "p20", "p80")]
+        cells += [f"{time[key]:.2f}" if key in time else "" for key in ("tflops", "floor_share")]
+        cells.append(f"{time['median'] / found[ours]['time']['median']:.2f}" if ours else "")
+        cells.append(f"{peak['median'] / 2**20:.1f}" if peak else "")
+        cells += [f"{row[metric]['median']:.1e}" if metric in row else "" for metric in errors]
+        note = "  sums a cross entropy" if time.get("computes") == ENTROPY else ""
+        lines.append(f"{impl:36}{''.join(f'{cell:>10}' for cell in cells)}{note}".rstrip())
     return "\n".join(lines)
 
 
-def summary(record: dict[str, Any]) -> str:
+def summary(rows: list[Row]) -> str:
     """Two lines a case: ours beside the floor, and the fastest other that has the policy's loss; then the fastest of
     the losses that only sum a cross entropy, which are not the policy's."""
     lines = ["", f"{'':48}{'floor ms':>10}{'ours':>10}{'of floor':>10}{'other':>10}{'other/ours':>11}"]
-    for case in dict.fromkeys(row["case"] for row in record["rows"] if row.get("metric") == "time"):
-        times, sums = times_of(record["rows"], case)
+    for case in by_case(rows, "time"):
+        times, sums = times_of(rows, case)
         floor = times.pop(FLOOR)
         ours = fastest(times, ours=True)
         if ours is None:
@@ -71,9 +76,8 @@ def summary(record: dict[str, Any]) -> str:
 def times_of(rows: list[Row], case: str) -> tuple[dict[str, float], dict[str, float]]:
     """Median seconds by implementation of one case: of what computes the policy's loss, and of what only sums."""
     found: tuple[dict[str, float], dict[str, float]] = {}, {}
-    for row in rows:
-        if row["case"] == case and row.get("metric") == "time":
-            found[row.get("computes") == ENTROPY][row["impl"]] = row["median"]
+    for row in by_case(rows, "time").get(case, []):
+        found[row.get("computes") == ENTROPY][row["impl"]] = row["median"]
     return found
 
 
@@ -91,66 +95,39 @@ def ours_failed(rows: list[Row]) -> str | None:
     return "; ".join(found) or None
 
 
-def error_table(record: dict[str, Any]) -> str:
+def error_table(rows: list[Row]) -> str:
     """Markdown: implementations by entropies; in a cell the relative error of dH and the worst error of a log-prob."""
-    cases = list(dict.fromkeys(row["case"] for row in record["rows"]))
-    found = {case: by_metric([row for row in record["rows"] if row["case"] == case]) for case in cases}
-    lines = ["| entropy, nats | " + " | ".join(case.removesuffix(" nats") for case in cases) + " |"]
-    lines.append("|---" * (len(cases) + 1) + "|")
-    for impl in dict.fromkeys(row["impl"] for row in record["rows"]):
-        if any("error" in found[case].get(impl, {}) for case in cases):
-            continue
-        cells = []
+    found, cases = medians(rows), list(by_case(rows))
+    failed = {row["impl"] for row in rows if "error" in row}
+    lines = {row["impl"]: [row["impl"]] for row in rows if row["impl"] not in failed}
+    for impl, cells in lines.items():
         for case in cases:
-            row = found[case].get(impl, {})
-            if "dH_error" not in row:
-                cells.append("–")
-                continue
-            logprob = f", {row['logprob_error']['median']:.0e}" if "logprob_error" in row else ""
-            cells.append(f"{row['dH_error']['median']:.1e}{logprob}")
-        lines.append(f"| {impl} | " + " | ".join(cells) + " |")
-    return "\n".join(lines).replace("e-0", "e-").replace("e+0", "e+")
+            keys = [(case, impl, "dH_error"), (case, impl, "logprob_error")]
+            shown = [f"{found[key]:{form}}" for key, form in zip(keys, (".1e", ".0e"), strict=True) if key in found]
+            cells.append(", ".join(shown) or "–")
+    head = ["entropy, nats", *(case.removesuffix(" nats") for case in cases)]
+    return markdown(head, lines.values()).replace("e-0", "e-").replace("e+0", "e+")
 
 
-def draw_into(readme: Path, record: dict[str, Any]) -> None:
-    """Replace what stands between the markers by the table of errors.
+def panels(rows: list[Row], prefix: str = "") -> list[Callable[[Any], None]]:
+    """Times as multiples of the bare products, a panel a case, beside each its peak memory over the inputs."""
+    found: list[Callable[[Any], None]] = []
+    for case, part in by_case(rows).items():
+        metrics = by_metric(part)
+        times = {impl: row["time"] for impl, row in metrics.items() if "time" in row}
+        notes = {impl: f", {time['median'] * 1e3:.1f} ms" for impl, time in times.items()}
+        for impl, time in times.items():
+            if "peak_memory" in metrics[impl]:
+                notes[impl] += f", {metrics[impl]['peak_memory']['median'] / 2**20:,.0f} MiB"
+            notes[impl] += ", sums a cross entropy" * (time.get("computes") == ENTROPY)
+        if FLOOR in times:
+            found.append(partial(pictures.bars, rows=times, title=prefix + case, base=FLOOR, notes=notes))
+    return found
 
-    Raises:
-        ValueError: the file lacks the markers.
-    """
-    draw_between(readme, MARKERS, error_table(record))
 
-
-def plot(record: dict[str, Any], path: Path) -> None:
-    """Median times with 20% and 80% quantiles, a panel a case; the bare products as a line, peak memory.
-
-    Draws nothing where nothing was timed.
-    """
-    cases = list(dict.fromkeys(row["case"] for row in record["rows"] if row.get("metric") == "time"))
-    if not cases:
-        return
-    lines = -(-len(cases) // 2)
-    figure, axes = plt.subplots(lines, 2, figsize=(15, 3.6 * lines), squeeze=False, layout="constrained")
-    for axis, case in zip(axes.flat, cases, strict=False):
-        found = by_metric([row for row in record["rows"] if row["case"] == case])
-        timed = {impl: row for impl, row in found.items() if "time" in row}
-        order = sorted(timed, key=lambda impl: -timed[impl]["time"]["median"])
-        for y, impl in enumerate(order):
-            time = timed[impl]["time"]
-            median, low, high = (time[key] * 1e3 for key in ("median", "p20", "p80"))
-            colour = "black" if impl == FLOOR else "tab:orange" if impl.startswith("gapg") else "tab:blue"
-            axis.barh(y, median, xerr=[[median - low], [high - median]], color=colour, height=0.7)
-            peak = timed[impl].get("peak_memory")
-            text = f" {median:.1f} ms" + (f", {peak['median'] / 2**20:,.0f} MiB" if peak else "")
-            axis.text(max(high, median), y, text, va="center", fontsize=7)
-        axis.axvline(timed[FLOOR]["time"]["median"] * 1e3, color="black", linewidth=0.8, linestyle="--")
-        axis.set_yticks(range(len(order)), order, fontsize=7)
-        axis.set_title(case, fontsize=9)
-        axis.margins(x=0.25)
-    for axis in axes.flat[len(cases) :]:
-        axis.remove()
-    machine = record["machine"]
+def plot(found: dict[str, Any], path: Path) -> None:
+    """The picture of a record; none where nothing was timed."""
+    machine = found["machine"]
     clock = "device time" if machine["device"] != "cpu" else "processor time"
-    figure.suptitle(f"{machine['device']}, {machine['cpu']}: {clock} in ms, and peak memory over the inputs")
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    title = f"{machine['device']}, {machine['cpu']}: {clock} over that of the bare products, and peak memory"
+    pictures.grid(panels(found["rows"]), path, title)

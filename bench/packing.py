@@ -2,16 +2,15 @@
 
     python bench/packing.py                  # most of its half hour is spent in Karmarkar-Karp
     python bench/packing.py --counts 1000    # only so many lengths
-    python bench/packing.py --report         # no measuring: the table and the plot of the record there is
+    python bench/packing.py --report --output bench/results/packing    # the table and the picture of a record, no run
 
-Every ratio is of calls that took turns in the same rounds. Who the peers are stands in `peers.packers`. Results
-go to bench/results/packing/, or to the folder given as --output.
+Every ratio is of calls that took turns in the same rounds. Who the peers are stands in `peers.packers`.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
+import itertools
 import os
 import sys
 import time
@@ -29,7 +28,6 @@ from gapg_packing.pack import Cost, pack
 from peers.packers import OURS, PEERS, Lengths, Peer
 from record import Row
 
-RESULTS = record.ROOT / "bench" / "results" / "packing"
 SEED, CAP, RANKS = 0, 16_384, 8
 COUNTS = (1_000, 10_000, 100_000)
 COST = Cost(linear=24_576, quadratic=1)
@@ -40,13 +38,8 @@ TIERS = ((0.02, 41), (2.0, 7))
 SAMPLE = 0.005
 """seconds: shorter calls are repeated until a sample takes about this"""
 
-TIME, RATIO, OVER, BROKEN, BALANCE = (
-    "time",
-    "time / gapg's",
-    "bins over the lower bound",
-    "bins over the cap",
-    "max/mean",
-)
+TIME, RATIO, OVER, BROKEN = "time", "time / gapg's", "bins over the lower bound", "bins over the cap"
+BALANCE = "max/mean"
 
 
 def lognormal(random: np.random.Generator, n: int) -> Lengths:
@@ -67,29 +60,18 @@ def bimodal(random: np.random.Generator, n: int) -> Lengths:
 DISTRIBUTIONS = (lognormal, uniform, bimodal)
 
 
-def measure(counts: tuple[int, ...]) -> list[Row]:
-    rows: list[Row] = []
-    for distribution in DISTRIBUTIONS:
-        for n in counts:
-            case = f"{distribution.__name__}, n={n}"
-            print(case, file=sys.stderr, flush=True)
-            rows += measured(case, distribution(np.random.default_rng(SEED), n))
-    return rows
-
-
 def measured(case: str, lengths: Lengths) -> list[Row]:
     """One case: what each packing is worth, and the times in tiers of like speed, ours in each of them."""
-    rows: list[Row] = []
+    print(case, file=sys.stderr, flush=True)
     ours = OURS.prepare(lengths, CAP)
-    groups = np.arange(len(lengths)) // 8
-    prompts = np.full(len(lengths), int(lengths.min()))
+    groups, prompts = np.arange(len(lengths)) // 8, np.full(len(lengths), int(lengths.min()))
     tiers: list[dict[str, Callable[[], Any]]] = [{} for _ in TIERS]
     tiers[0] = {
         OURS.name: ours,
         f"gapg, {RANKS} ranks": lambda: pack(lengths, CAP, ranks=RANKS, cost=COST),
         "gapg, groups of 8": lambda: pack(lengths, CAP, groups=groups, prompt_lengths=prompts),
     }
-    rows += worth(case, OURS, OURS.bins(ours(), lengths), lengths)
+    rows = worth(case, OURS, OURS.bins(ours(), lengths), lengths)
     for peer in PEERS:
         if len(lengths) > peer.most:
             rows.append(record.error_row(case, peer.name, "not run: a call takes minutes"))
@@ -97,21 +79,21 @@ def measured(case: str, lengths: Lengths) -> list[Row]:
         try:
             run = peer.prepare(lengths, CAP)
             result, seconds = timed(run)
-        except Exception as error:
+        except Exception as error:  # a peer may raise anything: its reason is the result
             rows.append(record.error_row(case, peer.name, error))
             continue
         rows += worth(case, peer, peer.bins(result, lengths), lengths)
-        tier = next((i for i, (most, _) in enumerate(TIERS) if seconds <= most), None)
-        if tier is None:
+        at = next((i for i, (most, _) in enumerate(TIERS) if seconds <= most), None)
+        if at is None:
             rows += times(case, {peer.name: [seconds], OURS.name: [timed(ours)[1]]})
         else:
-            tiers[tier][peer.name] = run
+            tiers[at][peer.name] = run
     for tier, (_, rounds) in zip(tiers, TIERS, strict=True):
         impls = tier | {OURS.name: ours}
-        repeats = {name: calls(run) for name, run in impls.items()}
-        turns = {name: partial(repeat, run, repeats[name]) for name, run in impls.items()}
+        calls = {name: max(1, int(SAMPLE / max(timed(run)[1], 1e-6))) for name, run in impls.items()}
+        turns = {name: partial(repeat, run, calls[name]) for name, run in impls.items()}
         samples = record.interleaved(turns, rounds=rounds, clock="cpu")
-        per_call = {name: [sample / repeats[name] for sample in samples[name]] for name in impls}
+        per_call = {name: [sample / calls[name] for sample in samples[name]] for name in impls}
         rows += times(case, per_call, with_ours=tier is tiers[0])
     return rows
 
@@ -135,11 +117,6 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float]:
     start = time.process_time()
     result = run()
     return result, time.process_time() - start
-
-
-def calls(run: Callable[[], Any]) -> int:
-    """How many calls a sample is made of."""
-    return max(1, int(SAMPLE / max(timed(run)[1], 1e-6)))
 
 
 def repeat(run: Callable[[], Any], times: int) -> None:
@@ -174,35 +151,23 @@ def worth(case: str, peer: Peer, bins: list[Lengths], lengths: Lengths) -> list[
 Cells = dict[tuple[str, str, str], float]
 
 
-def cells(rows: list[Row]) -> Cells:
-    """Medians by (case, implementation, metric)."""
-    return {(row["case"], row["impl"], row["metric"]): row["median"] for row in rows if "median" in row}
-
-
 def table(rows: list[Row]) -> str:
-    """Markdown: a table for each distribution."""
-    found, lines = cells(rows), []
-    for name in dict.fromkeys(row["case"].split(",")[0] for row in rows):
-        cases = list(dict.fromkeys(row["case"] for row in rows if row["case"].startswith(f"{name},")))
-        heads = [
-            f"{head}, n = {case.split('n=')[1]}"
-            for head in ("ms (x gapg's)", "bins over the lower bound", f"{BALANCE} of {RANKS} ranks")
-            for case in cases
-        ]
-        lines += ["", f"**{name}**", "", "| | " + " | ".join(heads) + " |", "|" + "---|" * (len(heads) + 1)]
-        for impl in dict.fromkeys(row["impl"] for row in rows):
-            texts = [write(found, case, impl) for write in (time_text, bins_text, balance_text) for case in cases]
-            lines.append("| " + " | ".join([impl, *texts]) + " |")
+    """Markdown: a table for each distribution, then what could not run."""
+    found, blocks = record.medians(rows), []
+    columns = ((time_text, "ms (x gapg's)"), (bins_text, OVER), (balance_text, f"{BALANCE} of {RANKS} ranks"))
+    for name, cases in itertools.groupby(record.by_case(rows), lambda case: case.split(",")[0]):
+        shown = list(itertools.product(columns, list(cases)))
+        head = ["", *(f"{title}, n = {case.split('n=')[1]}" for (_, title), case in shown)]
+        impls = dict.fromkeys(row["impl"] for row in rows)
+        lines = [[impl, *(text(found, case, impl) for (text, _), case in shown)] for impl in impls]
+        blocks.append(f"**{name}**\n\n{record.markdown(head, lines)}")
     errors = {row["impl"]: row["error"] for row in rows if "error" in row and not row["error"].startswith("not run")}
-    lines += ["", *(f"{impl} could not run: {error}" for impl, error in errors.items())]
-    return "\n".join(lines[1:])
+    return "\n\n".join([*blocks, *(f"{impl} could not run: {error}" for impl, error in errors.items())])
 
 
 def time_text(found: Cells, case: str, impl: str) -> str:
     seconds, ratio = found.get((case, impl, TIME)), found.get((case, impl, RATIO))
-    if seconds is None:
-        return "–"
-    return short(seconds * 1e3) + ("" if ratio is None else f" ({short(ratio)}x)")
+    return "–" if seconds is None else short(seconds * 1e3) + ("" if ratio is None else f" ({short(ratio)}x)")
 
 
 def short(value: float) -> str:
@@ -228,54 +193,52 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = cells(rows)
-    counts = sorted({int(row["case"].split("n=")[1]) for row in rows if row["case"].startswith("lognormal,")})
+    found = record.medians(rows)
+    counts = sorted(int(case.split("n=")[1]) for case in record.by_case(rows) if case.startswith("lognormal,"))
     names = [peer.name for peer in (OURS, *PEERS)]
     colors = {name: "black" if name == OURS.name else f"C{i}" for i, name in enumerate(names)}
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     for name in names:
-        points = [(n, found.get((f"lognormal, n={n}", name, TIME))) for n in counts]
-        points = [(n, seconds * 1e3) for n, seconds in points if seconds is not None]
-        if points:
-            width = 2.5 if name == OURS.name else 1.2
-            left.loglog(*zip(*points, strict=True), "o-", color=colors[name], label=name, linewidth=width, markersize=4)
+        points = {n: found[key] * 1e3 for n in counts if (key := (f"lognormal, n={n}", name, TIME)) in found}
+        width = 2.5 if name == OURS.name else 1.2
+        left.loglog(points.keys(), points.values(), "o-", color=colors[name], label=name, linewidth=width, markersize=4)
     left.set(xlabel="sequences", ylabel="processor time, ms", title="Time of one packing")
     left.set_xticks(counts, [f"{n:,}" for n in counts])
     left.minorticks_off()
     figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
-    for axis, n, metric, text, offset in (
-        (middle, counts[min(1, len(counts) - 1)], OVER, bins_text, 0.0),
-        (right, counts[0], BALANCE, balance_text, 1.0),
+    most = counts[min(1, len(counts) - 1)]
+    middle.set(title=f"Bins over the lower bound, n = {most:,}", xlabel="bins")
+    right.set(title=f"Dearest of {RANKS} ranks over their mean, n = {counts[0]:,}", xlabel="max/mean - 1")
+    for axis, n, metric, text, least, margin in (
+        (middle, most, OVER, bins_text, 0.0, 0.5),
+        (right, counts[0], BALANCE, balance_text, 1.0, 0.2),
     ):
         case = f"lognormal, n={n}"
         shown = [name for name in names if (case, name, metric) in found][::-1]
-        bars = axis.barh(
-            shown, [found[case, name, metric] - offset for name in shown], color=[colors[name] for name in shown]
-        )
+        widths = [found[case, name, metric] - least for name in shown]
+        bars = axis.barh(shown, widths, color=[colors[name] for name in shown])
         axis.bar_label(bars, [text(found, case, name) for name in shown], padding=3, fontsize=8)
-        axis.margins(x=0.5 if metric == OVER else 0.2)
-    middle.set(title=f"Bins over the lower bound, n = {counts[min(1, len(counts) - 1)]:,}", xlabel="bins")
-    right.set(title=f"Dearest of {RANKS} ranks over their mean, n = {counts[0]:,}", xlabel="max/mean - 1")
+        axis.margins(x=margin)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__, "packing")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="how many lengths")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--report", action="store_true", help="only draw the record that is there")
-    arguments = parser.parse_args()
-    path = arguments.output / "packing.json"
-    if not arguments.report:
-        record.write("packing", measure(tuple(arguments.counts)), path)
+    given = parser.parse_args()
+    path = given.output / "packing.json"
+    if not given.report:
+        rows: list[Row] = []
+        for distribution, n in itertools.product(DISTRIBUTIONS, given.counts):
+            lengths = distribution(np.random.default_rng(SEED), n)
+            rows += measured(f"{distribution.__name__}, n={n}", lengths)
+        record.write("packing", rows, path)
     found = record.read(path)
     print(table(found["rows"]))
-    plot(
-        found["rows"],
-        path.with_suffix(".png"),
-        f"Lognormal lengths, {found['machine']['cpu']}, one thread, cap {CAP:,}, seed {SEED}",
-    )
+    title = f"Lognormal lengths, {found['machine']['cpu']}, one thread, cap {CAP:,}, seed {SEED}"
+    plot(found["rows"], path.with_suffix(".png"), title)
 
 
 if __name__ == "__main__":

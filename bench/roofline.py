@@ -1,6 +1,6 @@
 """What the fused head should cost on a card nobody has run it on yet: every term of every design, from stated rates.
 
-    python bench/roofline.py                                   # prints the tables, writes bench/results/roofline/
+    python bench/roofline.py                                   # tables, roofline.json and its picture
     python bench/roofline.py --compare bench/results/X/*/*-cuda.json   # the prediction beside what was measured
 
 Nothing here is measured. A path is the sum of its terms; each is work over a rate. Two sums are given: ``best``, where
@@ -13,7 +13,6 @@ assumption is too low.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 from collections.abc import Mapping
@@ -42,8 +41,7 @@ from roofline_designs import (
     Shape,
 )
 
-RESULTS = record.ROOT / "bench" / "results" / "roofline"
-SASS = record.ROOT / "bench" / "results" / "sass" / "triton-3.7.1.json"
+SASS = record.RESULTS / "sass" / "triton-3.7.1.json"
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -271,15 +269,15 @@ def matched(rows: list[dict[str, Any]], card: Card) -> list[tuple[dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__, "roofline")
     parser.add_argument("--compare", type=Path, nargs="+", help="records of bench/heads.py or bench/tiles.py")
-    paths = parser.parse_args().compare
-    if paths is None:
-        found = write(RESULTS)
+    given = parser.parse_args()
+    if given.compare is None:
+        found = write(given.output)
         print("\n".join(found["summary"]), roofline_report.table(found["rows"], TERMS), sep="\n")
         return
     try:
-        print("\n\n".join(compare(record.read(path)) for path in paths))
+        print("\n\n".join(compare(record.read(path)) for path in given.compare))
     except ValueError as error:
         parser.error(str(error))
 

@@ -1,36 +1,29 @@
 """One prompt for all its responses against the prompt repeated for each: forward and backward of a decoder, in one run.
 
     OMP_NUM_THREADS=1 python bench/shared_prompt.py     # small models on a CPU, eight of 1.5B's layers on a GPU
-    python bench/shared_prompt.py --case P1024-R256 --seconds 20     # or by number, from 0
+    python bench/shared_prompt.py --case P1024-R256 --seconds 20
 
 Beside the times (by device events, on a CPU in processor time) each case has the round-by-round ratio, what
 `gapg.batches.sharing` predicts for it, and how far the two runs' gradients lie apart: both are float32 on a CPU and
-bfloat16 on a GPU. Results go to bench/results/shared_prompt/<device>.json, those of chosen cases only where --output
-says.
+bfloat16 on a GPU.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import torch
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import record
+from gapg.batches.batching import Example, PackedBatch, one_batch
 from gapg.batches.sharing import RATES, saving, shape_of
 from gapg.model import attention
-from gapg_kernels.linear_logprob import linear_logprob
-from gapg_kernels.shared_prompt_attention import share
+from gapg.model.policy import response_logprobs
 from record import Row
-
-RESULTS = record.ROOT / "bench" / "results" / "shared_prompt"
 
 Groups = list[tuple[int, list[int]]]
 """Each prompt's length and those of its responses."""
@@ -90,57 +83,29 @@ CASES = {
         Case(1, 64, 256, varied=True),
         Case(8, 20, 10, varied=True, hidden=64, inner=192, layers=2),
     ],
-    "cuda": [
-        Case(4, 1024, 256, varied=True, **QWEN_1_5B),
-        Case(4, 256, 720, varied=True, **QWEN_1_5B),
-    ],
+    "cuda": [Case(4, 1024, 256, varied=True, **QWEN_1_5B), Case(4, 256, 720, varied=True, **QWEN_1_5B)],
 }
 
 
 def updates(model: PreTrainedModel, groups: Groups) -> dict[str, Callable[[], None]]:
     """``shared`` and ``repeated``: forward and backward of the same responses' weighted log-probs, by name."""
-    device, draw = model.device, torch.Generator().manual_seed(0)
+    draw = random.Random(0)
     vocab = model.config.get_text_config().vocab_size
-    prompts, responses = [p for p, _ in groups], [r for _, rs in groups for r in rs]
-    prompt_ids = list(torch.randint(1, vocab, (sum(prompts),), generator=draw).split(prompts))
-    response_ids = list(torch.randint(1, vocab, (sum(responses),), generator=draw).split(responses))
-    owner = [p for p, (_, rs) in enumerate(groups) for _ in rs]
-    target, weight = torch.cat(response_ids).to(device), torch.randn(sum(responses), generator=draw).to(device)
 
-    starts = _cumulative(prompts + responses)
-    layout = share(starts, _cumulative(prompts), _cumulative([sum(rs) for _, rs in groups]), device)
-    positions = [torch.arange(p) for p in prompts]
-    positions += [torch.arange(prompts[g], prompts[g] + r) for g, r in zip(owner, responses, strict=True)]
-    index = [
-        torch.cat([starts[g + 1 : g + 2] - 1, torch.arange(at, at + r - 1)])
-        for g, at, r in zip(owner, starts[len(prompts) :].tolist(), responses, strict=False)
-    ]
-    lengths = [prompts[g] + r for g, r in zip(owner, responses, strict=True)]
-    ends = _cumulative(lengths)[1:].tolist()
-    rows = {
-        "shared": (prompt_ids + response_ids, positions, index, attention.shared_arguments(layout)),
-        "repeated": (
-            [x for g, ids in zip(owner, response_ids, strict=True) for x in (prompt_ids[g], ids)],
-            [torch.arange(n) for n in lengths],
-            [torch.arange(end - r - 1, end - 1) for end, r in zip(ends, responses, strict=True)],
-            attention.packed_arguments(_cumulative(lengths).int().to(device), max(lengths)),
-        ),
-    }
+    def ids(count: int) -> list[int]:
+        return [draw.randrange(1, vocab) for _ in range(count)]
 
-    def update(ids: Tensor, positions: Tensor, index: Tensor, arguments: dict[str, Any]) -> None:
+    examples = []
+    for group, (prompt, responses) in enumerate(groups):
+        prompt_ids = ids(prompt)
+        examples += [Example(prompt_ids, ids(length), draw.gauss(0, 1), group=group) for length in responses]
+
+    def update(batch: PackedBatch) -> None:
         model.zero_grad()
-        states = model.base_model(
-            input_ids=ids[None], position_ids=positions[None], use_cache=False, **arguments
-        ).last_hidden_state[0]
-        head = model.get_output_embeddings().weight
-        (weight * linear_logprob(states.index_select(0, index), head, target)).sum().backward()
+        (batch.weight * response_logprobs(model, batch, compute=model.dtype)).sum().backward()
 
-    def bind(row: tuple[list[Tensor], list[Tensor], list[Tensor], dict[str, Any]]) -> Callable[[], None]:
-        *tensors, arguments = row
-        ids, positions, index = (torch.cat(x).to(device) for x in tensors)
-        return lambda: update(ids, positions, index, arguments)
-
-    return {name: bind(row) for name, row in rows.items()}
+    ways = {"shared": True, "repeated": False}
+    return {name: partial(update, one_batch(examples, model.device, share=share)) for name, share in ways.items()}
 
 
 def measure(name: str, model: PreTrainedModel, groups: Groups, rounds: int, seconds: float | None = None) -> list[Row]:
@@ -169,44 +134,23 @@ def measure(name: str, model: PreTrainedModel, groups: Groups, rounds: int, seco
     ]
 
 
-def _cumulative(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)])
-
-
-def pick(cases: list[Case]) -> Callable[[str], list[str]]:
-    """An argparse type: keys of cases, from their names, parts of them, or numbers from 0."""
-    keys = [case.key for case in cases]
-    by_name = record.pick(keys)
-
-    def chosen(text: str) -> list[str]:
-        numbers = {str(i): key for i, key in enumerate(keys)}
-        return by_name(",".join(numbers.get(part, part) for part in text.split(",")))
-
-    return chosen
-
-
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cases = CASES[device]
-    names = ", ".join(case.key for case in cases)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", type=pick(cases), action="extend", metavar="NAMES", help=f"of {names}; or numbers")
-    parser.add_argument("--rounds", type=int, default=9)
+    cases = {case.key: case for case in CASES[device]}
+    parser = record.parser(__doc__, "shared_prompt")
+    pick, names = record.pick(cases), f"of {', '.join(cases)}"
+    parser.add_argument("--case", type=pick, action="extend", metavar="NAMES", help=names)
+    parser.add_argument("--rounds", type=record.positive, default=9)
     parser.add_argument("--seconds", type=float, help="no round begins after so many, a case")
-    parser.add_argument("--output", type=Path, help="folder for the JSON")
     given = parser.parse_args()
-    if given.rounds < 1:
-        parser.error("--rounds must be 1 or more")
-    folder = given.output or (None if given.case else RESULTS)
     attention.register()
     rows: list[Row] = []
-    for case in cases:
-        if given.case and case.key not in given.case:
+    for key, case in cases.items():
+        if given.case and key not in given.case:
             continue
         found = measure(str(case), case.model(device), case.groups(), given.rounds, given.seconds)
         rows += found
-        if folder:  # what is measured stays, whatever happens to the next case
-            record.write("shared_prompt", rows, folder / f"{device}.json")
+        record.write("shared_prompt", rows, given.output / f"{device}.json")  # stays, whatever happens to the next case
         for row in found:
             print(f"{row['case']:60} {row['impl']:9} {row['metric']:18} {row['median']:.4g} {row['unit']}", flush=True)
 

@@ -7,14 +7,12 @@ Two cases a shape: forward only, and with E stored for a backward; each for the 
 workspace gives. `torch.mm` is the same product in bfloat16 into a tensor that is there already. A tile's time includes
 the small launches before and after its GEMM. Errors are the worst log-prob's and E's against float64; a tile whose
 error is too large is not timed. The kernels are for compute capability 9.0; on a CPU they run in Triton's interpreter,
-in float32, where a time says nothing about a GPU's. Results go to bench/results/tiles/, or to the folder given as
---output; the exit code is 1 where no tile ran. To make a winner the choice for its V, change
-`gapg_kernels.odds_gemm.tile_for`.
+in float32, where a time says nothing about a GPU's. The exit code is 1 where no tile ran. To make a winner the choice
+for its V, change `gapg_kernels.odds_gemm.tile_for`.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import math
@@ -22,7 +20,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -31,6 +28,7 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # heeded only before triton is imported, which the next lines do
 
+import heads_report
 import problems
 import record
 from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan, pitch
@@ -42,7 +40,6 @@ from record import Row
 from roofline_designs import Shape
 
 DEVICE: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
-RESULTS = record.ROOT / "bench" / "results" / "tiles"
 DEFAULT_SHAPE = {"cuda": Shape(16_384, 2_048, 151_936), "cpu": Shape(160, 80, 600)}
 ROUNDS = {"cuda": 20, "cpu": 1}
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}  # the interpreter's bfloat16 products are wrong
@@ -142,24 +139,10 @@ def errors(chunk: Chunk, want: Tensor, found: RowOdds) -> dict[str, float]:
 
 def timings(chunk: Chunk, runs: Mapping[str, Callable[[], object]], rounds: int) -> list[Row]:
     """The times of all; what fails meanwhile is left out and says why. (What breaks the device fails everything.)"""
-    left, failed, samples = dict(runs), list[Row](), dict[str, list[float]]()
-    running = ""
-
-    def call(name: str) -> object:
-        nonlocal running
-        running = name
-        return left[name]()
-
-    while left and not samples:
-        running = next(iter(left))
-        calls = {name: functools.partial(call, name) for name in left}
-        try:
-            # what `ncu --profile-from-start off` sees
-            with torch.cuda.profiler.profile() if DEVICE == "cuda" else contextlib.nullcontext():
-                samples = record.interleaved(calls, rounds=rounds, clock=DEVICE)
-        except Exception as reason:  # of a driver
-            failed.append(record.error_row(chunk.case, running, reason))
-            del left[running]
+    failed: dict[str, Exception] = {}
+    # what `ncu --profile-from-start off` sees
+    with torch.cuda.profiler.profile() if DEVICE == "cuda" else contextlib.nullcontext():
+        samples = record.interleaved(runs, rounds=rounds, clock=DEVICE, failed=failed)
     times = record.timing_rows(chunk.case, samples)
     count, (_, width, vocab) = len(chunk.hidden), chunk.shape
     for row in times:
@@ -167,34 +150,20 @@ def timings(chunk: Chunk, runs: Mapping[str, Callable[[], object]], rounds: int)
         row["tflops"] = 2 * count * width * vocab / row["median"] / 1e12
         if BARE in samples:
             row["floor_share"] = times[0]["median"] / row["median"]
-    return times + failed
+    return times + [record.error_row(chunk.case, name, reason) for name, reason in failed.items()]
 
 
-def table(shape: Shape, case: str, rows: list[Row]) -> str:
-    """One case: a line an implementation, the fastest first, and the winner of the tiles."""
-    times = sorted((row for row in rows if row.get("metric") == "time"), key=lambda row: row["median"])
-    errors = {(row["impl"], row["metric"]): row["median"] for row in rows if row.get("metric") in UNITS}
-    lines = [
-        "",
-        case,
-        f"{'':10}" + "".join(f"{head:>10}" for head in ("ms", "p20", "p80", "TFLOP/s", "of bare", "logprob", "E")),
-    ]
-    for row in times:
-        cells = [f"{row[key] * 1e3:10.2f}" for key in ("median", "p20", "p80")]
-        cells += [f"{row['tflops']:10.2f}", f"{row.get('floor_share', math.nan):10.3f}"]
-        cells += [f"{errors[row['impl'], metric]:10.1e}" for metric in UNITS if (row["impl"], metric) in errors]
-        lines.append(f"{row['impl']:10}{''.join(cells)}")
-    lines += [f"{row['impl']:10}  {row['error']}" for row in rows if "error" in row]
-    tiles = [row["impl"] for row in times if row["impl"] != BARE]
-    chosen = next(name for name, tile in TILES.items() if tile == tile_for(shape.vocab))
-    return "\n".join([*lines, *(f"{name} wins; {chosen} is what a call takes" for name in tiles[:1])])
+def winner(vocab: int, rows: list[Row]) -> str:
+    """Of one case: the fastest tile, and the one that a call takes."""
+    times = {row["impl"]: row["median"] for row in rows if row.get("metric") == "time" and row["impl"] in TILES}
+    chosen = next(name for name, tile in TILES.items() if tile == tile_for(vocab))
+    return f"{min(times, key=times.__getitem__)} wins; {chosen} is what a call takes" if times else "no tile ran"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__, "tiles")
     parser.add_argument("--shape", type=Shape.of, action="append", metavar="T,H,V", help="repeatable")
-    parser.add_argument("--rounds", type=int, default=ROUNDS[DEVICE], help="timed calls of each")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON")
+    parser.add_argument("--rounds", type=record.positive, default=ROUNDS[DEVICE], help="timed calls of each")
     given = parser.parse_args()
     if any(shape.hidden % 16 for shape in given.shape or []):
         parser.error("--shape: the fused GEMM takes an H that is a multiple of 16")
@@ -218,7 +187,7 @@ def main() -> None:
             found = timings(chunk, runs, given.rounds) + checked
             rows += found
             record.write("tiles", rows, path)
-            print(table(shape, chunk.case, found), flush=True)
+            print(heads_report.table(chunk.case, found), winner(shape.vocab, found), sep="\n", flush=True)
     if not any(row["impl"] in TILES and row.get("metric") == "time" for row in rows):
         sys.exit("bench/tiles.py: no tile ran; the record says why")
 

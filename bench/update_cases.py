@@ -79,7 +79,7 @@ class Case:
         on = [i < savings for i in range(len(SETTINGS))]
         values = [str(x).lower() for x in on[:3]] + ["always" if on[3] else "never"]
         given = {f"update.{name}": value for name, value in zip(SETTINGS, values, strict=True)}
-        given |= {"token_cap": str(self.token_cap), "model.dtype": dtype, "compare": "false"}
+        given |= {"token_cap": str(self.token_cap), "model.dtype": dtype}
         given |= {"optim.lr": str(updates.LR), "optim.warmup_steps": "0"}
         sizes = {"prompts_per_step": self.prompts, "samples_per_prompt": self.samples}
         sizes |= {"max_prompt_tokens": self.prompt, "max_new_tokens": self.longest - self.prompt}

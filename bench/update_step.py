@@ -5,7 +5,7 @@
     python bench/update_step.py --only timed          # a small model on a CPU, 1.5B on CUDA: <device>.json
     python bench/update_step.py --only timed --case 1.5B-P1024-30 --impl trl,shared --seconds 60
     python bench/update_step.py --only timed --shape 512,2048,16 --prompts 8
-    python bench/update_step.py --table README.md     # the counts as Markdown, between the markers in that file
+    python bench/update_step.py --table docs/benchmarks.md    # the committed counts between that file's markers, no run
 
 What is counted, and how, stands in `update_count`. A micro-batch is eight sequences for the peers and as many
 tokens as the cap allows for ours, so its tokens stand beside its bytes. Counts predict no time, and are a file of their
@@ -16,8 +16,6 @@ CUDA the memory plan chooses our token cap; what is out of memory tries again wi
 was is a row. Peak memory has weights, gradients and AdamW's moments in it. A peer's micro-batches are padded, sorted by
 length and on the device beforehand; ours are packed in the time measured. TFLOP/s are those counted, of the same
 micro-batches, over the time measured.
-
-Results are in bench/results/update_step; a chosen case, shape or implementation is written only where --output says.
 """
 
 from __future__ import annotations
@@ -27,7 +25,8 @@ import gc
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -38,6 +37,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import pictures
 import record
 import update_step_report as report
 from gapg.config import RunConfig
@@ -51,7 +51,7 @@ from update_cases import CASES, IMPLS, QWEN, REAL, SMALL, Case, own_case, parse_
 from update_count import counted_rows, update_flops
 from update_step_report import OURS
 
-RESULTS = record.ROOT / "bench" / "results" / "update_step"
+COUNTED = record.RESULTS / "update_step" / "counted.json"
 ROUNDS = {"cpu": 3, "cuda": 5}
 
 Device = Literal["cpu", "cuda"]
@@ -156,9 +156,14 @@ class Timing:
     flops: dict[str, float] = field(default_factory=dict)
     errors: list[Row] = field(default_factory=list)
 
-    def failed(self, name: str, error: Exception) -> None:
-        """Keeps the reason, and not the error, whose traceback holds tensors."""
-        self.errors.append(record.error_row(str(self.case), name, error))
+    @contextmanager
+    def reasons(self, name: str) -> Iterator[None]:
+        """A peer may raise anything: the reason is its result, and is kept without the error, whose traceback holds
+        tensors."""
+        try:
+            yield
+        except Exception as error:
+            self.errors.append(record.error_row(str(self.case), name, error))
 
     def rows(self) -> list[Row]:
         values: dict[tuple[str, str], dict[str, list[float]]] = {
@@ -187,30 +192,25 @@ def time_case(
     steps: dict[str, Step] = {}
     try:
         for name in record.progress(impls, f"trying each: {case}"):
-            try:
+            with timing.reasons(name):
                 steps[name], timing.sizes[name] = first_that_fits(trainer, name)
                 if device == "cuda":
                     timing.peaks[name] = torch.cuda.max_memory_allocated()
-            except Exception as error:  # a peer may raise anything: its reason is the result
-                timing.failed(name, error)
             save(timing.rows())
         trainer.release()
         for name in steps:
-            try:
+            with timing.reasons(name):  # without its count it is timed all the same
                 timing.flops[name] = update_flops(case, name, timing.sizes[name])
-            except Exception as error:  # without its count it is timed all the same
-                timing.failed(name, error)
         begin = time.perf_counter()
         for done in range(rounds):
             if done and seconds is not None and time.perf_counter() - begin >= seconds:
                 break
             for name in list(steps):
-                try:
-                    found = record.interleaved({name: steps[name]}, rounds=1, clock=device, warm=False)
+                step = {name: steps.pop(name)}
+                with timing.reasons(name):
+                    found = record.interleaved(step, rounds=1, clock=device, warm=False)
                     timing.seconds.setdefault(name, []).extend(found[name])
-                except Exception as error:  # as above
-                    timing.failed(name, error)
-                    del steps[name]
+                    steps |= step
                 if name not in steps:
                     trainer.release()
             save(timing.rows())
@@ -225,17 +225,15 @@ def count_case(case: Case, save: Save, *, impls: Sequence[str]) -> None:
 # --- run -------------------------------------------------------------------------------------------------------------
 
 
-def measure(
-    cases: list[Case], each: Callable[[Case, Save], object], path: Path | None, show: Callable[..., str]
-) -> None:
-    """Case by case into `path`.json; drawn beside it and shown at the end, however that comes."""
+def measure(cases: list[Case], each: Callable[[Case, Save], object], path: Path, show: Callable[..., str]) -> None:
+    """Case by case into the file at ``path``; drawn beside it and shown at the end, however that comes."""
     kept: list[Row] = []
     rows: list[Row] = []
 
     def save(found: list[Row]) -> None:
         rows[:] = [*kept, *found]
-        if path is not None and rows:
-            record.write("update_step", rows, path.with_suffix(".json"))
+        if rows:
+            record.write("update_step", rows, path)
 
     try:
         for case in cases:
@@ -243,59 +241,54 @@ def measure(
             kept = list(rows)
             print(case, file=sys.stderr, flush=True)
     finally:
-        if path is not None:
-            report.plot(rows, path.with_suffix(".png"))
+        pictures.grid(report.panels(rows), path.with_suffix(".png"), "One update")
         print(show(rows), flush=True)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__, "update_step")
     parser.add_argument("--only", choices=("counted", "timed"), help="one part; both by default")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--case", type=record.pick(CASES), action="extend", metavar="NAMES", help=f"of {', '.join(CASES)}"
-    )
-    which.add_argument(
-        "--shape", type=parse_shape, metavar="P,R,G", help="tokens of a prompt, of a mean response; samples"
-    )
-    parser.add_argument("--prompts", type=int, help="other than the case's")
-    parser.add_argument(
-        "--impl", type=record.pick(IMPLS), action="extend", metavar="NAMES", help="parts of names, as in trl,shared"
-    )
-    parser.add_argument("--rounds", type=int, help="updates of each; 3 on a CPU, 5 on CUDA")
+    names, shape = f"of {', '.join(CASES)}", "tokens of a prompt, of a mean response; samples"
+    which.add_argument("--case", type=record.pick(CASES), action="extend", metavar="NAMES", help=names)
+    which.add_argument("--shape", type=parse_shape, metavar="P,R,G", help=shape)
+    parser.add_argument("--prompts", type=record.positive, help="other than the case's")
+    impls = "parts of names, as in trl,shared"
+    parser.add_argument("--impl", type=record.pick(IMPLS), action="extend", metavar="NAMES", help=impls)
+    parser.add_argument("--rounds", type=record.positive, help="updates of each; 3 on a CPU, 5 on CUDA")
     parser.add_argument("--seconds", type=float, help="no round begins after so many, a case")
-    parser.add_argument("--output", type=Path, help="folder for JSON and PNG")
-    parser.add_argument("--table", type=Path, help="draw the committed counts between this file's markers; run nothing")
-    given = parser.parse_args()
-    for option in ("rounds", "prompts"):
-        if getattr(given, option) is not None and getattr(given, option) < 1:
-            parser.error(f"--{option} must be 1 or more")
-    return given
+    parser.add_argument("--table", type=Path, metavar="FILE", help="draw the committed counts into it, and stop")
+    return parser.parse_args()
 
 
 def main() -> None:
     given = parse()
     if given.table:
-        report.draw_into(given.table, record.read(RESULTS / "counted.json")["rows"], list(updates.PEERS))
+        text = report.counted_table(record.read(COUNTED)["rows"], updates.PEERS)
+        record.draw_between(given.table, report.MARKERS, text)
         return
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     attention.register()
     impls = [name for name in IMPLS if name in (given.impl or IMPLS)]
     chosen = [CASES[key] for key in dict.fromkeys(given.case or ())]
     chosen += [own_case(given.shape, device)] if given.shape else []
-    folder = given.output or (None if chosen or given.impl or given.prompts else RESULTS)
 
     def cases(usual: list[Case]) -> list[Case]:
         return [replace(case, prompts=given.prompts or case.prompts) for case in chosen or usual]
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # how a time limit ends it: what is measured is still drawn
     if given.only != "timed":
-        measure(cases(REAL), partial(count_case, impls=impls), folder and folder / "counted", report.counts)
+        measure(
+            cases(REAL),
+            partial(count_case, impls=impls),
+            given.output / "counted.json",
+            partial(report.counts, peers=updates.PEERS),
+        )
     if given.only != "counted":
         usual = SMALL if device == "cpu" else [case for case in REAL if case.model is QWEN["1.5B"]]
         rounds = given.rounds or ROUNDS[device]
         each = partial(time_case, impls=impls, device=device, rounds=rounds, seconds=given.seconds)
-        measure(cases(usual), each, folder and folder / device, report.summary)
+        measure(cases(usual), each, given.output / f"{device}.json", report.summary)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""What one sees of a record of `bench/update_step.py`: tables for the terminal and the README, and a picture."""
+"""What one sees of a record of `bench/update_step.py`: tables for the terminal and the docs, and a picture."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
-from record import Row, draw_between
+import pictures
+from record import Row, by_case, markdown, medians
 
 MARKERS = ("<!-- update step: drawn by bench/update_step.py --table -->", "<!-- end of update step -->")
 
@@ -25,9 +27,8 @@ WORK = "counted work over measured time"
 def summary(rows: list[Row]) -> str:
     """Of the timed rows, a block a case: a line an implementation, and ours beside the goal."""
     blocks = []
-    for case in dict.fromkeys(row["case"] for row in rows):
-        mine = [row for row in rows if row["case"] == case]
-        found = {(r["impl"], r["metric"]): r["median"] for r in mine if "median" in r}
+    for case, mine in by_case(rows).items():
+        found = {(impl, metric): value for (_, impl, metric), value in medians(mine).items()}
         errors = {r["impl"]: r["error"] for r in mine if "error" in r}
         head = f"  {'':26}{'ms':>10} {'of TRL':>8} {'of no saving':>13} {'peak GiB':>9} {'TFLOP/s':>8}  micro-batch"
         impls = sorted({row["impl"]: 0 for row in mine}, key=lambda impl: (*OURS, impl).index(impl))
@@ -56,51 +57,31 @@ def _verdict(found: dict[tuple[str, str], float]) -> str:
     ours, theirs = found.get((OURS[-1], "time")), found.get((TRL, "time"))
     if not ours or not theirs:
         return f"  no verdict: it needs both {OURS[-1]!r} and {TRL!r}"
-    return (
-        f"  ours with all savings is {theirs / ours:.2f} times as fast as {TRL} (the goal, at 1.5B on a GPU: {GOAL:g})"
-    )
+    speed = f"{theirs / ours:.2f} times as fast as {TRL}"
+    return f"  ours with all savings is {speed} (the goal, at 1.5B on a GPU: {GOAL:g})"
 
 
-def counts(rows: list[Row]) -> str:
-    """Of the counted rows: all of them, and what sharing saves."""
-    return f"{table(rows)}\n\n{goal(rows)}"
+def counts(rows: list[Row], peers: Iterable[str]) -> str:
+    """The table of the counted rows, who could not be counted, and whether sharing halves the flops of our own update
+    without it, at 1.5B with prompts of 1,024 tokens."""
+    found = [counted_table(rows, peers), ""]
+    found += [f"{r['case']}: {r['impl']} could not be counted: {r['error']}" for r in rows if "error" in r]
+    flops = {(case, impl): value for (case, impl, metric), value in medians(rows).items() if metric == "flops"}
+    for case in by_case(rows):
+        if case.startswith("1.5B") and "P=1024" in case and {(case, OURS[3]), (case, OURS[4])} <= flops.keys():
+            share = flops[case, OURS[4]] / flops[case, OURS[3]]
+            found.append(f"{case}: shared / unshared flops {share:.3f}, {'' if share <= 0.5 else 'not '}at most half")
+    return "\n".join(found)
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown: a line a row's implementation, relative to our own with no saving where that is there."""
-    lines = ["| case | impl | metric | value | unit | of no saving |", "|---|---|---|---|---|---|"]
-    base = {(r["case"], r["metric"]): r["median"] for r in rows if r["impl"] == OURS[0] and "median" in r}
-    for r in rows:
-        if "error" in r:
-            lines.append(f"| {r['case']} | {r['impl']} | error | {r['error'].replace('|', '/')} | | |")
-            continue
-        of = base.get((r["case"], r["metric"]))
-        share = f"{r['median'] / of:.2f}" if of else ""
-        lines.append(f"| {r['case']} | {r['impl']} | {r['metric']} | {r['median']:.4g} | {r['unit']} | {share} |")
-    return "\n".join(lines)
-
-
-def goal(rows: list[Row]) -> str:
-    """Whether sharing halves the flops of our own run without it, at 1.5B with prompts of 1,024 tokens."""
-    flops = {(r["case"], r["impl"]): r["median"] for r in rows if r.get("metric") == "flops"}
-    lines = []
-    for case in dict.fromkeys(case for case, _ in flops if case.startswith("1.5B") and "P=1024" in case):
-        if not {(case, OURS[3]), (case, OURS[4])} <= flops.keys():
-            continue
-        share = flops[case, OURS[4]] / flops[case, OURS[3]]
-        lines.append(f"{case}: shared / unshared flops {share:.3f}, {'' if share <= 0.5 else 'not '}at most half")
-    return "\n".join(lines)
-
-
-def counted_table(rows: list[Row], peers: Sequence[str]) -> str:
+def counted_table(rows: list[Row], peers: Iterable[str]) -> str:
     """Markdown: flops of an update and bytes of a micro-batch, a line an implementation, a column a model and prompt.
 
-    Of the cases in which some groups are all equal, so that every saving shows.
+    Of the cases in which some groups are all equal, so that every saving shows, where there are any.
     """
-    found = {(r["case"], r["impl"], r["metric"]): r["median"] for r in rows if "median" in r}
-    cases = [case for case in dict.fromkeys(r["case"] for r in rows) if ", 0% all" not in case]
-    heads = [re.sub(r"^(\S+), .*?P=(\d+).*", r"\1, P=\2", case) for case in cases]
-    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(cases)]
+    found = medians(rows)
+    cases = [case for case in by_case(rows) if ", 0% all" not in case] or list(by_case(rows))
+    lines = []
     for impl in [*OURS, *peers]:
         cells = (
             f"{found[case, impl, 'flops'] / 1e15:.2f}, {found[case, impl, 'bytes'] / 2**30:.1f}"
@@ -108,48 +89,18 @@ def counted_table(rows: list[Row], peers: Sequence[str]) -> str:
             else "–"
             for case in cases
         )
-        lines.append(f"| {impl} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([impl, *cells])
+    heads = [re.sub(r"^(\S+), .*?P=(\d+).*", r"\1, P=\2", case) for case in cases]
+    return markdown(["", *heads], lines, right=range(1, len(cases) + 1))
 
 
-def draw_into(readme: Path, rows: list[Row], peers: Sequence[str]) -> None:
-    """Replace what stands between the markers by the table of counts.
-
-    Raises:
-        ValueError: the file lacks the markers.
-    """
-    draw_between(readme, MARKERS, counted_table(rows, peers))
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    """Bars of flops and times, a panel a case, relative to our own with no saving, else to the first that is there.
-
-    Draws nothing where no row has either.
-    """
-    shown = [r for r in rows if r.get("metric") in ("flops", "time")]
-    if not shown:
-        return
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    cases = list(dict.fromkeys((r["case"], r["metric"]) for r in shown))
-    lines = -(-len(cases) // 2)
-    figure, axes = plt.subplots(lines, 2, figsize=(14, 2.6 * lines), squeeze=False, layout="constrained")
-    for axis, (case, metric) in zip(axes.flat, cases, strict=False):
-        found = {r["impl"]: r["median"] for r in shown if (r["case"], r["metric"]) == (case, metric)}
-        names = list(found)[::-1]
-        base = OURS[0] if OURS[0] in found else names[-1]
-        shares = [found[name] / found[base] for name in names]
-        bars = axis.barh(names, shares, color=["tab:orange" if n in OURS else "tab:blue" for n in names])
-        axis.bar_label(bars, [f" {x:.2f}" for x in shares], fontsize=8)
-        kind = "counted" if metric == "flops" else "measured"
-        axis.set_title(f"{metric} ({kind}), of {base!r}: {case}", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.margins(x=0.12)
-    for axis in axes.flat[len(cases) :]:
-        axis.remove()
-    figure.suptitle("One update")
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+def panels(rows: list[Row]) -> list[Callable[[Any], None]]:
+    """Flops and times, a panel a case, relative to our own with no saving, else to the first that is there."""
+    found: list[Callable[[Any], None]] = []
+    for metric, kind in (("flops", "counted"), ("time", "measured")):
+        for case, part in by_case(rows, metric).items():
+            shown = {row["impl"]: row for row in part}
+            base = OURS[0] if OURS[0] in shown else next(iter(shown))
+            title = f"{metric} ({kind}), of {base!r}: {case}"
+            found.append(partial(pictures.bars, rows=shown, title=title, base=base, by_time=False))
+    return found

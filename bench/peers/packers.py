@@ -1,8 +1,8 @@
 """The packers that `bench/packing.py` compares: other projects' own code, called as they call it, and textbook ones.
 
-Each peer comes from its project's package and is a row with an error where that is not installed; nobody's code is
-copied. `pip install --no-deps axolotl skyrl openrlhf verl` beside this project brings them, then what else their
-modules import when they are loaded (numba, ray, tensordict, pylatexenc, …).
+Each peer comes from its project's package and is a row that names the package where that is not installed; nobody's
+code is copied. `pip install --no-deps axolotl skyrl openrlhf verl` beside this project brings them, then what else
+their modules import when they are loaded (numba, ray, tensordict, pylatexenc, …).
 """
 
 from __future__ import annotations
@@ -31,14 +31,9 @@ class Peer:
 
     name: str
     prepare: Callable[[Lengths, int], Run]
-    what: str
     package: str | None = None
     most: int = 100_000
     bins: Callable[[Any, Lengths], list[Lengths]] = lambda result, lengths: [lengths[np.asarray(b)] for b in result]
-
-
-def ours(lengths: Lengths, cap: int) -> Run:
-    return lambda: pack(lengths, cap)
 
 
 def first_fit(lengths: Lengths, cap: int) -> Run:
@@ -152,36 +147,23 @@ def verl_micro_batches(lengths: Lengths, cap: int) -> Run:
 
 OURS = Peer(
     "gapg",
-    ours,
-    "best-fit decreasing, C++",
+    lambda lengths, cap: lambda: pack(lengths, cap),
     bins=lambda packing, lengths: [lengths[members] for members in packing.bins],
 )
+"""Best-fit decreasing, in C++."""
+
 PEERS = (
-    Peer("numba first-fit", first_fit, "first fit in the order given, loops over arrays", "numba", bins=split),
-    Peer(
-        "axolotl",
-        axolotl,
-        "axolotl.utils.samplers.multipack.pack_group: first fit in the order given, numba",
-        "axolotl",
-    ),
-    Peer(
-        "SkyRL balanced", skyrl("balanced"), "skyrl.train.dataset.bin_packing: longest into emptiest, a heap", "skyrl"
-    ),
-    Peer("SkyRL FFD", skyrl("first_fit_decreasing"), "skyrl.train.dataset.bin_packing: first-fit decreasing", "skyrl"),
-    Peer("TRL BFD", trl, "trl.data_utils._pack_bfd: best-fit decreasing, moves the tokens too", "trl", bins=trl_bins),
-    Peer(
-        "OpenRLHF",
-        openrlhf,
-        "openrlhf.utils.seqlen_balancing: first fit counts, Karmarkar-Karp fills",
-        "openrlhf",
-        10_000,
-    ),
-    Peer("verl partitions", verl_partitions, "verl.utils.seqlen_balancing: Karmarkar-Karp, one pass", "verl", 10_000),
-    Peer(
-        "verl micro-batches",
-        verl_micro_batches,
-        "verl…rearrange_micro_batches: Karmarkar-Karp until it fits",
-        "verl",
-        1_000,
-    ),
+    # first fit in the order given
+    Peer("numba first-fit", first_fit, "numba", bins=split),
+    Peer("axolotl", axolotl, "axolotl"),
+    # the longest into the emptiest, by a heap; first-fit decreasing
+    Peer("SkyRL balanced", skyrl("balanced"), "skyrl"),
+    Peer("SkyRL FFD", skyrl("first_fit_decreasing"), "skyrl"),
+    # best-fit decreasing, moves the tokens too
+    Peer("TRL BFD", trl, "trl", bins=trl_bins),
+    # first fit counts, Karmarkar-Karp fills
+    Peer("OpenRLHF", openrlhf, "openrlhf", 10_000),
+    # Karmarkar-Karp: one pass; until it fits
+    Peer("verl partitions", verl_partitions, "verl", 10_000),
+    Peer("verl micro-batches", verl_micro_batches, "verl", 1_000),
 )

@@ -76,7 +76,7 @@ def test_a_python_whose_torch_does_not_see_the_card_is_refused(tmp_path: Path) -
 def test_every_step_of_a_runs_and_a_failure_stops_none(tmp_path: Path) -> None:
     python = """case "$*" in
       *only-errors*) echo "no such peer"; exit 3;;
-      *kernels.py*) mkdir -p $out/kernels; touch $out/kernels/kernels-cuda.json;;
+      *heads.py*) mkdir -p $out/kernels; touch $out/kernels/kernels-cuda.json;;
     esac"""
     done, calls = run(tmp_path, "A", python)
     assert done.returncode == 1
@@ -91,7 +91,6 @@ def test_every_step_of_a_runs_and_a_failure_stops_none(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "out" / "logs-A.tar.gz") as logs:
         assert {Path(name).stem for name in logs.getnames() if name != "."} == set(found)
     assert "NVIDIA H100 80GB HBM3, stage A, results in" in done.stdout
-    assert (record.ROOT / "gapg" / "kernels").is_symlink()
 
 
 @pytest.mark.parametrize("stage", MINUTES)
@@ -183,4 +182,4 @@ def test_a_dry_run_leaves_every_file_and_a_page_that_claims_nothing(tmp_path: Pa
     assert page.startswith("# A dry run on a CPU: no measurement of any GPU\n")
     for heading in ("The head", "Tiles", "The head's peers", "Errors", "One update", "One prompt for its responses"):
         assert f"\n## {heading}\n" in page
-    assert (tmp_path / "report.png").stat().st_size > 20_000
+    assert page.count("![") == 4  # the pictures that the stages leave

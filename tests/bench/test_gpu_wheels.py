@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from zipfile import ZipFile
@@ -40,7 +42,7 @@ def wheel(
 
 
 def laid_out(folder: Path) -> Path:
-    """A small set that fits one folder, and one whose library is cut between two: 20,000 bytes a folder."""
+    """A small set that fits one folder, and one that is cut between two: 30,000 bytes a folder."""
     made = folder / "made"
     made.mkdir()
     noise = random.Random(0).randbytes(30_000)
@@ -54,20 +56,19 @@ def laid_out(folder: Path) -> Path:
     }
     depot = folder / "depot"
     depot.mkdir()
-    gpu_wheels.lay_out(wheels, depot, limit=20_000)
+    gpu_wheels.lay_out(wheels, depot, limit=30_000)
     return depot
 
 
-def test_no_folder_is_too_large_and_the_parts_are_the_wheels(tmp_path: Path) -> None:
+def test_no_folder_is_too_large_and_the_pieces_are_the_wheels(tmp_path: Path) -> None:
     depot = laid_out(tmp_path)
     folders = sorted(path for path in depot.iterdir() if path.is_dir())
     assert [path.name for path in folders] == ["peers-1", "peers-2", "update"]
     sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in folders]
-    assert sizes[0] == 20_000 and 10_000 < sizes[1] < 20_000
-    parts = sorted(depot.glob("*/library-*"), key=lambda path: path.name)
-    assert [path.parent.name for path in parts] == ["peers-1", "peers-2"]
-    whole = (tmp_path / "made" / "library-1.0-py3-none-any.whl").read_bytes()
-    assert b"".join(path.read_bytes() for path in parts) == whole
+    assert sizes[0] == 30_000 and 0 < sizes[1] < 30_000
+    data = b"".join(path.read_bytes() for path in sorted(depot.glob("peers-*/peers.tar.*")))
+    with tarfile.open(fileobj=io.BytesIO(data)) as whole:
+        assert whole.getnames() == ["a_peer-1.0-py3-none-any.whl", "library-1.0-py3-none-any.whl"]
 
 
 def test_laid_out_again_it_leaves_nothing_of_before(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_the_smaller_set_does_not_wait_for_the_larger(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [b"", b"more"])
 def test_a_damaged_part_is_named(tmp_path: Path, change: bytes) -> None:
     depot = laid_out(tmp_path)
-    (part,) = (depot / "peers-1").glob("library-*")
+    (part,) = (depot / "peers-1").iterdir()
     part.write_bytes(part.read_bytes()[:-4] + change)
     with pytest.raises(Refused, match=f"{part.name} is damaged: carry it here again"):
         gpu_wheels.install("peers", tmp_path / "site-packages", depot)

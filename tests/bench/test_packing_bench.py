@@ -31,7 +31,7 @@ def test_a_small_run_leaves_a_record_of_every_peer_and_a_plot(tmp_path: Path) ->
 
 def test_a_broken_cap_is_counted() -> None:
     lengths = np.array([packing.CAP, 5, packing.CAP - 4])
-    careless = Peer("careless", lambda lengths, cap: lambda: [[0, 1], [2]], "")
+    careless = Peer("careless", lambda lengths, cap: lambda: [[0, 1], [2]])
     rows = packing.worth("case", careless, careless.bins([[0, 1], [2]], lengths), lengths)
     assert {row["metric"]: row["median"] for row in rows if row["metric"] != packing.BALANCE} == {
         packing.OVER: -1,  # three bins are the fewest

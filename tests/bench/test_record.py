@@ -1,7 +1,9 @@
 """The record's schema, its quantiles and the order in which implementations are timed."""
 
+import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import time
@@ -29,6 +31,17 @@ def test_rounds_end_with_the_seconds_given_and_the_first_is_always_made() -> Non
     assert len(calls) <= 3  # no untimed call
     assert len(record.interleaved(impls, rounds=5, seconds=0.0, warm=False)["slow"]) == 1
     assert len(record.interleaved(impls, rounds=2, seconds=60.0)["slow"]) == 2
+
+
+def test_who_fails_is_left_out_with_its_reason_and_the_others_are_timed() -> None:
+    calls = [None, None]  # the third raises
+    impls = {"a": lambda: None, "b": calls.pop}
+    failed: dict[str, Exception] = {}
+    samples = record.interleaved(impls, rounds=3, failed=failed)
+    assert {name: len(values) for name, values in samples.items()} == {"a": 3}
+    assert isinstance(failed["b"], IndexError)
+    with pytest.raises(IndexError):
+        record.interleaved(impls, rounds=3)
 
 
 def test_the_clocks_measure_what_they_say() -> None:
@@ -88,6 +101,51 @@ def test_a_bad_row_leaves_the_old_record(tmp_path: Path) -> None:
 def test_an_errors_text_is_one_short_line() -> None:
     assert record.error_row("c", "i", "\n  long " + "x" * 500)["error"].startswith("long xx")
     assert len(record.error_row("c", "i", "x" * 500)["error"]) == 200
+
+
+def test_a_missing_package_is_named_with_what_installs_it() -> None:
+    for module, command in (
+        ("trl.trainer", "pip install 'gapg[bench]'"), ("quack", "pip install quack-kernels"),
+        ("verl", "pip install --no-deps verl"), ("numba", "pip install numba"),
+    ):  # fmt: skip
+        error = record.error_row("c", "i", ModuleNotFoundError("No module named x", name=module))["error"]
+        assert error == f"{module.partition('.')[0]} is not installed: {command}"
+
+
+def test_results_go_to_a_scratch_folder_unless_somebody_asks() -> None:
+    parser = record.parser("what it does", "kernels")
+    assert parser.parse_args([]).output == record.ROOT / "runs" / "bench" / "kernels"
+    assert parser.parse_args(["--output", "bench/results/kernels"]).output == Path("bench/results/kernels")
+
+
+def test_a_number_of_rounds_is_one_or_more() -> None:
+    assert record.positive("12") == 12
+    for wrong in ("0", "-1", "1.5", "", "two"):
+        with pytest.raises(argparse.ArgumentTypeError, match="give a whole number, 1 or more"):
+            record.positive(wrong)
+
+
+def test_a_table_is_markdown() -> None:
+    text = record.markdown(("", "ms"), [("ours", "1.0"), ("theirs", "2.0")], right=(1,))
+    assert text == "|  | ms |\n|---|---:|\n| ours | 1.0 |\n| theirs | 2.0 |"
+
+
+def test_a_table_is_drawn_between_its_markers_again_and_again(tmp_path: Path) -> None:
+    page, markers = tmp_path / "page.md", ("<!-- begin -->", "<!-- end -->")
+    page.write_text("above\n<!-- begin -->\nold\n<!-- end -->\nbelow\n")
+    for _ in range(2):
+        record.draw_between(page, markers, "| a\\b |")
+        assert page.read_text() == "above\n<!-- begin -->\n| a\\b |\n<!-- end -->\nbelow\n"
+    page.write_text("no markers\n")
+    with pytest.raises(ValueError, match="needs the markers"):
+        record.draw_between(page, markers, "text")
+    assert page.read_text() == "no markers\n"
+
+
+def test_the_cores_are_known_where_the_system_tells_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert record.cores() == os.cpu_count()
 
 
 def test_the_revision_is_the_checkouts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,7 @@ def test_the_files_hold_every_prediction_with_its_assumptions(tmp_path: Path) ->
     assert (tmp_path / "roofline.png").stat().st_size > 20_000
     table = roofline_report.table(written["rows"], roofline.TERMS)
     assert all(table.count(f"\n{head.name} ") == len(CARDS) * len(SHAPES) for head in HEADS)
-    committed = json.loads((roofline.RESULTS / "roofline.json").read_text())
+    committed = json.loads((record.RESULTS / "roofline" / "roofline.json").read_text())
     assert found == committed, "the assumptions changed: python bench/roofline.py"
 
 

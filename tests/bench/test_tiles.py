@@ -22,7 +22,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a card takes 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own: whether Triton interprets is settled when it is imported."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(record.ROOT), environment.get("PYTHONPATH", "")])
+    paths = [str(record.ROOT / "bench"), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
@@ -144,7 +145,7 @@ calls = [None, None]  # the third raises
 runs = {"torch.mm": lambda: None, "wide": calls.pop, "pair": lambda: None}
 found["one"] = tiles.timings(chunk, runs, 3)
 found["all"] = tiles.timings(chunk, dict.fromkeys(["torch.mm", "wide"], lambda: 1 / 0), 3)
-found["table"] = tiles.table(shape, chunk.case, found["all"])""")
+found["winner"] = [tiles.winner(40, found[name]) for name in ("one", "all")]""")
     times = [row for row in found["one"] if "error" not in row]
     assert [(row["impl"], len(row["samples"])) for row in times] == [("torch.mm", 3), ("pair", 3)]
     assert [(row["impl"], row["error"]) for row in found["one"] if "error" in row] == [
@@ -153,7 +154,7 @@ found["table"] = tiles.table(shape, chunk.case, found["all"])""")
     assert [(row["impl"], row["error"]) for row in found["all"]] == [
         (impl, "ZeroDivisionError: division by zero") for impl in ("torch.mm", "wide")
     ]
-    assert "wins" not in found["table"]
+    assert found["winner"] == ["pair wins; narrow is what a call takes", "no tile ran"]
 
 
 BROKEN = """

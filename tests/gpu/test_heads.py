@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gapg_kernels import head
-from gapg_kernels import reference as definition
+from gapg_kernels import head, reference
 from gapg_kernels.chunks import pitch
 from gapg_kernels.fused_policy_loss import fused_policy_loss
 from gapg_kernels.linear_logprob import linear_logprob
 from gapg_kernels.odds_gemm import TILES, fused_odds
+from gapg_kernels.policy_loss import rows_with_advantage
 from gapg_kernels.reference import RowOdds
 from tests.kernels.float64_entropy import entropies, gaps
 from tests.kernels.float64_oracle import ENTROPIES, Inputs, Result, error, inputs_at, truth
@@ -218,9 +218,9 @@ def test_every_tile_against_float64(nats: float) -> None:
             assert (found.logprob.cpu() - want.logprob).abs().max() <= tolerance, tile
             wrong = (found.entropy.cpu() - entropies(inputs)).abs()
             assert (wrong <= tolerance + 1e-6 * (1 + gaps(inputs))).all(), tile
-        scales = definition.row_scales(x.grad, rows.odds, rows.unit, x.target, x.temperature)
-        hidden = definition.hidden_gradient(e[:, :5003], x.weight, index, scales, torch.bfloat16)
-        weight = definition.add_weight_gradient(None, e[:, :5003], x.hidden, index, scales)
+        scales = reference.row_scales(x.grad, rows.odds, rows.unit, x.target, x.temperature)
+        hidden = reference.hidden_gradient(e[:, :5003], x.weight, index, scales, torch.bfloat16)
+        weight = reference.add_weight_gradient(None, e[:, :5003], x.hidden, index, scales)
         assert error(hidden.cpu(), want.hidden) < 3 * 2**-9 and error(weight.cpu(), want.weight) < 3 * 2**-9, tile
 
 
@@ -241,14 +241,16 @@ def test_a_tile_gives_the_same_bits_in_every_run_and_every_batch(tile: str, stor
 
 
 def policy(drop: bool = True, table: str = "cpu", grad: Tensor | None = None) -> list[Tensor]:
-    """A batch of 16 responses, half of them in a group of equal rewards."""
+    """A batch of 16 responses, half of them in a group of equal rewards. ``drop``: their rows are left out."""
     x = on_device(inputs_at(1.0, rows=320, width=64, vocab=2000))
     hidden, weight = x.hidden.clone().requires_grad_(), x.weight.clone().requires_grad_(grad is None)
     rewards = torch.cat([torch.ones(1, 8), torch.arange(8.0)[None] % 3])
     response = torch.arange(16).repeat_interleave(20)
-    group, sample, rewards = (t.to(table) for t in (response // 8, response % 8, rewards))
+    at = rows_with_advantage(rewards, response // 8, response % 8) if drop else torch.arange(320)
+    rows = at.to(DEVICE)
+    group, sample, rewards = (t.to(table) for t in (response[at] // 8, response[at] % 8, rewards))
     found = fused_policy_loss(
-        hidden, weight, x.target, rewards, group, sample, denominator=16.0, drop_zero_rows=drop, main_grad=grad
+        hidden[rows], weight, x.target[rows], rewards, group, sample, denominator=16.0, main_grad=grad
     )
     found.loss.backward()
     grads = (hidden.grad, weight.grad if grad is None else grad)
@@ -257,7 +259,7 @@ def policy(drop: bool = True, table: str = "cpu", grad: Tensor | None = None) ->
 
 def test_rows_of_zero_advantage_change_nothing() -> None:
     dropped = policy()
-    for other in (policy(drop=False), policy(table=DEVICE)):
+    for other in (policy(drop=False), policy(drop=False, table=DEVICE)):
         assert dropped[0].item() == pytest.approx(other[0].item(), rel=1e-5)
         assert error(dropped[1], other[1].double()) < 2**-8 and error(dropped[2], other[2].double()) < 2**-8
         assert (other[1][:160] == 0).all()

@@ -12,8 +12,9 @@ from gapg.model import attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 # the trainer's requirements are more than a card's machine may have
-batching, config, optim, policy = (
-    pytest.importorskip(f"gapg.{name}") for name in ("batching", "config", "optim", "policy")
+batching, config, optim, policy, route = (
+    pytest.importorskip(f"gapg.{name}")
+    for name in ("batches.batching", "config", "optim", "model.policy", "model.route")
 )
 
 SIZE: dict[str, Any] = dict(
@@ -41,7 +42,7 @@ def make(name: str) -> PreTrainedModel:
 def test_the_route_of_a_model(name: str) -> None:
     """As on the CPU, where the table of architectures comes from; then 16-bit log-probs are near the float32 ones."""
     model, packs = make(name), MODELS[name][2]
-    assert policy.choose_route(model, longest=64) is packs
+    assert route.choose_route(model, longest=64) is packs
     draw = torch.Generator().manual_seed(1)
     examples = [
         batching.Example(*torch.randint(3, 64, (2, n), generator=draw).tolist(), group=n) for n in (2, 5, 9, 17, 30)

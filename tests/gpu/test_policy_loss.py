@@ -1,4 +1,4 @@
-"""The policy loss's one launch against the plain definition on the CPU, for every option crossed with every other."""
+"""The policy loss's one launch against the plain reference on the CPU, for every option crossed with every other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CASES = cases()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_launch_is_the_definition(name: str) -> None:
+def test_the_launch_is_the_reference(name: str) -> None:
     rows, options = CASES[name]
     want = plain_row_losses(rows, DENOMINATOR, options)
     got = row_losses(**on_device(rows)._asdict(), denominator=DENOMINATOR, options=options)

@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 from unittest import mock
 
 import torch
@@ -37,6 +36,8 @@ class Outcome(NamedTuple):
     weight: Tensor | None
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Run = Callable[[], Outcome]
 LogProb = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -124,7 +125,7 @@ def bare_packages(*names: str) -> None:
         if name not in sys.modules:
             spec = importlib.util.find_spec(name)
             if spec is None:
-                raise Unavailable(f"{name} is not installed")
+                raise ModuleNotFoundError(name=name)
             sys.modules[name] = importlib.util.module_from_spec(spec)
 
 
@@ -138,50 +139,52 @@ def _linear_logprob() -> LogProb:
 
 
 def _fused(problem: Problem, trained: bool, *, summed: bool = False, **options: Any) -> Run:
+    """As a trainer calls it: rows of zero advantage, which the host's tables tell, are left out of the head."""
     from gapg_kernels.fused_policy_loss import fused_policy_loss
+    from gapg_kernels.policy_loss import rows_with_advantage
 
     hidden, weight = leaves(problem, trained and not summed)
     total = torch.zeros_like(weight, dtype=torch.float32) if summed else None
 
     def run() -> Outcome:
+        at = rows_with_advantage(problem.rewards, problem.group, problem.sample)
+        kept, target, group, sample = hidden, problem.target, problem.group, problem.sample
+        rows = at.to(hidden.device, non_blocking=True)
+        if len(at) < len(hidden):
+            kept, target, group, sample = (
+                kept.index_select(0, rows),
+                target.index_select(0, rows),
+                group[at],
+                sample[at],
+            )
         loss, _, logprob, _ = fused_policy_loss(
-            hidden, weight, problem.target, problem.rewards, problem.group, problem.sample,
-            denominator=problem.sequences, main_grad=total, **options,
-        )  # fmt: skip
-        found = outcome(logprob, loss, hidden, weight)
+            kept,
+            weight,
+            target,
+            problem.rewards,
+            group,
+            sample,
+            denominator=problem.sequences,
+            main_grad=total,
+            **options,
+        )
+        found = outcome(logprob.new_zeros(len(hidden)).index_copy(0, rows, logprob), loss, hidden, weight)
         return found._replace(weight=total) if summed else found
 
     return run
 
 
-@contextmanager
-def _without_the_fused_gemm() -> Iterator[None]:
+def _without_the_fused_gemm(run: Callable[P, T]) -> Callable[P, T]:
+    """The same with cuBLAS and one pass over the logits in the place of our GEMM, which only a card has."""
     from gapg_kernels import head
 
-    with mock.patch.object(head, "uses_kernel", lambda hidden: False):
-        yield
-
-
-def _control(problem: Problem, trained: bool) -> Run:
     require_cuda("the control")
-    run = _fused(problem, trained)
 
-    def without() -> Outcome:
-        with _without_the_fused_gemm():
-            return run()
+    def control(*args: P.args, **options: P.kwargs) -> T:
+        with mock.patch.object(head, "uses_kernel", lambda hidden: False):
+            return run(*args, **options)
 
-    return without
-
-
-def _control_logprob() -> LogProb:
-    require_cuda("the control")
-    logprob = _linear_logprob()
-
-    def without(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        with _without_the_fused_gemm():
-            return logprob(hidden, weight, target)
-
-    return without
+    return control
 
 
 # --- PyTorch ---------------------------------------------------------------------------------------------------------
@@ -321,7 +324,12 @@ PEERS = [
     Peer("gapg fused_policy_loss, patched", functools.partial(_fused, target_term="patched")),
     Peer("gapg fused_policy_loss, main_grad", functools.partial(_fused, summed=True), trained_only=True),
     by_logprob("gapg linear_logprob", _linear_logprob),
-    Peer("gapg control: cuBLAS + one pass", _control, _control_logprob, predicted_as="control: cuBLAS + one pass"),
+    Peer(
+        "gapg control: cuBLAS + one pass",
+        lambda problem, trained: _without_the_fused_gemm(_fused(problem, trained)),
+        lambda: _without_the_fused_gemm(_linear_logprob()),
+        predicted_as="control: cuBLAS + one pass",
+    ),
     by_logprob("PyTorch eager", lambda: _eager),
     by_logprob("PyTorch eager, 16-bit softmax", lambda: _eager_half),
     by_logprob("PyTorch torch.compile", _compiled),
