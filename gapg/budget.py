@@ -65,10 +65,6 @@ class BudgetController:
             self.start = self.alpha_c / self.alpha_a
 
     def observe(self, call_fraction: float, local_accuracy: float, pace: float) -> None:
-        """Takes in one step: parts of all its samples that called, and that were answered and right, in [0, 1].
-
-        pace: the step's learning rate as a part of the full one.
-        """
         f = call_fraction
         if f < 1:
             right = local_accuracy / (1 - f)

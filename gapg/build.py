@@ -13,26 +13,30 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg.config import ConfigError, RunConfig, one_line
+from gapg.budget import BudgetController
+from gapg.config import RunConfig
+from gapg.console import say
+from gapg.errors import ConfigError, one_line
 from gapg.model.endings import check_endings
 from gapg.model.folder import load_shape
 from gapg.model.load import check_model, end_ids
 from gapg.reward import RewardFunction
-from gapg.runs.tracking import say
 from gapg.tasks import find_object, load_task
 from gapg.tasks.base import Prompt, Solvable, Split, Task
-from gapg_rollout.cache import CacheError
+from gapg_rollout.oracle.cache import CacheError
 from gapg_rollout.records import Engine, Oracle
 
 
 def make_engine(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> Engine:
     """The config's engine; vLLM starts from the model folder `path` and is synced at once."""
     if config.rollout.engine == "vllm":
-        from gapg_rollout.vllm_engine import VLLMEngine
+        from gapg_rollout.engines.vllm import VLLMEngine
 
         engine: Engine | None = None
         try:
-            engine = VLLMEngine(local_folder(path), **_vllm_args(config))
+            length = config.rollout.longest
+            settings: dict[str, Any] = {"dtype": config.model.dtype, "max_model_len": length, "seed": config.seed}
+            engine = VLLMEngine(local_folder(path), **settings | config.rollout.vllm_args)
             engine.sync(model.state_dict())
         except ConfigError:
             raise
@@ -41,7 +45,7 @@ def make_engine(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrained
                 engine.close()
             raise ConfigError(f"rollout.engine=vllm: {one_line(error)}") from None
         return engine
-    from gapg_rollout.transformers_engine import TransformersEngine
+    from gapg_rollout.engines.transformers import TransformersEngine
 
     dtype = getattr(torch, config.model.dtype)
     try:
@@ -60,22 +64,17 @@ def local_folder(path: str) -> str:
         raise ConfigError(f"model.path={path}: cannot be fetched: {one_line(error)}") from None
 
 
-def _vllm_args(config: RunConfig) -> dict[str, Any]:
-    rollout = config.rollout
-    return {"dtype": config.model.dtype, "max_model_len": rollout.longest, "seed": config.seed, **rollout.vllm_args}
-
-
 def make_oracle(run: RunConfig, task: Task, folder: Path) -> Oracle:
     """The config's oracle; its paid answers are kept in `folder` or where the config says. Raises ConfigError."""
     config = run.oracle
     if config.kind == "solver":
-        from gapg_rollout.oracle_solver import SolverOracle
+        from gapg_rollout.oracle.solver import SolverOracle
 
         if not isinstance(task, Solvable):
             raise ConfigError(f"oracle.kind=solver: task {task.name!r} has no exact solver; use oracle.kind=openai")
         # the oracle is part of the world, not of the run: the same problems are hard for it under every seed
         return SolverOracle(task.solve, config.accuracy, wrong="0", samples=config.samples)
-    from gapg_rollout.oracle_openai import OpenAIOracle
+    from gapg_rollout.oracle.openai import OpenAIOracle
 
     settings = config.model_dump(exclude={"kind", "accuracy", "local_share", "cache", "account"})
     cache = Path(config.cache) if config.cache else folder / "oracle.sqlite"
@@ -99,7 +98,15 @@ def make_task(config: RunConfig) -> Task:
     try:
         return load_task(config.task.name, config.task.args)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        raise ConfigError(_task_error(error)) from None
+        raise _task_error(error) from None
+
+
+def task_prompts(task: Task, split: Split) -> Sequence[Prompt]:
+    """The problems of a split. Raises ConfigError."""
+    try:
+        return task.prompts(split)
+    except (ValueError, OSError) as error:
+        raise _task_error(error) from None
 
 
 def make_reward(config: RunConfig) -> RewardFunction:
@@ -111,12 +118,14 @@ def make_reward(config: RunConfig) -> RewardFunction:
     return function
 
 
+def make_controller(config: RunConfig) -> BudgetController:
+    budget, reward = config.budget, config.reward
+    return BudgetController(budget.cloud_fraction, reward.alpha_a, reward.alpha_c, budget.gain, budget.damping)
+
+
 def fitting_prompts(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, split: Split) -> list[Prompt]:
     """The prompts of a split that fit `max_prompt_tokens`; says how many do not. Raises ConfigError."""
-    try:
-        prompts: Sequence[Prompt] = task.prompts(split)
-    except (ValueError, OSError) as error:
-        raise ConfigError(_task_error(error)) from None
+    prompts = task_prompts(task, split)
     if split == "heldout":
         prompts = prompts[: config.eval.heldout]
     limit, path = config.rollout.max_prompt_tokens, config.model.path
@@ -188,6 +197,6 @@ def _check_vllm_length(config: RunConfig) -> None:
         )
 
 
-def _task_error(error: Exception) -> str:
+def _task_error(error: Exception) -> ConfigError:
     text = " ".join(str(error).split())
-    return text if text.startswith("task.") else f"task: {text}"
+    return ConfigError(text if text.startswith("task.") else f"task: {text}")

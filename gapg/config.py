@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import date
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,24 +31,18 @@ from gapg.config_sections import (
     WarmStartConfig,
     Whole,
 )
+from gapg.errors import ConfigError, one_line
 
 PRESETS = Path(__file__).parent / "configs"
 
 
-class ConfigError(ValueError):
-    """Something the user can mend: the message is one line that names the key and the fix. The CLI exits with 2."""
-
-
-def one_line(error: BaseException) -> str:
-    """What went wrong, with the error's type unless it is a plain ValueError that says enough by itself."""
-    text = " ".join(str(error).split())[:300]
-    return text if text and type(error) in (ValueError, ConfigError) else f"{type(error).__name__}: {text}"
-
-
 class RunConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0
+    """All that is random in the run follows from it."""
     steps: Whole = 200
+    """Optimizer steps of the policy gradient (0: the warm start alone)."""
     output_dir: Path = Path("runs/run")
+    """The run's folder: its settings, metrics, checkpoints and evaluation."""
     task: TaskConfig
     model: ModelConfig = ModelConfig()
     warm_start: WarmStartConfig | None = None
@@ -61,15 +57,27 @@ class RunConfig(Section):
     """Most tokens in one packed micro-batch."""
     eval: EvalConfig = EvalConfig()
     checkpoint_every: Count = 50
+    """Steps between checkpoints."""
     checkpoint_minutes: Annotated[float, Field(gt=0)] | None = None
     """Also a checkpoint after the first step that ends so long after the last one (empty: by steps only)."""
     keep_checkpoints: Count = 2
-    compare: bool = False
-    """Also train the task-tuned baseline and end with the comparison table and plot (needs the transformers engine)."""
+    """How many of the last checkpoints are kept, beside the best one."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Torch threads on a CPU (empty: shared out over the processes that run side by side)."""
+    """Torch threads on a CPU (empty: OMP_NUM_THREADS, or else one a core)."""
     tensorboard: bool = True
+    """Also write the metrics for TensorBoard."""
     wandb: bool = False
+    """Also send the metrics to Weights & Biases; needs gapg[wandb]."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_versions(cls, tree: Any) -> Any:
+        """Files of runs that an older version made hold the key `compare`, which meant another run beside this one."""
+        if isinstance(tree, dict) and isinstance(tree.get("compare"), bool):
+            tree = dict(tree)
+            if tree.pop("compare"):
+                _warn_of_compare()
+        return tree
 
     @field_validator("task", mode="before")
     @classmethod
@@ -86,13 +94,14 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
-        if self.compare and self.rollout.engine != "transformers":
-            raise ValueError("compare=true trains two models side by side: it needs rollout.engine=transformers")
-        if self.compare and self.eval.heldout == 0:
-            raise ValueError("compare=true needs held-out problems, and eval.heldout=0: raise it, or set compare=false")
         if self.wandb and find_spec("wandb") is None:
             raise ValueError("wandb=true: W&B is not installed; pip install 'gapg[wandb]'")
         return self
+
+
+@cache  # a command reads a run's files more than once
+def _warn_of_compare() -> None:
+    logging.getLogger(__name__).warning(f"compare: left out, there is no such key any more; {config_keys.COMPARE}")
 
 
 def load_config(name: str, overrides: Mapping[str, str] | None = None) -> RunConfig:
@@ -135,18 +144,6 @@ def presets() -> list[str]:
 
 def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def parse_overrides(args: Sequence[str]) -> dict[str, str]:
-    """`--a.b VALUE` and `--a.b=VALUE` as dotted overrides; `--output-dir` is `output_dir`. The last of two counts.
-
-    An option may stand bare, which is true, where a truth value may: `--compare`, and anything below `task.args`.
-    Raises ConfigError: a word that is no option, an unknown key, an option without its value.
-    """
-    try:
-        return config_keys.parse(RunConfig, args)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 def _set(tree: dict[str, Any], key: str, text: str) -> None:

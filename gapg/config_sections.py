@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic_core import PydanticCustomError
 
 from gapg import config_keys
-from gapg_rollout.oracle_endpoint import check_api_key_env, check_url
+from gapg_rollout.oracle.endpoint import check_api_key_env, check_url
 
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -43,6 +43,8 @@ class Section(BaseModel):
 
 
 class TaskConfig(Section):
+    """What is trained on: prompts, right answers and their verifier."""
+
     name: str
     """`countdown`, `maths`, or the import path of your own: `mypkg.mytask:MyTask`."""
     args: dict[str, Any] = {}
@@ -53,16 +55,22 @@ class LlamaConfig(Section):
     """A Llama made from scratch, for tasks that bring their own tokenizer."""
 
     hidden_size: Count = 96
+    """Width of the residual stream."""
     num_layers: Count = 3
+    """Transformer blocks."""
     num_heads: Count = 3
+    """Attention heads; they divide `hidden_size`."""
     intermediate_size: Count = 256
+    """Width of the MLP."""
     max_positions: Count = 128
+    """Longest sequence."""
 
 
 class LoraConfig(Section):
     """Low-rank adapters, which the policy gradient trains instead of the weights. The warm start trains the weights."""
 
     rank: Count
+    """Rank of the adapters."""
     alpha: Count = 32
     """The adapters' product counts alpha / rank times."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
@@ -70,12 +78,15 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
+    """The device model: weights that are there, or a small Llama from scratch."""
+
     path: str | None = None
     """A Hugging Face folder or hub name. Leave empty to make `llama` from scratch."""
     llama: LlamaConfig = LlamaConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in. Weights and optimizer are float32 always: bfloat16 weights lose small updates."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
     lora: LoraConfig | None = None
     """Train adapters (`--model.lora.rank 16`), which want a larger `optim.lr`; checkpoints hold merged weights."""
     liger: bool = False
@@ -91,12 +102,18 @@ class ModelConfig(Section):
 
 
 class OptimConfig(Section):
+    """AdamW and its schedule: warm-up, then flat, then down to `final_lr`."""
+
     lr: Annotated[float, Field(gt=0)]
+    """Learning rate after the warm-up."""
     betas: tuple[Beta, Beta] = (0.9, 0.98)
+    """AdamW's decay rates of the gradient's mean and of its square."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's weight decay."""
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest gradient norm; how often it binds is logged as `clipped`."""
     warmup_steps: Whole = 10
+    """Steps in which the learning rate rises to `lr`."""
     flat: Fraction01 = 0.0
     """Part of the run after which the learning rate starts to fall."""
     final_lr: Fraction01 = 0.1
@@ -116,20 +133,29 @@ class WarmStartConfig(Section):
     """Supervised steps on demonstrations before the policy gradient."""
 
     steps: Count = 1000
+    """Optimizer steps on demonstrations."""
     batch_size: Count = 64
+    """Demonstrations a step."""
     demonstrations: str | None = None
     """A jsonl of {"prompt" or "id", "response"}; empty: the task makes its own."""
     optim: OptimConfig = OptimConfig(lr=3e-3, warmup_steps=30, flat=0.4, final_lr=0.02)
     checkpoint_every: Count = 250
+    """Steps between checkpoints of the warm start."""
 
 
 class RolloutConfig(Section):
+    """How responses are sampled."""
+
     engine: Literal["transformers", "vllm"] = "transformers"
+    """What samples: transformers in the same process, or vLLM."""
     prompts_per_step: Count = 32
+    """Prompts of a step."""
     samples_per_prompt: Annotated[int, Field(ge=2)] = 8
     """G. The estimator's baseline needs two or more."""
     max_prompt_tokens: Count = 256
+    """Longer prompts are left out."""
     max_new_tokens: Count = 720
+    """Most tokens of a response."""
     temperature: Annotated[float, Field(ge=0.01)] = 1.0
     """1 is the policy itself; another value trains the policy at that temperature. vLLM takes 0.01 to 2."""
     max_rows: Count = 2048
@@ -144,6 +170,8 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
+    """What an outcome is worth; a wrong answer is worth 0."""
+
     alpha_a: Annotated[float, Field(ge=1e-6)] = 1.0
     """Reward of a right local answer."""
     alpha_c: Annotated[float, Field(ge=0)] = 0.25
@@ -174,6 +202,7 @@ class LossConfig(Section):
     tis_cap: Annotated[float, Field(gt=0, le=FLOAT32)] | None = None
     """Truncated importance sampling: weigh tokens by min(pi / pi_engine, cap), for an engine that differs."""
     kl: Literal["k2", "k3"] = "k3"
+    """Estimator of the KL penalty."""
     kl_coef: Annotated[float, Field(ge=0, le=FLOAT32)] = 0.0
     """KL penalty to the policy the run started from, which is then kept in memory too."""
     entropy: bool = False
@@ -208,6 +237,8 @@ class UpdateConfig(Section):
 
 
 class BudgetConfig(Section):
+    """How many problems may go to the cloud, and what holds the policy to it."""
+
     cloud_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
     """Part of the problems that may go to the cloud. (The filter's rho, calls per local answer, follows from it.)"""
     filter: bool = True
@@ -243,30 +274,44 @@ def _of_oracle(check: Callable[[str], str]) -> Callable[[str], str]:
 
 
 class OracleConfig(Section):
+    """The cloud model, and what asking it may cost."""
+
     kind: Literal["solver", "openai"] = "solver"
     """`openai`: any OpenAI-compatible server. `solver`: the task's own exact solver, a stand-in for a cloud model."""
     accuracy: Fraction01 = 0.95
     """solver: how often it is right."""
     base_url: Annotated[str, AfterValidator(_of_oracle(check_url))] = "https://api.openai.com/v1"
+    """openai: where the server is."""
     model: str = ""
+    """openai: the model's name there."""
     api_key_env: Annotated[str, AfterValidator(_of_oracle(check_api_key_env))] = "OPENAI_API_KEY"
     """Name of the environment variable with the key; the key itself is never stored."""
     samples: Count = 1
+    """Answers to each question; the cloud's score is their mean correctness."""
     temperature: Annotated[float, Field(ge=0)] | None = 0.0
     """Empty leaves it out of the request, for models that refuse it."""
     max_tokens: Count = 1024
+    """Most tokens of an answer."""
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """What the server calls the limit; reasoning models of OpenAI want `max_completion_tokens`."""
     concurrency: Count = 16
+    """Requests on their way at once."""
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds that one request may take."""
     deadline_s: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds that one question may take, all tries together."""
     max_retries: Whole = 5
+    """Further tries of a request that failed for a while."""
     requests_per_minute: Count | None = None
+    """Most requests a minute (empty: no limit)."""
     tokens_per_minute: Count | None = None
+    """Most tokens a minute (empty: no limit)."""
     spending_cap: Annotated[float, Field(ge=0)] | None = None
     """No new request is sent that could take the run's cost over this; needs both prices."""
     price_per_million_prompt: Annotated[float, Field(ge=0)] | None = None
+    """Price of a million prompt tokens, in the currency of `spending_cap`."""
     price_per_million_completion: Annotated[float, Field(ge=0)] | None = None
+    """Price of a million answer tokens."""
     local_share: Fraction01 = 0.01
     """What a response of the device model costs, as a part of one cloud call; for studies' accounts of money."""
     cache: str | None = None
@@ -286,6 +331,8 @@ class OracleConfig(Section):
 
 
 class EvalConfig(Section):
+    """Evaluations during a run and after it."""
+
     every: Whole = 50
     """Steps between evaluations during training (0: none)."""
     problems: Count = 500

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from gapg.config import ConfigError
+from gapg.errors import ConfigError
 from gapg.seeding import derive
 from gapg.tasks.base import Prompt
 
@@ -22,20 +22,10 @@ class PromptQueue:
     _order: tuple[int, list[int]] = (-1, [])
 
     def next(self, n: int) -> list[Prompt]:
-        """The next n prompts; returned ones first. Never the same prompt twice in one call while n allows it.
-
-        Raises ConfigError where a returned one is not among the prompts, since the data changed between two runs.
-        """
-        drawn: list[Prompt] = []
-        if self.returned:
-            by_id = {p.id: p for p in self.prompts}
-            if gone := [i for i in self.returned if i not in by_id]:
-                raise ConfigError(
-                    f"problem {gone[0]!r}, which the run has still to ask again, is not in the task's data any more: "
-                    "give it the data that the run began with, or start a new run"
-                )
-            drawn = [by_id[i] for i in self.returned[:n]]
-            self.returned = self.returned[n:]
+        """The next n prompts; returned ones first. Never the same prompt twice in one call while n allows it."""
+        by_id = {p.id: p for p in self.prompts} if self.returned else {}
+        drawn = [by_id[i] for i in self.returned[:n]]
+        self.returned = self.returned[n:]
         seen = {p.id for p in drawn}
         while len(drawn) < n:
             prompt = self._at(self.cursor)
@@ -44,6 +34,15 @@ class PromptQueue:
                 drawn.append(prompt)
                 seen.add(prompt.id)
         return drawn
+
+    def restore(self, cursor: int, returned: list[str]) -> None:
+        """Goes on from there. Raises ConfigError where a returned prompt is not among these: the data changed."""
+        if strange := set(returned) - {p.id for p in self.prompts}:
+            raise ConfigError(
+                f"task: the data has no training problem {min(strange)!r}, which is to be asked again: the run began "
+                "with other data; put that back, or choose another --output-dir"
+            )
+        self.cursor, self.returned = cursor, returned
 
     def give_back(self, prompts: Iterable[Prompt]) -> None:
         self.returned = list(dict.fromkeys([*self.returned, *(p.id for p in prompts)]))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gapg.config import ConfigError
+from gapg.errors import ConfigError
 
 PARTIAL = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.partial")
 _CODE = re.compile(r"\(os error (\d+)\)")
@@ -22,22 +22,28 @@ class DiskFull(RuntimeError):
     """Something does not fit where it was to be written: one line that names it, and the fix. Nothing of it is left."""
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file in one go: a reader, a kill or a power cut finds the old one or the new one, whole.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place for a file's new content, which replaces it in one go when this is left: a reader, a kill or a power cut
+    finds the old file or the new one, whole.
 
-    UTF-8. Raises DiskFull, and ConfigError where the folder does not let the file be written.
+    Raises DiskFull, and ConfigError where the folder does not let the file be written; nothing is left of it then.
     """
     partial = partial_name(path)
     with writing(path):
         try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            yield partial
+            sync(partial)
             os.replace(partial, path)
             sync(path.parent)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file of text, UTF-8, in one go. Raises as `replacing` does."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def partial_name(path: Path) -> Path:

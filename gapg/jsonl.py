@@ -17,7 +17,7 @@ from numbers import Rational, Real
 from pathlib import Path
 from typing import Any
 
-from gapg.config import ConfigError
+from gapg.errors import ConfigError
 from gapg.files import writing
 
 _log = logging.getLogger(__name__)

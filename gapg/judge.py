@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-from gapg.config import ConfigError, one_line
+from gapg.errors import ConfigError, one_line
 from gapg.tasks.base import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
@@ -146,6 +146,7 @@ def rewards(group: Group, alpha_a: float, alpha_c: float, alpha_f: float = 0.0) 
     return [worth[o] + alpha_f * f for o, f in zip(group.outcomes, group.well_formed, strict=True)]
 
 
+@dataclass(slots=True)
 class Judge:
     """Judges the responses to a prompt against a task and an oracle.
 
@@ -154,16 +155,11 @@ class Judge:
     thinking: the task's prompts open a think block (`gapg.model.endings.opens_think`).
     """
 
-    def __init__(
-        self,
-        task: Task,
-        oracle: Oracle,
-        ask_always: bool = False,
-        ask_unsolved: bool = True,
-        thinking: bool = False,
-    ) -> None:
-        self.task, self.oracle = task, oracle
-        self.ask_always, self.ask_unsolved, self.thinking = ask_always, ask_unsolved, thinking
+    task: Task
+    oracle: Oracle
+    ask_always: bool = False
+    ask_unsolved: bool = True
+    thinking: bool = False
 
     def start_step(self) -> None:
         """Begins the task's time budget anew, where it has one: before a training step and before an evaluation."""
@@ -174,7 +170,7 @@ class Judge:
         """Parses and verifies at once and sends the question if there is one, so that the cloud works meanwhile."""
         parsed = [parse(c.text, self.thinking) for c in completions]
         answers = [p.answer for p in parsed if p.answer is not None]
-        verdicts = iter(_verify(self.task, prompt, answers))
+        verdicts = iter(verify(self.task, prompt, answers))
         local = [next(verdicts) if p.answer is not None else None for p in parsed]
         needed = any(p.kind == "help" for p in parsed) or (self.ask_unsolved and Verdict.CORRECT not in local)
         asked = self.oracle.ask(self.task.question(prompt)) if needed or self.ask_always else None
@@ -193,10 +189,6 @@ class PendingGroup:
     needed: bool
     asked: Future[list[OracleAnswer]] | None
     thinking: bool = False
-
-    def done(self) -> bool:
-        """Whether `result` returns without waiting for the oracle."""
-        return self.asked is None or self.asked.done()
 
     def result(self) -> Group:
         """Waits for the oracle, whose own deadlines bound the wait."""
@@ -227,11 +219,11 @@ def oracle_score(task: Task, prompt: Prompt, replies: Sequence[OracleAnswer]) ->
     texts = [reply.text for reply in replies if reply.text is not None]
     if not texts:
         return None
-    verdicts = _verify(task, prompt, [_result(text) for text in texts])
+    verdicts = verify(task, prompt, [_result(text) for text in texts])
     return sum(v is Verdict.CORRECT for v in verdicts) / len(texts)
 
 
-def _verify(task: Task, prompt: Prompt, answers: list[str]) -> list[Verdict]:
+def verify(task: Task, prompt: Prompt, answers: list[str]) -> list[Verdict]:
     """The task's verdicts. Raises ConfigError where its code fails or returns something else."""
     if not answers:
         return []

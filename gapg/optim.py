@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
-from gapg.config_sections import OptimConfig
+if TYPE_CHECKING:
+    from gapg.config_sections import OptimConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -15,7 +18,10 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Learning rate of step `step` of `steps`, from 0: up over `warmup_steps`, flat until `flat`, to `final_lr`."""
+    """Learning rate of step `step` of `steps`, from 0: up over `warmup_steps`, flat until `flat`, to `final_lr`.
+
+    Not by transformers' `get_wsd_schedule`, whose first step has a learning rate of 0 and learns nothing.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     start = max(config.warmup_steps, int(config.flat * steps))

@@ -9,14 +9,17 @@ from inspect import iscoroutine
 from itertools import cycle, islice
 from math import ceil, inf
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gapg.config import ConfigError, RunConfig
+from gapg.errors import ConfigError
 from gapg.judge import Group, Outcome, parse
 from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_PHRASE, Prompt, Task
 from gapg_rollout.records import Completion, OracleAnswer
+
+if TYPE_CHECKING:
+    from gapg.config import RunConfig
 
 RewardFunction = Callable[[Group, float, float, float], Iterable[Any]]
 """(group, alpha_a, alpha_c, alpha_f) -> one finite number a response, in any ordered collection."""

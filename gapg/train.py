@@ -20,18 +20,17 @@ from typing import Any
 import torch
 
 from gapg.batches.batching import Example
+from gapg.console import Display
 from gapg.filtering import Selection, select
 from gapg.judge import Group, Outcome
+from gapg.model.finite import is_finite
 from gapg.optim import learning_rate
 from gapg.reward import RewardError, group_rewards
 from gapg.runs import checkpoint, health, outage, stop
 from gapg.runs.run import Run, Validate
-from gapg.runs.tracking import Display, warn
 from gapg.seeding import derive
 from gapg.update import policy_update
 from gapg_kernels.policy_loss import group_advantages
-
-COLLAPSED_AFTER = 20
 
 
 def train(run: Run, validate: Validate) -> None:
@@ -54,14 +53,15 @@ def train(run: Run, validate: Validate) -> None:
                 with run.phases("evaluate"):
                     row |= validate(run)
             best = not row["skipped"] and _is_best(run, row)
-            _warn_if_collapsed(run, row)
+            health.warn_if_collapsed(state, row)
             row |= {f"seconds/{name}": seconds for name, seconds in run.phases.take().items()}
             run.tracker.log({"step": state.step, **row})
             if state.bad_in_a_row >= health.BAD_STEPS:
-                raise health.bad_steps(run, row, checkpoint.newest(run.folder / "checkpoints"))
+                penalty = config.loss.kl_coef > 0
+                raise health.bad_steps(state.step, row, penalty, checkpoint.newest(run.folder / "checkpoints"))
             late = state.step % config.checkpoint_every == 0 or time.monotonic() - saved_at >= most_s
             due = not row["skipped"] and (late or last or best)
-            down, signal = outage.verdict(run, last), stop.requested()
+            down, signal = outage.verdict(state, run.failure, last), stop.requested()
             # after the row: a kill between the two repeats a step, the other way round its row would be lost
             if due or down or signal:
                 run.save()
@@ -95,7 +95,7 @@ def train_step(run: Run) -> dict[str, Any]:
     with run.phases("oracle"):
         groups = [pending[i].result() for i in range(len(prompts))]
     run.queue.give_back(g.prompt for g in groups if g.unknown)
-    outage.watch(run, groups)
+    run.failure = outage.watch(run.state, groups)
 
     rng = random.Random(derive(config.seed, "filter", run.state.step))
     selection = select(groups, config.budget.exact_rho if config.budget.filter else None, rng)
@@ -110,10 +110,8 @@ def train_step(run: Run) -> dict[str, Any]:
         for i, c in enumerate(g.completions)
     ]
     with run.phases("update"):
-        update = policy_update(
-            run.model, run.optimizer, config, run.state.step, examples, rewards_PG, run.reference
-        )  # fmt: skip
-        if not health.is_finite(run.model, getattr(torch, config.model.dtype)):
+        update = policy_update(run.model, run.optimizer, config, run.state.step, examples, rewards_PG, run.reference)
+        if not is_finite(run.model, getattr(torch, config.model.dtype)):
             raise _diverged(run, health.RUINED, "lower optim.lr")
     with run.phases("sync"):
         run.engine.sync(run.model.state_dict())
@@ -122,7 +120,7 @@ def train_step(run: Run) -> dict[str, Any]:
     row = _metrics(run, groups, selection) | update | {"alpha_c": alpha_c, "rollout_lost": int(rollout_lost)}
     row["groups/with_gradient"] = int((rewards_PG != rewards_PG[:, :1]).any(1).sum())
     row["skipped"] += rollout_lost
-    health.watch(run, row, selection)
+    health.watch(run.state, row, selection)
     row["bad_steps"] = run.state.bad_steps
     if config.budget.controller and not rollout_lost:
         pace = learning_rate(config.optim, run.state.step, config.steps) / config.optim.lr
@@ -190,14 +188,3 @@ def _is_best(run: Run, row: dict[str, Any]) -> bool:
         return False
     run.state.best_score, run.state.best_step = score, run.state.step
     return True
-
-
-def _warn_if_collapsed(run: Run, row: dict[str, Any]) -> None:
-    state, f = run.state, row["call_fraction"]
-    pays = row["alpha_c"] > 0  # task-tuning only is meant never to call
-    state.never_called = state.never_called + 1 if f == 0 and pays else 0
-    state.always_called = state.always_called + 1 if f == 1 else 0
-    if COLLAPSED_AFTER in (state.never_called, state.always_called):
-        what = "never called the cloud" if state.never_called else "always called the cloud"
-        fix = "raise reward.alpha_c" if state.never_called else "lower reward.alpha_c"
-        warn(f"policy collapsed: it {what} for {COLLAPSED_AFTER} steps; {fix} or lengthen the warm start")

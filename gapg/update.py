@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from gapg.batches import sharing
 from gapg.batches.batching import Example, PackedBatch, packed_batches
-from gapg.config import ConfigError, RunConfig
+from gapg.config import RunConfig
+from gapg.errors import ConfigError
 from gapg.model.policy import response_logprobs, response_loss
 from gapg.optim import clip_and_step, learning_rate
 from gapg_kernels.policy_loss import PolicyLossOptions, group_advantages, summarize

@@ -6,6 +6,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -13,19 +14,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg.batches.batching import Example, packed_batches
 from gapg.build import fitting_prompts, make_engine
-from gapg.config import ConfigError, RunConfig
+from gapg.config import RunConfig
+from gapg.config_sections import WarmStartConfig
+from gapg.console import Display, say
 from gapg.data import split_validation
+from gapg.errors import ConfigError
 from gapg.judge import parse
 from gapg.model.endings import opens_think
+from gapg.model.finite import is_finite
 from gapg.model.load import device, load_model
-from gapg.model.memory import refuse
-from gapg.model.policy import choose_route, response_logprobs
+from gapg.model.memory import checked_plan
+from gapg.model.policy import response_logprobs
+from gapg.model.route import choose_route
 from gapg.optim import clip_and_step, learning_rate, make_optimizer
 from gapg.runs import checkpoint, health, stop
-from gapg.runs.tracking import Display, say
 from gapg.seeding import derive
-from gapg.tasks import load_demonstrations
 from gapg.tasks.base import Demonstrated, Demonstration, Task
+from gapg.tasks.demonstrations import load_demonstrations
 
 
 def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTrainedTokenizerBase) -> Path:
@@ -43,31 +48,16 @@ def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTraine
         return last / "model"
     if last:
         say(f"resuming the warm start from step {begin}")
-    model_config = config.model if last is None else config.model.model_copy(update={"path": str(last / "model")})
-    model = load_model(model_config, tokenizer, config.seed)
-    packed = choose_route(model, config.update.pack, config.rollout.longest)
-    whole = config.model_copy(  # it trains all weights
-        update={
-            "model": config.model.model_copy(update={"lora": None}),
-            "update": config.update.model_copy(update={"pack": packed}),
-        }
-    )
-    refuse(model, whole, device())
-    checkpoint.check_saves(folder, model, tokenizer)
-    if config.rollout.engine == "transformers":
-        make_engine(
-            config, model, tokenizer, ""
-        ).close()  # a model that it cannot decode is refused before it is paid for
+    model, packed = _load(config, folder, last, tokenizer)
     optimizer = make_optimizer(model, settings.optim)
     if last:
         checkpoint.restore_optimizer(last, model, optimizer)
     compute = getattr(torch, config.model.dtype)
     prompts = fitting_prompts(config, task, tokenizer, "train")
     unseen = {p.id for p in split_validation(prompts, config.eval.problems, config.seed)[1]}
-    batches = _batches(config, task, begin, unseen)
+    batches = _batches(config.seed, settings, task, begin, unseen)
     about = {"config": config.model_dump(mode="json")}
-    bad_in_a_row = 0
-    saved_at, most_s = time.monotonic(), 60 * (config.checkpoint_minutes or math.inf)
+    bad_in_a_row, saved_at, most_s = 0, time.monotonic(), 60 * (config.checkpoint_minutes or math.inf)
     with stop.between_steps(), Display("warm start", settings.steps, begin) as display:
         for step in range(begin, settings.steps):
             examples = [_encode(d, task, tokenizer, config.token_cap) for d in next(batches)]
@@ -93,17 +83,36 @@ def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTraine
     return folder / f"step-{settings.steps}" / "model"
 
 
+def _load(
+    config: RunConfig, folder: Path, last: Path | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, bool]:
+    """(the model that the run starts from, or that of the last checkpoint; whether it trains on packed sequences).
+
+    Raises ConfigError for one that cannot be trained, saved or decoded, before it is paid for.
+    """
+    start = config.model if last is None else config.model.model_copy(update={"path": str(last / "model")})
+    model = load_model(start, tokenizer, config.seed)
+    packed = choose_route(model, config.update.pack, config.rollout.longest)
+    update = config.update.model_copy(update={"pack": packed})
+    all_weights = config.model.model_copy(update={"lora": None})
+    checked_plan(model, config.model_copy(update={"model": all_weights, "update": update}), device())
+    checkpoint.check_saves(folder, model, tokenizer)
+    if config.rollout.engine == "transformers":
+        make_engine(config, model, tokenizer, "").close()
+    return model, packed
+
+
 def _check_health(step: int, bad_in_a_row: int, model: PreTrainedModel, compute: torch.dtype, folder: Path) -> None:
     """Warns of a step that was skipped. Raises Diverged where the last ones were, and where the weights are ruined."""
-    where, fix = f"warm start, step {step}", "lower warm_start.optim.lr"
+    where, what = f"warm start, step {step}", None
     if bad_in_a_row:
         health.warn_skipped(where, health.NOT_FINITE, bad_in_a_row)
     if bad_in_a_row >= health.BAD_STEPS:
-        raise health.diverged(
-            where, f"{health.NOT_FINITE}, {bad_in_a_row} steps in a row", fix, checkpoint.newest(folder)
-        )
-    if not health.is_finite(model, compute):
-        raise health.diverged(where, health.RUINED, fix, checkpoint.newest(folder))
+        what = f"{health.NOT_FINITE}, {bad_in_a_row} steps in a row"
+    elif not is_finite(model, compute):
+        what = health.RUINED
+    if what:
+        raise health.diverged(where, what, "lower warm_start.optim.lr", checkpoint.newest(folder))
 
 
 def check_demonstrations(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -120,7 +129,7 @@ def check_demonstrations(config: RunConfig, task: Task, tokenizer: PreTrainedTok
             'give a jsonl of {"prompt", "response"}, or set --warm-start ""'
         )
     try:
-        demonstrations = _epoch(config, task, 0, set())
+        demonstrations = _epoch(config.seed, settings, task, 0, set())
     except (ValueError, OSError) as error:
         said = " ".join(str(error).split()).removeprefix("demonstrations: ")
         raise ConfigError(f"warm_start.demonstrations: {said}") from None
@@ -131,28 +140,24 @@ def check_demonstrations(config: RunConfig, task: Task, tokenizer: PreTrainedTok
             raise ConfigError(f"warm_start.demonstrations: that of {demo.prompt.id!r} teaches no ending: {why}")
 
 
-def _batches(config: RunConfig, task: Task, begin: int, unseen: set[str]) -> Iterator[list[Demonstration]]:
+def _batches(
+    seed: int, settings: WarmStartConfig, task: Task, begin: int, unseen: set[str]
+) -> Iterator[list[Demonstration]]:
     """Batches from step `begin` on: a function of (seed, step) alone."""
-    settings = config.warm_start
-    assert settings is not None
-    epoch, pool = -1, list[Demonstration]()
-    step = begin
-    while True:
+    epoch, pool = 0, _epoch(seed, settings, task, 0, unseen)
+    for step in count(begin):
         batch = []
         for k in range(step * settings.batch_size, (step + 1) * settings.batch_size):
-            while not pool or k // len(pool) != epoch:
-                epoch = 0 if not pool else k // len(pool)
-                pool = _epoch(config, task, epoch, unseen)
+            while k // len(pool) != epoch:
+                epoch = k // len(pool)
+                pool = _epoch(seed, settings, task, epoch, unseen)
             batch.append(pool[k % len(pool)])
         yield batch
-        step += 1
 
 
-def _epoch(config: RunConfig, task: Task, epoch: int, unseen: set[str]) -> list[Demonstration]:
+def _epoch(seed: int, settings: WarmStartConfig, task: Task, epoch: int, unseen: set[str]) -> list[Demonstration]:
     """The demonstrations of an epoch in their order, none of a problem in `unseen` (ids of validation problems)."""
-    settings = config.warm_start
-    assert settings is not None
-    seed = derive(config.seed, "demonstrations", epoch)
+    seed = derive(seed, "demonstrations", epoch)
     if settings.demonstrations is not None:
         pool: Sequence[Demonstration] = load_demonstrations(Path(settings.demonstrations), task)
     else:

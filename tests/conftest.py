@@ -20,10 +20,10 @@ import torch
 from hypothesis import settings
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from gapg import console
 from gapg.build import make_task
 from gapg.config import RunConfig, load_config
 from gapg.model.load import load_tokenizer
-from gapg.runs import tracking
 from gapg.runs.run import Run, build_run
 from gapg.tasks.countdown import Countdown
 from gapg.warm_start import warm_start
@@ -95,7 +95,7 @@ def folder(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Callable[..., 
 
 @pytest.fixture
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "_SAID", set())
+    monkeypatch.setattr(console, "_SAID", set())
 
 
 SMALL_RUN = {
@@ -111,7 +111,6 @@ SMALL_RUN = {
     "checkpoint_every": "2",
     "eval.every": "2",
     "eval.problems": "12",
-    "compare": "false",
     "tensorboard": "false",
     "threads": "1",
 }

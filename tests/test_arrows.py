@@ -1,130 +1,183 @@
-"""Imports point one way: who may know whom, read from the source."""
+"""Imports point one way: who may know whom, read from the source of all packages."""
 
 import ast
+import subprocess
+import sys
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
-SHELVES = {"gapg_kernels": ROOT / "kernels", "gapg_rollout": ROOT / "rollout"}
+HOMES = {"gapg": ".", "gapg_kernels": "kernels", "gapg_rollout": "rollout", "gapg_packing": "csrc"}
+"""Each package, and the folder that it lies in."""
+LEAVES = set(HOMES) - {"gapg"}
+
+LIGHT = {
+    "gapg",
+    *("gapg.batches", "gapg.batches.batching", "gapg.batches.sharing", "gapg.budget", "gapg.data", "gapg.errors"),
+    *("gapg.files", "gapg.filtering", "gapg.jsonl", "gapg.judge", "gapg.optim", "gapg.reward", "gapg.seeding"),
+    *("gapg.tasks", "gapg.tasks.arithmetic", "gapg.tasks.base", "gapg.tasks.demonstrations"),
+    *("gapg_rollout", "gapg_rollout.records", "gapg_rollout.text"),
+}
+"""What of `gapg` and `gapg_rollout` a library may import with torch, triton and numpy alone."""
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by name, the symlinked folders included."""
+    """Every module by name."""
     found = {}
-    for path in _walk(ROOT / "gapg"):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    for package, home in HOMES.items():
+        for path in (ROOT / home / package).rglob("*.py"):
+            parts = path.relative_to(ROOT / home).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-def _walk(folder: Path) -> list[Path]:
-    files = []
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and path.name != "__pycache__":
-            files += _walk(path)
-        elif path.suffix == ".py":
-            files.append(path)
-    return files
+KNOWN = modules()
 
 
-def imports(name: str, path: Path, everything: set[str], *, typing: bool = False) -> set[str]:
-    """What a module imports, lazily or not, and with `typing` under TYPE_CHECKING; ours by module, others by root."""
-    tree = ast.parse(path.read_text())
-    skipped: set[ast.AST] = set()
-    if not typing:
-        for node in ast.walk(tree):
-            if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-                skipped |= {inner for statement in node.body for inner in ast.walk(statement)}
+@cache
+def imports(name: str, *, loading: bool = False) -> frozenset[str]:
+    """What a module imports: ours by module, others by package.
+
+    loading: only what its import loads, and so nothing inside functions or under TYPE_CHECKING.
+    """
     found: set[str] = set()
-    for node in ast.walk(tree):
-        if node in skipped:
-            continue
+
+    def visit(node: ast.AST) -> None:
+        if loading and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            return
+        if loading and isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            return
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide the arrows"
-            assert node.module
-            for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                found.add(whole if whole in everything else node.module)
-    return {n if n.split(".")[0] == "gapg" else n.split(".")[0] for n in found} - {name}
+            assert node.level == 0 and node.module, f"{name}: relative imports hide the arrows"
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            found.update(one if one in KNOWN else str(node.module) for one in whole)
+        for inner in ast.iter_child_nodes(node):
+            visit(inner)
+
+    visit(ast.parse(KNOWN[name].read_text()))
+    return frozenset(n if n in KNOWN else n.split(".")[0] for n in found) - {name}
 
 
-def reachable(start: str, known: dict[str, Path]) -> dict[str, str]:
-    """Every module of ours that importing `start` can bring in, with the module that imports it."""
-    came_from: dict[str, str] = {start: ""}
-    queue = [start]
+def reachable(start: str, *, loading: bool = False) -> dict[str, str]:
+    """All that importing `start` can bring in, packages above included, with the module that imports it."""
+    came_from, queue = {start: ""}, [start]
     while queue:
         name = queue.pop()
-        if name in known:
-            for other in imports(name, known[name], set(known)):
-                if other not in came_from:
-                    came_from[other] = name
+        above = name.rpartition(".")[0]
+        for other in imports(name, loading=loading) | ({above} if above else set()):
+            if other not in came_from:
+                came_from[other] = name
+                if other in KNOWN:
                     queue.append(other)
     return came_from
 
 
-def test_the_walk_sees_the_package() -> None:
-    known = modules()
-    assert {"gapg.train", "gapg_kernels.linear_logprob", "gapg_rollout.records", "gapg.tasks.base"} <= set(known)
-    assert "gapg_rollout.records" in imports("gapg.judge", known["gapg.judge"], set(known))
-    assert "gapg_kernels.linear_logprob" in reachable("gapg.train", known)
+def test_the_walk_sees_the_packages() -> None:
+    assert {"gapg.train", "gapg_kernels.linear_logprob", "gapg_rollout.records", "gapg_packing.pack"} <= KNOWN.keys()
+    assert "gapg_rollout.records" in imports("gapg.judge")
+    assert "gapg_kernels.linear_logprob" in reachable("gapg.train")
+    assert "transformers" in reachable("gapg.train", loading=True)
 
 
-def test_kernels_and_rollout_know_nothing_of_the_rest() -> None:
-    known = modules()
-    for name, path in known.items():
-        for shelf in SHELVES:
-            if name.startswith(f"{shelf}."):
-                ours = {n for n in imports(name, path, set(known), typing=True) if n.split(".")[0] == "gapg"}
-                assert all(n.startswith(f"{shelf}.") for n in ours), f"{name} imports {sorted(ours)}"
+@pytest.mark.parametrize("package", sorted(LEAVES))
+def test_kernels_rollout_and_packing_know_nothing_of_each_other_or_the_trainer(package: str) -> None:
+    others = {"gapg", "bench", "tests", *LEAVES} - {package}
+    for name in KNOWN:
+        if name.split(".")[0] == package:
+            assert not others & {n.split(".")[0] for n in imports(name)}, name
 
 
-def test_the_method_knows_no_use_no_study_no_integration() -> None:
-    for start in ("gapg.train", "gapg.warm_start", "gapg.runs.run"):
-        came_from = reachable(start, modules())
-        for name in came_from:
-            if name.startswith(("gapg.studies", "gapg.evaluation", "gapg.integrations", "gapg.commands.cli")):
-                trail = [name]
-                while came_from[trail[-1]]:
-                    trail.append(came_from[trail[-1]])
-                raise AssertionError(" <- ".join(trail))
+def test_the_trainer_knows_no_bench_and_no_test() -> None:
+    scripts = {path.stem for path in (ROOT / "bench").iterdir() if path.suffix == ".py" or path.is_dir()}
+    for name in KNOWN:
+        assert not ({"tests", "bench"} | scripts) & imports(name), name
 
 
-def test_what_is_done_with_a_model_knows_no_study() -> None:
-    known = modules()
-    for name in known:
-        if name.startswith("gapg.evaluation"):
-            assert not any(n.startswith(("gapg.studies", "gapg.commands.cli")) for n in reachable(name, known)), name
+@pytest.mark.parametrize("start", ["gapg.train", "gapg.warm_start", "gapg.runs.run"])
+def test_the_method_knows_nothing_of_what_uses_it(start: str) -> None:
+    came_from = reachable(start)
+    for name in came_from:
+        if name.startswith(("gapg.evaluation", "gapg.commands", "gapg.serving", "gapg.integrations")):
+            trail = [name]
+            while came_from[trail[-1]]:
+                trail.append(came_from[trail[-1]])
+            raise AssertionError(" <- ".join(trail))
+
+
+def test_a_model_knows_no_run_and_an_evaluation_no_command() -> None:
+    for low, high in (
+        ("gapg.model.", "gapg.runs"),
+        ("gapg.runs.", "gapg.commands"),
+        ("gapg.evaluation.", "gapg.commands"),
+    ):
+        for name in KNOWN:
+            if name.startswith(low):
+                assert not [n for n in imports(name) if n.startswith(high)], name
+
+
+def test_there_is_no_circle() -> None:
+    """Imports inside functions and for types count too."""
+    arrows = {name: {n for n in imports(name) if n in KNOWN} for name in KNOWN}
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        raise AssertionError(" <- ".join(error.args[1])) from None
+
+
+def test_what_is_light() -> None:
+    """README promises these to libraries: no more than torch, triton and numpy is needed to import them."""
+    allowed = {"torch", "triton", "numpy", *sys.stdlib_module_names, *KNOWN, "gapg_packing._csrc"}
+    light = {name for name in KNOWN if not reachable(name, loading=True).keys() - allowed}
+    assert {name for name in light if name.split(".")[0] in ("gapg_kernels", "gapg_packing")} == {
+        name for name in KNOWN if name.split(".")[0] in ("gapg_kernels", "gapg_packing")
+    }
+    assert light >= LIGHT, LIGHT - light
+    code = f"import importlib\nfor name in {sorted(LIGHT)}: importlib.import_module(name)\nimport sys\n"
+    code += "print({n.split('.')[0] for n in sys.modules} & {'transformers', 'pydantic', 'rich', 'scipy', 'yaml'})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert loaded.stdout == "set()\n"
 
 
 def test_packing_knows_integers_only() -> None:
-    known = modules()
-    assert imports("gapg_packing.pack", known["gapg_packing.pack"], set(known)) <= {
-        "numpy",
-        "gapg_packing._csrc",
-        "operator",
-        "dataclasses",
-    }
-    for path in (ROOT / "csrc").iterdir():
+    for name in KNOWN:
+        if name.startswith("gapg_packing"):
+            assert imports(name) <= {"numpy", *sys.stdlib_module_names, *KNOWN}, name
+    for path in (ROOT / "csrc").rglob("*"):
         lines = path.read_text().splitlines() if path.suffix in (".h", ".cpp") else []
         assert not [line for line in lines if line.startswith("#include") and ("torch" in line or "ATen" in line)]
 
 
-def test_nothing_of_the_package_imports_tests_or_benchmarks() -> None:
-    known = modules()
-    for name, path in known.items():
-        assert not {"tests", "bench", "kernels", "rollout"} & imports(name, path, set(known), typing=True), name
-
-
-def test_the_symlinked_folders_are_namespaces() -> None:
+def test_the_top_folders_are_no_packages() -> None:
     """A top-level package called `kernels` would shadow Hugging Face's, wherever the root is on sys.path."""
-    for shelf, folder in SHELVES.items():
-        assert not (folder / "__init__.py").exists()
-        link = ROOT / shelf.replace(".", "/")
-        assert link.is_symlink()
-        assert link.resolve() == folder
+    for folder in ("kernels", "rollout", "csrc", "bench"):
+        assert not (ROOT / folder / "__init__.py").exists()
+
+
+def tracked() -> list[tuple[str, Path]]:
+    """(mode, path) of all files in the repository."""
+    listed = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no git repository")
+    lines = [line.split(None, 3) for line in listed.stdout.splitlines()]
+    return [(mode, ROOT / name) for mode, _, _, name in lines if (ROOT / name).exists()]
+
+
+def test_no_symlink_no_long_file_and_no_surgery_on_the_path() -> None:
+    for mode, path in tracked():
+        assert mode != "120000", f"{path} is a link"
+        if path.suffix == ".py":
+            lines = path.read_text().splitlines()
+            assert len(lines) <= 400, path
+            assert not [
+                n for n in lines if n.lstrip().startswith(("sys.path.", "sys.path[", "sys.path +=", "sys.path ="))
+            ], path
 
 
 def test_method_fits_on_a_page() -> None:
     """The whole method can be read in one sitting, in one file."""
-    assert len((ROOT / "gapg" / "train.py").read_text().splitlines()) < 260
+    assert len((ROOT / "gapg" / "train.py").read_text().splitlines()) < 220

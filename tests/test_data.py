@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gapg.config import ConfigError
 from gapg.data import PromptQueue, split_validation
+from gapg.errors import ConfigError
 from gapg.tasks.base import Prompt
 
 
@@ -36,21 +36,20 @@ def test_another_seed_is_another_order() -> None:
 
 @given(st.integers(2, 12), st.data(), st.integers(0, 2**40))
 def test_no_prompt_twice_in_a_batch(n: int, data: st.DataObject, seed: int) -> None:
-    """Over epoch ends and with prompts that come back; and every prompt gets its turn."""
+    """Over epoch ends and with prompts that come back; and each gets its turn unless whole batches come back."""
     queue = PromptQueue(make(n), seed)
     drawn: Counter[str] = Counter()
     for _ in range(4 * n):
         batch = queue.next(data.draw(st.integers(1, n)))
         assert len({p.id for p in batch}) == len(batch)
         drawn.update(ids(batch))
-        queue.give_back(batch[: data.draw(st.integers(0, 2))])
+        queue.give_back(batch[: data.draw(st.integers(0, min(2, len(batch) - 1)))])
     assert set(drawn) == set(ids(make(n)))
 
 
 def test_a_returned_prompt_that_is_gone_is_named() -> None:
-    queue = PromptQueue(make(3), 0, returned=["p1", "elsewhere"])
-    with pytest.raises(ConfigError, match=r"problem 'elsewhere', .* is not in the task's data any more"):
-        queue.next(1)
+    with pytest.raises(ConfigError, match=r"the data has no training problem 'elsewhere', which is to be asked again"):
+        PromptQueue(make(3), 0).restore(0, ["p1", "elsewhere"])
 
 
 @given(st.integers(2, 30), st.data())

@@ -25,10 +25,13 @@ from gapg.model.load import load_tokenizer
 from gapg.optim import clip_and_step, make_optimizer
 from gapg.runs import checkpoint, health, manifest
 from gapg.runs.health import BAD_STEPS, IDLE_STEPS, Diverged
-from gapg.runs.run import Run, TrainState, build_run
+from gapg.runs.run import Run, build_run
+from gapg.runs.state import TrainState
+from gapg.tasks.base import Prompt
 from gapg.train import train
 from gapg.warm_start import warm_start
 from gapg_rollout.records import Completion, Sampling
+from tests.runs.small import SMALL
 
 Start = Callable[..., Run]
 NAN, INF = math.nan, math.inf
@@ -235,16 +238,20 @@ def test_a_warm_start_that_diverges(small_config: Callable[..., RunConfig], tmp_
 
 @pytest.mark.parametrize("key", ["--optim.lr", "--warm-start.optim.lr"])
 def test_the_command_says_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str) -> None:
-    small = {
-        "--task.args": "{max_number: 4, max_target: 12}",
-        "--model.llama": "{hidden_size: 32, num_layers: 1, num_heads: 1, intermediate_size: 32}",
-        **{"--warm-start.steps": "2", "--warm-start.batch-size": "4", "--steps": "2", "--eval.every": "0"},
-        **{"--rollout.prompts-per-step": "8", "--rollout.samples-per-prompt": "8", "--budget.filter": "false"},
-        **{"--compare": "false", "--tensorboard": "false", "--threads": "1"},
-        **{"--output-dir": str(tmp_path / "run"), key: "1e30"},
-    }
+    small = [
+        *SMALL,
+        "--warm-start.steps",
+        "2",
+        "--warm-start.batch-size",
+        "4",
+        "--steps",
+        "2",
+        "--budget.filter",
+        "false",
+    ]
+    small += ["--rollout.prompts-per-step", "8", "--rollout.samples-per-prompt", "8"]
     with pytest.raises(SystemExit) as left:
-        main(["train", "quickstart", *(word for pair in small.items() for word in pair)])
+        main([*small, "--output-dir", str(tmp_path / "run"), key, "1e30"])
     assert left.value.code == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gapg: ")]
     assert "step 1: the weights" in line and f"lower {key[2:].replace('-', '_')}, then go on with --resume" in line
@@ -312,18 +319,16 @@ def test_idle_steps_are_said_ever_more_rarely(start: Start, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(("idle_of_three", "said"), [(2, True), (1, False)])
-def test_a_run_that_is_mostly_idle_is_told(
-    start: Start, capsys: pytest.CaptureFixture[str], idle_of_three: int, said: bool
-) -> None:
+def test_a_run_that_is_mostly_idle_is_told(capsys: pytest.CaptureFixture[str], idle_of_three: int, said: bool) -> None:
     """Whatever lies between: 107 idle steps of 146 never came five in a row."""
-    run = start()
+    state = TrainState()
     for step in range(30):
         trained = int(step % 3 >= idle_of_three)
         row = {"skipped": 0, "groups/with_gradient": trained, "rollout_lost": 0}
-        health.watch(run, row, Selection([], 0, 0, 0, 8, 0))
-        run.state.step += 1
+        health.watch(state, row, Selection([], 0, 0, 0, 8, 0))
+        state.step += 1
     assert ("steps trained on nothing" in capsys.readouterr().err) is said
-    assert run.state.idle_steps == 10 * idle_of_three
+    assert state.idle_steps == 10 * idle_of_three
 
 
 def test_the_display_shows_what_a_step_trained_on(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,14 +350,13 @@ IDLE = {
 """By groups kept, of D1, of D2, unsolved and unknown."""
 
 
-def test_why_a_step_is_idle(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
-    run = start()
-    group = run.judge.submit(run.queue.next(1)[0], []).result()
+def test_why_a_step_is_idle(capsys: pytest.CaptureFixture[str]) -> None:
+    group = Group(Prompt("a", "a", "1", "toy"), (), (), ())
     for (kept, d1, d2, unsolved, unknown), reason in IDLE.items():
-        run.state = TrainState()
+        state = TrainState()
         for _ in range(IDLE_STEPS):
             assert reason not in capsys.readouterr().err
             selection = Selection([group] * kept, d1, d2, 0, unsolved, unknown)
-            health.watch(run, {"skipped": 0, "groups/with_gradient": 0, "rollout_lost": 0}, selection)
-            run.state.step += 1
+            health.watch(state, {"skipped": 0, "groups/with_gradient": 0, "rollout_lost": 0}, selection)
+            state.step += 1
         assert reason in capsys.readouterr().err

@@ -16,13 +16,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gapg.config import ConfigError, RunConfig
+from gapg.config import RunConfig
+from gapg.errors import ConfigError
 from gapg.judge import Group, Outcome, parse, rewards
 from gapg.reward import RewardError, group_rewards, try_reward
-from gapg.studies import da_grpo
 from gapg.tasks.base import Prompt
 from gapg.tasks.countdown import Countdown
 from gapg_rollout.records import Completion
+from studies import da_grpo
 
 OUTCOMES = (Outcome.LOCAL_CORRECT, Outcome.CLOUD_CORRECT, Outcome.LOCAL_WRONG)
 GROUP = Group(

@@ -16,9 +16,11 @@ from gapg.evaluation.validate import validate
 from gapg.jsonl import read_jsonl
 from gapg.judge import Judge
 from gapg.runs import checkpoint, tracking
+from gapg.runs.health import COLLAPSED_AFTER, warn_if_collapsed
 from gapg.runs.outage import LOST_STEPS, OracleDown
 from gapg.runs.run import Run
-from gapg.train import COLLAPSED_AFTER, _warn_if_collapsed, train, train_step
+from gapg.runs.state import TrainState
+from gapg.train import train, train_step
 from gapg_rollout.records import OracleAnswer, OracleQuestion, OracleUsage
 
 KEYS = {
@@ -314,24 +316,24 @@ def test_a_kill_between_any_two_writes_changes_nothing(
 
 @pytest.mark.parametrize(("fraction", "what"), [(0.0, "never called"), (1.0, "always called")])
 def test_a_collapsed_policy_is_said_loudly_and_once(
-    start: Callable[..., Run], capsys: pytest.CaptureFixture[str], fraction: float, what: str
+    capsys: pytest.CaptureFixture[str], fraction: float, what: str
 ) -> None:
-    run = start()
+    state = TrainState()
     for _ in range(COLLAPSED_AFTER - 1):
-        _warn_if_collapsed(run, {"call_fraction": fraction, "alpha_c": 0.3})
+        warn_if_collapsed(state, {"call_fraction": fraction, "alpha_c": 0.3})
     assert "collapsed" not in capsys.readouterr().err
     for _ in range(30):
-        _warn_if_collapsed(run, {"call_fraction": fraction, "alpha_c": 0.3})
+        warn_if_collapsed(state, {"call_fraction": fraction, "alpha_c": 0.3})
     error = capsys.readouterr().err
     assert error.count(f"policy collapsed: it {what} the cloud for 20 steps") == 1
-    _warn_if_collapsed(run, {"call_fraction": 0.3, "alpha_c": 0.3})
+    warn_if_collapsed(state, {"call_fraction": 0.3, "alpha_c": 0.3})
     for _ in range(COLLAPSED_AFTER):
-        _warn_if_collapsed(run, {"call_fraction": fraction, "alpha_c": 0.3})
+        warn_if_collapsed(state, {"call_fraction": fraction, "alpha_c": 0.3})
     assert "policy collapsed" in capsys.readouterr().err, "and again after it had recovered"
 
 
-def test_task_tuning_may_never_call(start: Callable[..., Run], capsys: pytest.CaptureFixture[str]) -> None:
-    run = start(reward__alpha_c="0", budget__controller="false")
+def test_task_tuning_may_never_call(capsys: pytest.CaptureFixture[str]) -> None:
+    state = TrainState()
     for _ in range(30):
-        _warn_if_collapsed(run, {"call_fraction": 0.0, "alpha_c": 0.0})
+        warn_if_collapsed(state, {"call_fraction": 0.0, "alpha_c": 0.0})
     assert "collapsed" not in capsys.readouterr().err

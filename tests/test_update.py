@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from gapg.batches.batching import Example
-from gapg.config import ConfigError, RunConfig, load_config
+from gapg.config import RunConfig, load_config
+from gapg.errors import ConfigError
 from gapg.optim import make_optimizer
 from gapg.update import policy_update
 

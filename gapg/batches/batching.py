@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from gapg_kernels.shared_prompt_attention import SharedPrompts
 from gapg_kernels.shared_prompt_attention import share as share_layout
-from gapg_packing.pack import Int64s, PackedArrays, SharedArrays, lay_out, lay_out_shared, pack
+from gapg_packing.pack import Int64s, PackedArrays, lay_out, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +119,19 @@ def _lay_out(
     fill = (wide - lengths).tolist()
     parts = (chain(e.prompt_ids, e.response_ids, [0] * pad) for e, pad in zip(examples, fill, strict=True))
     tokens = np.fromiter(chain.from_iterable(parts), np.int64, offsets[-1])
-    rows = _Rows(examples, lengths - prompts, every_position)
+    rows = _Rows(examples, prompts, lengths - prompts, every_position)
+    to = partial(torch.as_tensor, device=device)
     batches = []
     for members in bins:
-        arrays: PackedArrays | SharedArrays
-        if share:
-            arrays = lay_out_shared(tokens, offsets, prompts, rows.weight, groups, members)
-        else:
-            arrays = lay_out(tokens, offsets, prompts, rows.weight, members)
-        batches.append(rows.batch(arrays, device, padded))
+        arrays = lay_out(tokens, offsets, prompts, rows.weight, members, groups if share else None)
+        shared = None
+        if arrays.cu_responses is not None:
+            shared = share_layout(arrays.cu_seqlens, arrays.cu_prompts, arrays.cu_responses, device)
+        places = to(arrays.input_ids), to(arrays.position_ids), to(arrays.cu_seqlens), arrays.max_length
+        index, target, weight, logprob, group, sample = map(to, rows.of(arrays))
+        batches.append(
+            PackedBatch(*places, index, target, weight, logprob, group, sample, shared=shared, padded=padded)
+        )
     return batches
 
 
@@ -152,20 +158,21 @@ def _rows_of_like_length(lengths: Int64s, token_cap: int) -> tuple[list[Int64s],
 class _Rows:
     """What the rows of the head carry beside their tokens, by example and by token of its response."""
 
-    def __init__(self, examples: Sequence[Example], responses: Int64s, every_position: bool) -> None:
+    def __init__(self, examples: Sequence[Example], prompts: Int64s, responses: Int64s, every_position: bool) -> None:
+        self.prompts, self.responses, self.every_position = prompts, responses, every_position
         self.starts = np.concatenate([[0], responses.cumsum()])
-        self.responses = responses
-        self.every_position = every_position
         self.weight = np.array([e.weight for e in examples], np.float32)
         self.cell = np.array([(e.group, e.sample) for e in examples], np.int64)
         logprobs = (e.rollout_logprobs or [float("nan")] * len(e.response_ids) for e in examples)
         self.logprob = np.fromiter(chain.from_iterable(logprobs), np.float32, self.starts[-1])
 
-    def batch(self, arrays: PackedArrays | SharedArrays, device: torch.device, padded: bool) -> PackedBatch:
-        of, at = arrays.sequence_ids, _counts(arrays.sequence_ids)
-        real = at < self.responses[of]  # beyond a response lies padding
-        of, index, target = of[real], arrays.response_index[real], arrays.targets[real]
-        logprob, weight, cell = self.logprob[self.starts[of] + at[real]], arrays.coefficients[real], self.cell[of]
+    def of(self, arrays: PackedArrays) -> tuple[NDArray[Any], ...]:
+        """A bin's response_index, target, weight, rollout_logprob, group and sample."""
+        of, index = arrays.sequence_ids, arrays.response_index
+        at = arrays.position_ids[index] + 1 - self.prompts[of]  # within the response
+        real = at < self.responses[of]  # beyond it lies padding
+        of, at, index, target = of[real], at[real], index[real], arrays.targets[real]
+        logprob, weight, cell = self.logprob[self.starts[of] + at], self.weight[of], self.cell[of]
         if self.every_position:
             idle = np.setdiff1d(np.arange(len(arrays.input_ids)), index)
             index = np.concatenate([index, idle])
@@ -174,29 +181,4 @@ class _Rows:
                 for x, fill in ((target, -100), (weight, 0), (logprob, np.nan))
             )
             cell = np.concatenate([cell, np.zeros((len(idle), 2), np.int64)])
-        to = partial(torch.as_tensor, device=device)
-        return PackedBatch(
-            input_ids=to(arrays.input_ids),
-            position_ids=to(arrays.position_ids),
-            cu_seqlens=to(arrays.cu_segments if isinstance(arrays, SharedArrays) else arrays.cu_seqlens),
-            max_length=arrays.max_segment if isinstance(arrays, SharedArrays) else arrays.max_length,
-            response_index=to(index),
-            target=to(target),
-            weight=to(weight),
-            rollout_logprob=to(logprob),
-            group=to(cell[:, 0].copy()),
-            sample=to(cell[:, 1].copy()),
-            shared=_layout(arrays, device) if isinstance(arrays, SharedArrays) else None,
-            padded=padded,
-        )
-
-
-def _layout(arrays: SharedArrays, device: torch.device) -> SharedPrompts:
-    return share_layout(arrays.cu_segments, arrays.cu_prompts, arrays.cu_responses, device)
-
-
-def _counts(ids: Int64s) -> Int64s:
-    """0, 1, 2, … within each run of equal ids."""
-    first = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]])) if len(ids) else np.zeros(0, np.int64)
-    lengths = np.diff(np.concatenate([first, [len(ids)]]))
-    return np.arange(len(ids)) - np.repeat(first, lengths)
+        return index, target, weight, logprob, cell[:, 0].copy(), cell[:, 1].copy()

@@ -9,20 +9,22 @@ part of the problems that do not call: no bisection over samples, and smooth in 
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
+from scipy.special import ndtri
 from transformers import PreTrainedTokenizerBase
 
-from gapg.config import ConfigError
+from gapg.errors import ConfigError
 from gapg.files import write_whole, writing
 from gapg.jsonl import to_json
 from gapg.judge import parse
@@ -137,6 +139,7 @@ class MaskedPass:
         if self.temperature == 0:
             return greedy
         low, high = -LIMIT, LIMIT
+        # not by brentq: where no bias calls so much, this ends at the limit
         for _ in range(45):  # the chance of a call grows with the bias
             middle = (low + high) / 2
             low, high = (middle, high) if self.chances(middle).mean() < cloud_fraction else (low, middle)
@@ -158,7 +161,7 @@ class MaskedPass:
         """95% interval of the call fraction on `new` other problems of the same kind: of this set, and of those."""
         calls = self.chances(bias)
         c = float(calls.mean())
-        half = 1.959964 * math.sqrt(float(calls.var()) / len(calls) + c * (1.0 - c) / new)
+        half = float(ndtri(0.975)) * math.sqrt(float(calls.var()) / len(calls) + c * (1.0 - c) / new)
         return max(0.0, c - half), min(1.0, c + half)
 
 
@@ -207,9 +210,10 @@ def load_calibration(model_folder: Path) -> list[Calibration]:
 
 def check_saves(model_folder: Path) -> None:
     """Raises ConfigError where `save_calibration` would."""
-    load_calibration(model_folder)
     if not os.access(model_folder, os.W_OK):
         raise ConfigError(f"{model_folder / FILE} cannot be written; copy the model to a folder of yours")
+    with _alone(model_folder):
+        load_calibration(model_folder)
 
 
 def save_calibration(model_folder: Path, entry: Calibration) -> Path:
@@ -218,14 +222,17 @@ def save_calibration(model_folder: Path, entry: Calibration) -> Path:
     Raises DiskFull, and ConfigError where the folder cannot be written or its file is broken.
     """
     path = model_folder / FILE
-    with writing(path):
-        folder = os.open(model_folder, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)  # two calibrations at once must not lose one
-            key = (entry.temperature, entry.cloud_fraction)
-            kept = [e for e in load_calibration(model_folder) if (e.temperature, e.cloud_fraction) != key]
-            entries = sorted([*kept, entry], key=lambda e: (e.temperature, e.cloud_fraction))
-            write_whole(path, to_json([asdict(e) for e in entries], indent=1) + "\n")
-        finally:
-            os.close(folder)
+    with _alone(model_folder):
+        key = (entry.temperature, entry.cloud_fraction)
+        kept = [e for e in load_calibration(model_folder) if (e.temperature, e.cloud_fraction) != key]
+        entries = sorted([*kept, entry], key=lambda e: (e.temperature, e.cloud_fraction))
+        write_whole(path, to_json([asdict(e) for e in entries], indent=1) + "\n")
     return path
+
+
+@contextmanager
+def _alone(model_folder: Path) -> Iterator[None]:
+    """Two calibrations at once must not lose one. Raises ConfigError: a link in the lock's place is not followed."""
+    lock = model_folder / f".{FILE}.lock"
+    with writing(lock), FileLock(lock):
+        yield

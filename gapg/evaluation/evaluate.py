@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from gapg.config_sections import RewardConfig
+from gapg.console import Display
+from gapg.evaluation.statistics import wilson
 from gapg.judge import Group, Judge, Outcome, rewards
-from gapg.runs.tracking import Display
+from gapg.runs import stop
 from gapg.tasks.base import Prompt, Task
 from gapg_rollout.records import Completion, Engine, OracleAnswer, Sampling
 
@@ -26,7 +28,7 @@ def respond(
     *,
     title: str | None = None,
 ) -> list[Group]:
-    """One judged response a prompt, in the order of the prompts."""
+    """One judged response a prompt, in the order of the prompts. Raises Stopped where it is no part of a step."""
     ids = [task.render(p, tokenizer) for p in prompts]
     judge.start_step()
     pending = {}
@@ -34,18 +36,8 @@ def respond(
         for i, completions in engine.generate(ids, 1, sampling):
             pending[i] = judge.submit(prompts[i], completions)
             display.advance()
+            stop.look()
     return [pending[i].result() for i in range(len(prompts))]
-
-
-def wilson(hits: float, n: int) -> tuple[float, float]:
-    """95% Wilson interval of a proportion."""
-    if n == 0:
-        return (0.0, 1.0)
-    z, p = 1.959964, hits / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    # at 0 and n rounding would leave the proportion itself outside
-    return (max(0.0, min(centre - half, p)), min(1.0, max(centre + half, p)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +79,6 @@ def as_result(name: str, groups: Sequence[Group]) -> Result:
     )
 
 
-def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> tuple[int, int, float]:
-    """(right in a only, right in b only, two-sided exact p) on the same problems.
-
-    Raises ValueError when the lengths differ.
-    """
-    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
-    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
-    n, k = only_a + only_b, min(only_a, only_b)
-    tail = sum(math.comb(n, i) for i in range(k + 1))
-    return only_a, only_b, min(1.0, 2 * tail / 2**n)
-
-
 def answer_logprobs(completion: Completion) -> tuple[float, float] | None:
     """(mean, min) of the log-probs of a response's tokens given that it does not call; None without `HelpControl`.
 
@@ -116,9 +96,14 @@ def answer_logprobs(completion: Completion) -> tuple[float, float] | None:
     return (sum(completion.logprobs) + sum(gains)) / n, lowest
 
 
-def oracle_errors(replies: Sequence[OracleAnswer]) -> Iterator[str]:
-    """The reasons of those that failed."""
-    return (reply.error or "no reason given" for reply in replies if reply.text is None)
+def oracle_error(replies: Sequence[OracleAnswer]) -> str | None:
+    """Why the first that failed did."""
+    return next((reply.error or "no reason given" for reply in replies if reply.text is None), None)
+
+
+def finite(margin: float | None) -> float | None:
+    """None where it is infinite, for which JSON has no word."""
+    return margin if margin is not None and math.isfinite(margin) else None
 
 
 def prediction(group: Group, reward: RewardConfig) -> dict[str, Any]:
@@ -127,7 +112,6 @@ def prediction(group: Group, reward: RewardConfig) -> dict[str, Any]:
     `reward` is None where the oracle failed, and `oracle_error` says why it gave no answer, or fewer than it was asked.
     """
     completion = group.completions[0]
-    margin = completion.help_margin
     answer = answer_logprobs(completion)
     return {
         "id": group.prompt.id,
@@ -141,8 +125,8 @@ def prediction(group: Group, reward: RewardConfig) -> dict[str, Any]:
         "logprob_mean": sum(completion.logprobs) / len(completion.logprobs) if completion.logprobs else None,
         "answer_logprob_mean": answer and answer[0],
         "answer_logprob_min": answer and answer[1],
-        "help_margin": margin if margin is not None and math.isfinite(margin) else None,
+        "help_margin": finite(completion.help_margin),
         "oracle_score": group.oracle_score,
         "oracle_answers": [a.text for a in group.oracle_answers],
-        "oracle_error": next(oracle_errors(group.oracle_answers), None),
+        "oracle_error": oracle_error(group.oracle_answers),
     }

@@ -13,7 +13,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from gapg.config import ConfigError, RunConfig
+from gapg.config import RunConfig
+from gapg.errors import ConfigError
 from gapg.tasks import is_import_path
 
 OWN = "gapg."
@@ -98,9 +99,7 @@ def _is_given(key: str, given: Collection[str]) -> bool:
 def _is_cache(path: Path) -> bool:
     try:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
-            return (
-                db.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'answers'").fetchone()
-                is not None
-            )
+            tables = db.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'answers'")
+            return tables.fetchone() is not None
     except sqlite3.Error:
         return False

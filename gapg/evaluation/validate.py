@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gapg.console import say, warn
 from gapg.evaluation.evaluate import as_result, respond
 from gapg.judge import Group, Judge, Outcome
 from gapg.runs.outage import OracleDown, check_evaluation
-from gapg.runs.tracking import say, warn
 
 if TYPE_CHECKING:
     from gapg.runs.run import Run

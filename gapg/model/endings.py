@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from transformers import PreTrainedTokenizerBase
 
-from gapg.config import ConfigError, one_line
+from gapg.errors import ConfigError, one_line
 from gapg.judge import parse
 from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_PHRASE, STOP, Task
 from gapg.tasks.templates import named

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gapg.config import ConfigError, one_line
-from gapg.runs.tracking import say_once
+from gapg.console import say_once
+from gapg.errors import ConfigError, one_line
 
 FILE = "generation_config.json"
 SAMPLING_FLAGS = {"temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
 """What greedy decoding ignores."""
 TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+_read_config = partial(AutoConfig.from_pretrained, trust_remote_code=False)
+_hub_config = cache(_read_config)
+"""The hub is asked once: a start looks at the config half a dozen times."""
 
 
 def load_shape(path: str) -> PretrainedConfig:
@@ -35,7 +41,7 @@ def load_shape(path: str) -> PretrainedConfig:
     """
     folder = check_folder(path)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = _read_config(folder) if Path(folder).is_dir() else copy.deepcopy(_hub_config(folder))
         if not isinstance(config.get_text_config(), PretrainedConfig):
             raise ValueError("text_config is of no known model")
     except Exception as error:  # whatever a config makes the code of transformers say
@@ -120,11 +126,8 @@ def generation_config(path: str) -> GenerationConfig:
 
 def _generation_settings(path: str) -> dict[str, Any] | None:
     folder = Path(check_folder(path))
-    try:
-        file = folder / FILE if folder.is_dir() else Path(hf_hub_download(path, FILE))
-    except OSError:  # many a model has none
-        return None
-    if not file.exists():
+    file = folder / FILE if folder.is_dir() else _hub_file(path)
+    if file is None or not file.exists():
         return None
     try:
         values = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)  # NaN is no JSON
@@ -133,6 +136,14 @@ def _generation_settings(path: str) -> dict[str, Any] | None:
     if not isinstance(values, dict):
         raise ConfigError(f"model.path={path}: {FILE}: holds no settings; mend or delete it")
     return values
+
+
+@cache
+def _hub_file(path: str) -> Path | None:
+    try:
+        return Path(hf_hub_download(path, FILE))
+    except OSError:  # many a model has none
+        return None
 
 
 def check_loaded(path: str, model: PreTrainedModel, info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -21,11 +21,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gapg.config import ConfigError, one_line
 from gapg.config_sections import ModelConfig
+from gapg.errors import ConfigError, one_line
 from gapg.model import attention, lora
 from gapg.model.folder import check_folder, check_loaded, generation_config, load_shape
 from gapg.seeding import derive
+from gapg.tasks import call_member
 from gapg.tasks.base import Task, Tokenized
 
 # the run has a display of its own, and a bar for a model of three layers tells nothing
@@ -43,7 +44,7 @@ def load_tokenizer(config: ModelConfig, task: Task) -> PreTrainedTokenizerBase:
             raise ConfigError(
                 f"model.path is empty and task {task.name!r} brings no tokenizer: set model.path to a model"
             )
-        return task.tokenizer()
+        return _own_tokenizer(task)
     load_shape(config.path)  # for its errors, which loading a tokenizer would say in other words
     try:
         tokenizer = AutoTokenizer.from_pretrained(check_folder(config.path), trust_remote_code=False)
@@ -55,6 +56,19 @@ def load_tokenizer(config: ModelConfig, task: Task) -> PreTrainedTokenizerBase:
         ) from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _own_tokenizer(task: Task) -> PreTrainedTokenizerBase:
+    tokenizer = call_member(task, "tokenizer")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ConfigError(f"task {task.name!r}: tokenizer() returned {tokenizer!r:.60}, no tokenizer of transformers")
+    ids = set(tokenizer.get_vocab().values())
+    if ids != set(range(len(tokenizer))):
+        raise ConfigError(
+            f"task {task.name!r}: tokenizer() has {len(ids)} tokens with ids up to {max(ids)}: number them from 0 on, "
+            "without gaps"
+        )
     return tokenizer
 
 

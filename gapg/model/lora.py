@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from gapg.config import ConfigError, one_line
 from gapg.config_sections import LoraConfig
+from gapg.errors import ConfigError, one_line
 from gapg.seeding import derive
 
 ADAPTER = "default"

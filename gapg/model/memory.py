@@ -1,115 +1,50 @@
-"""What a run's update will need in memory, before its first step: traced on tensors without data, not guessed.
-
-    announce(model, config, device)         # prints the plan; ConfigError where it cannot fit
-
-Activations and copies come from a trace of `response_loss` and its backward (`gapg.model.memory_trace`), the rest from
-the model's parameters. Not in the plan: the CUDA context, an allocator's fragments, and what the transformers engine
-holds while it generates, when there are no activations.
-"""
+"""Whether a run's update fits in memory, said before its first step; where it does not, the settings that would fit."""
 
 from __future__ import annotations
 
-import inspect
-import os
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from gapg.build import make_task
-from gapg.config import ConfigError, RunConfig
+from gapg.config import RunConfig
+from gapg.console import console, say
+from gapg.errors import ConfigError
 from gapg.files import size_text
-from gapg.model import lora
-from gapg.model.load import device as default_device
-from gapg.model.load import load_model, load_tokenizer, unloaded_model
-from gapg.model.memory_trace import largest_batch, trace_update
-from gapg.runs.tracking import console, say
+from gapg.model.memory_plan import MemoryPlan, capacity, plan_memory
 
 ROOM = 0.95
 """The part of the memory that a suggested setting may fill: what is not in the plan needs some too."""
-
 
 Settings = dict[str, Any]
 """Values by their dotted key in the config."""
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryPlan:
-    """Bytes of each part of an update at its fullest moment, in a micro-batch that adds to the gradients of another."""
-
-    weights: int
-    """float32 masters, frozen ones included"""
-    gradients: int
-    optimizer: int
-    """AdamW's two moments"""
-    reference: int
-    engine: int
-    """weights that it does not share with the trainer; all that vLLM reserves"""
-    copies: int
-    """16-bit weights that autocast makes and the graph keeps"""
-    activations: int
-    """of all layers, as the head finds them"""
-    head: int
-    """E, its scratch and the float32 temporaries of a chunk"""
-    passing: int
-    """what forward or backward hold elsewhere beyond the three above, where that is the fullest moment"""
-    baseline: int
-    """the task-tuned baseline's process, which trains at the same time (`compare`)"""
-    tokens: int
-    """of the micro-batch; not bytes"""
-    capacity: int
-    """of the device, or of the machine; not a part"""
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """Bytes by name, without those of nothing."""
-        return {k: v for k, v in asdict(self).items() if k not in ("tokens", "capacity") and v}
-
-    @property
-    def total(self) -> int:
-        return sum(self.parts.values())
-
-    @property
-    def line(self) -> str:
-        most = sorted(self.parts.items(), key=lambda part: -part[1])[:3]
-        parts = ", ".join(f"{name} {size_text(size)}" for name, size in most)
-        need = f"{size_text(self.total)} of {size_text(self.capacity)}"
-        return f"memory: {need} for an update of {self.tokens} tokens ({parts})"
-
-    def table(self) -> Table:
-        table = Table("memory", f"of an update, micro-batches of {self.tokens} tokens", box=None)
-        for name, size in self.parts.items():
-            table.add_row(name, size_text(size))
-        table.add_row("total", f"{size_text(self.total)} of {size_text(self.capacity)}", style="bold")
-        return table
-
-
 def announce(model: PreTrainedModel, config: RunConfig, device: torch.device) -> None:
     """Prints the plan: a table, or a line where it is far from mattering. Raises ConfigError where it cannot fit."""
-    plan = refuse(model, config, device)
-    if plan is None:
-        return
-    if plan.total < plan.capacity / 20:
-        say(plan.line)
-    else:
-        console.print(plan.table())
+    plan = checked_plan(model, config, device)
+    if plan is not None and plan.total < plan.capacity / 20:
+        most = sorted(plan.parts.items(), key=lambda part: -part[1])[:3]
+        parts = ", ".join(f"{name} {size_text(size)}" for name, size in most)
+        say(f"memory: {_of_capacity(plan)} for an update of {plan.tokens} tokens ({parts})")
+    elif plan is not None:
+        console.print(plan_table(plan))
 
 
-def refuse(model: PreTrainedModel, config: RunConfig, device: torch.device) -> MemoryPlan | None:
-    """The plan, unprinted; None for a model that cannot be traced. Raises ConfigError where it cannot fit."""
-    if plan := _plan_if_any(model, config, device):
+def checked_plan(model: PreTrainedModel, config: RunConfig, device: torch.device) -> MemoryPlan | None:
+    """The plan; None for a model that cannot be traced. Raises ConfigError where it cannot fit."""
+    if plan := plan_if_any(model, config, device):
         check(plan, model, config, device)
     return plan
 
 
-def _plan_if_any(model: PreTrainedModel, config: RunConfig, device: torch.device) -> MemoryPlan | None:
+def plan_if_any(model: PreTrainedModel, config: RunConfig, device: torch.device) -> MemoryPlan | None:
+    """The plan, unchecked; None, with the reason said, for a model that cannot be traced."""
     try:
         return plan_memory(model, config, device)
     except Exception as error:  # a plan is a help: a model whose code asks for values trains without one
@@ -117,61 +52,16 @@ def _plan_if_any(model: PreTrainedModel, config: RunConfig, device: torch.device
         return None
 
 
-def print_plan(config: RunConfig) -> None:
-    """The plan of a run that is not started, whose weights are not loaded. Raises ConfigError."""
-    if config.model.path is None:
-        model = load_model(config.model, load_tokenizer(config.model, make_task(config)), config.seed)
-    else:
-        model = unloaded_model(config.model)
-    if config.model.lora:
-        lora.add_adapters(model, config.model.lora, config.seed)
-    if config.update.pack == "auto":
-        pack = model.config._attn_implementation != "eager"
-        config = config.model_copy(update={"update": config.update.model_copy(update={"pack": pack})})
-        if pack:
-            say("memory: as if this model packs; a run tries it. --update.pack false shows what padded rows need")
-    if plan := _plan_if_any(model, config, default_device()):
-        Console(highlight=False, markup=False, emoji=False).print(plan.table())
-        check(plan, model, config, default_device())
+def plan_table(plan: MemoryPlan) -> Table:
+    table = Table("memory", f"of an update, micro-batches of {plan.tokens} tokens", box=None)
+    for name, size in plan.parts.items():
+        table.add_row(name, size_text(size))
+    table.add_row("total", _of_capacity(plan), style="bold")
+    return table
 
 
-def capacity(device: torch.device) -> int:
-    """Bytes of the GPU's memory, or of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def plan_memory(
-    model: PreTrainedModel, config: RunConfig, device: torch.device, available: int | None = None
-) -> MemoryPlan:
-    """The plan of `config` for a model on `device`, of whose tensors only shapes are read (they may be on meta).
-
-    Args:
-        model: with its adapters, if any.
-        available: bytes to plan for; those of the device by default.
-    """
-    available = capacity(device) if available is None else available
-    weights = sum(_bytes(p) for p in model.parameters())
-    trainable = sum(_bytes(p) for p in model.parameters() if p.requires_grad)
-    batch = largest_batch(config)
-    trace = trace_update(model, config, device, batch)
-    beyond = max(trace[3:]) - trace.copies - trace.activations - trace.head
-    plan = MemoryPlan(
-        weights=weights,
-        gradients=trainable,
-        optimizer=2 * trainable,
-        reference=weights if config.loss.kl_coef and not config.model.lora else 0,
-        engine=_engine(config, weights, device, available),
-        copies=trace.copies,
-        activations=trace.activations,
-        head=trace.head,
-        passing=max(0, beyond),
-        baseline=0,
-        tokens=len(batch.input_ids),
-        capacity=available,
-    )
-    return replace(plan, baseline=plan.total) if config.compare else plan
+def _of_capacity(plan: MemoryPlan) -> str:
+    return f"{size_text(plan.total)} of {size_text(plan.capacity)}"
 
 
 def check(plan: MemoryPlan, model: PreTrainedModel, config: RunConfig, device: torch.device) -> None:
@@ -227,8 +117,8 @@ def fitting_token_cap(
     """
     available = capacity(device) if available is None else available
     search, rollout = _Search(model, config, device, available), config.rollout
-    below = longest = rollout.max_prompt_tokens + rollout.max_new_tokens
-    step = rollout.prompts_per_step * rollout.samples_per_prompt * longest
+    below = rollout.longest
+    step = rollout.prompts_per_step * rollout.samples_per_prompt * below
     while below < step and search.fits({"token_cap": below}):
         below *= 2
     cap = search.largest_cap({}, min(below, step) + 1024)
@@ -266,7 +156,7 @@ class _Search:
 
     def largest_cap(self, settings: Settings, below: int) -> int:
         """The largest below that bound that fits, in multiples of 1024 where it can be; else the smallest possible."""
-        least = self.config.rollout.max_prompt_tokens + self.config.rollout.max_new_tokens
+        least = self.config.rollout.longest
         caps = sorted({least, *range(-(-least // 1024) * 1024, below, 1024)})
         fitting = bisect_left(caps, True, key=lambda cap: not self.fits(settings | {"token_cap": cap}))
         return caps[max(0, fitting - 1)]
@@ -291,21 +181,3 @@ def _with(config: RunConfig, settings: Settings) -> RunConfig:
 
 def _options(settings: Settings) -> str:
     return " ".join(f"{key}={str(value).lower()}" for key, value in settings.items())
-
-
-def _engine(config: RunConfig, weights: int, device: torch.device, available: int) -> int:
-    item = getattr(torch, config.model.dtype).itemsize
-    copied = weights * item // 4
-    if config.rollout.engine == "transformers":  # in float32 it shares the trainer's, but for merged adapters
-        return copied if item < 4 or config.model.lora else 0
-    from gapg_rollout.vllm_engine import VLLMEngine
-
-    defaults = {k: p.default for k, p in inspect.signature(VLLMEngine).parameters.items()}
-    settings = defaults | config.rollout.vllm_args
-    if device.type == "cuda":
-        return int(settings["gpu_memory_utilization"] * available)
-    return copied + (int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", settings["cpu_cache_gib"])) << 30)
-
-
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()

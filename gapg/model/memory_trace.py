@@ -3,6 +3,9 @@
 The meta device has no autocast, and which weights are copied to 16 bits is autocast's decision; fake tensors on the CPU
 go through the dispatcher's real autocast and autograd and stop at shapes and types. What an operator holds inside
 itself no trace shows, and is added from its source: the head's workspace, the flash backward's sums.
+
+PyTorch's own MemTracker, which is private, counts the same bytes but tells neither copies nor phases apart, and only
+with phases can a few layers stand for all. The tests compare the two.
 """
 
 from __future__ import annotations
@@ -28,8 +31,7 @@ from gapg.batches.batching import Example, PackedBatch, packed_batches
 from gapg.config import RunConfig
 from gapg.model import attention, lora
 from gapg.model.policy import response_loss
-from gapg_kernels import equal_lengths, flash, head
-from gapg_kernels import reference as definition
+from gapg_kernels import equal_lengths, flash, head, reference
 from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan
 from gapg_kernels.policy_loss import PolicyLossOptions
 
@@ -165,10 +167,9 @@ def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 
 def largest_batch(config: RunConfig) -> PackedBatch:
     """The largest micro-batch: sequences of one length, all response, since a response costs more than a prompt."""
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-    responses = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    cap = min(config.token_cap, responses * longest)
-    count = max(1, cap // longest)
+    rollout = config.rollout
+    cap = min(config.token_cap, rollout.prompts_per_step * rollout.samples_per_prompt * rollout.longest)
+    count = max(1, cap // rollout.longest)
     examples = [Example([0], [0] * (cap // count - 1))] * count
     (batch,) = packed_batches(examples, cap, torch.device("cpu"), padded=config.update.pack is False)
     return batch
@@ -198,6 +199,6 @@ def head_bytes(hidden: Tensor, weight: Tensor, device: torch.device, entropy: bo
     plan = ChunkPlan.of(hidden, weight, DEFAULT_WORKSPACE, kernel=kernel, entropy=entropy)
     rows = min(len(hidden), max(1, DEFAULT_WORKSPACE // (plan.stored + plan.scratch)))
     factors = rows * hidden.shape[1] * (3 * 4 + hidden.element_size())
-    moments = 4 * min(rows * plan.vocab, definition.ENTROPY_BLOCK) if entropy and not kernel else 0
+    moments = 4 * min(rows * plan.vocab, reference.ENTROPY_BLOCK) if entropy and not kernel else 0
     widened = 4 * weight.numel() if hidden.dtype == torch.bfloat16 and device.type == "cpu" else 0
     return rows * (plan.stored + plan.scratch) + factors + moments + widened

@@ -23,17 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg.runs import manifest, run_identity
-from gapg.config import ConfigError, one_line
-from gapg.files import DiskFull, partial_name, remove_partials, size_text, sync, writing
-from gapg.runs.health import diverged
+from gapg.console import warn
+from gapg.errors import ConfigError, one_line
+from gapg.files import DiskFull, partial_name, remove_partials, replacing, size_text, sync, writing
 from gapg.model.lora import adapter_tensors
-from gapg.runs.tracking import warn
+from gapg.runs import manifest, run_identity
+from gapg.runs.health import diverged
 
 STEP = re.compile(r"step-(\d+)")
 OPTIMIZER = "optimizer.safetensors"
@@ -60,7 +59,7 @@ def save(
     ConfigError, with nothing left of it, where it cannot be written.
     """
     final, run = root / f"step-{step}", _run(root)
-    reason = fault(final, run, step) if final.exists() else None
+    reason = fault(final, run=run, step=step) if final.exists() else None
     if final.exists() and reason is None:
         return final
     moments = _flatten(model, optimizer)
@@ -122,7 +121,7 @@ def latest(root: Path) -> Path | None:
     """
     run, passed = _run(root), list[tuple[Path, str]]()
     for step, path in sorted(_folders(root), reverse=True):
-        if (reason := fault(path, run, step)) is None:
+        if (reason := fault(path, run=run, step=step)) is None:
             if passed:
                 others = "; ".join(f"{other.name}: {why}" for other, why in passed)
                 warn(f"{root}: passed over {others}; taking {path.name}")
@@ -147,23 +146,26 @@ def newest(root: Path) -> Path | None:
 def steps(root: Path) -> list[int]:
     """Steps of the run's checkpoints under `root`, ascending, by their manifests: files are there, and not read."""
     run = _run(root)
-    return sorted(step for step, path in _folders(root) if fault(path, run, step, hashes=False) is None)
+    return sorted(step for step, path in _folders(root) if fault(path, hashes=False, run=run, step=step) is None)
 
 
-def fault(path: Path, run: str | None, step: int, *, hashes: bool = True) -> str | None:
-    """What keeps `path` from being the whole checkpoint of that step of the run; None: nothing.
+def fault(path: Path, *, hashes: bool = True, **of: object) -> str | None:
+    """What keeps `path` from being a whole checkpoint; None: nothing.
 
-    hashes: read every byte.
+    hashes: read every byte. of: the `run` and `step` that it must be of.
     """
     try:
         content = manifest.read(path)
     except manifest.BadManifest as error:
         return str(error)
-    if content.get("run") != run:
-        return "it is of another run"
-    if content.get("step") != step:
-        return f"it is of step {content.get('step')}"
-    return _file_fault(path, content, hashes=hashes)
+    if strange := [key for key, value in of.items() if content.get(key) != value]:
+        return "it is of another run" if strange[0] == "run" else f"it is of step {content.get('step')}"
+    names = content["files"].keys()
+    if not names >= NEEDED:
+        return f"its {manifest.FILE} is of no checkpoint"
+    if later := {n for n in _names(path) - names if n.startswith("model/") and LOADED.fullmatch(Path(n).name)}:
+        return f"{min(later)} was put there later"
+    return manifest.fault(path, content, hashes=hashes)
 
 
 def check(path: Path) -> None:
@@ -171,23 +173,9 @@ def check(path: Path) -> None:
 
     Other folders pass, and so do checkpoints of versions that wrote no manifest.
     """
-    if not (STEP.fullmatch(path.resolve().name) and (path / manifest.FILE).exists()):
-        return
-    try:
-        reason = _file_fault(path, manifest.read(path))
-    except manifest.BadManifest as error:
-        reason = str(error)
-    if reason:
+    is_checkpoint = STEP.fullmatch(path.resolve().name) and (path / manifest.FILE).exists()
+    if is_checkpoint and (reason := fault(path)):
         raise ConfigError(f"{path}: damaged since it was saved: {reason}; take another checkpoint, or copy it again")
-
-
-def _file_fault(path: Path, content: Mapping[str, Any], *, hashes: bool = True) -> str | None:
-    names = content["files"].keys()
-    if not names >= NEEDED:
-        return f"its {manifest.FILE} is of no checkpoint"
-    if later := {n for n in _names(path) - names if n.startswith("model/") and LOADED.fullmatch(Path(n).name)}:
-        return f"{min(later)} was put there later"
-    return manifest.fault(path, content, hashes=hashes)
 
 
 def prune(root: Path, keep: int, also: set[int]) -> None:
@@ -209,31 +197,19 @@ def forget_optimizer(path: Path) -> None:
     others = content["files"].keys() - {OPTIMIZER}
     # at every moment the manifest is right: it does not name the file while that changes
     manifest.write(path, about, others)
-    partial = partial_name(path / OPTIMIZER)
-    with writing(path / OPTIMIZER):
+    with replacing(path / OPTIMIZER) as partial:
         save_file({}, partial)
-        os.replace(partial, path / OPTIMIZER)
     manifest.write(path, about, {*others, OPTIMIZER})
 
 
 def restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Loads the optimizer state of checkpoint `path`, whose `model/` the caller has loaded; returns the saved state.
-
-    Raises ConfigError where a file is missing, damaged, or holds what is not finite.
-    """
-    fix = "delete this checkpoint and go on from the one before"
-    try:
-        tensors = load_file(path / OPTIMIZER)
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"{path}: cannot be resumed: {one_line(error)}; {fix}") from None
-    if name := next((n for n, tensor in tensors.items() if not tensor.isfinite().all()), None):
-        raise ConfigError(f"{path}: {name} in optimizer.safetensors is not finite; {fix}")
+    """Loads the optimizer of a whole checkpoint, whose `model/` the caller has loaded; returns the saved state."""
     params = dict(model.named_parameters())
-    for key, value in tensors.items():
+    for key, value in load_file(path / OPTIMIZER).items():
         name, _, slot = key.rpartition("/")
         # the fused AdamW keeps its step counter where the parameter is
         optimizer.state[params[name]][slot] = value.to(params[name].device)
+    state: dict[str, Any] = json.loads((path / "state.json").read_text())
     return state
 
 

@@ -1,27 +1,16 @@
-"""Is a run well: its numbers are finite, and its steps train something. What is not is counted, said, or ends the run.
-
-A policy whose weights are ruined may look calm: RMSNorm divides by the root of a sum of squares, and where that
-overflows every hidden state is 0 and every token equally likely. So the weights are looked at, and what they make of a
-few tokens, before an engine or a checkpoint gets them.
-"""
+"""Is a run well: its numbers are finite, and its steps train something. What is not is counted and said, or ends it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import nn
-from transformers import PreTrainedModel
-
-from gapg.runs.tracking import warn
-
-if TYPE_CHECKING:
-    from gapg.filtering import Selection
-    from gapg.judge import Group
-    from gapg.runs.run import Run
+from gapg.console import warn
+from gapg.filtering import Selection
+from gapg.judge import Group
+from gapg.runs.state import TrainState
 
 BAD_STEPS = 3
 """Skipped steps in a row that end a run: one may be an accident, three are the run's own doing."""
@@ -30,6 +19,8 @@ RUINED = "the weights, or the hidden states of a few tokens, overflow after the 
 
 IDLE_STEPS = 3
 """More idle steps than others before that is said: a run of which most are idle is told, whatever lies between."""
+COLLAPSED_AFTER = 20
+"""Steps in a row in which all responses call, or none does, of which that is said."""
 
 
 class Diverged(RuntimeError):
@@ -45,20 +36,6 @@ def diverged(where: str, what: str, fix: str, last: Path | None) -> Diverged:
     return Diverged(f"{where}: {' '.join(what.split())}; {kept}; {fix}, then go on with --resume")
 
 
-@torch.no_grad()
-def is_finite(model: PreTrainedModel, compute: torch.dtype) -> bool:
-    """Whether the norms of the trainable weights, and of all hidden states of a few tokens, are finite in float32.
-
-    A norm overflows where a square does. `compute` is the type of the matrix products. Waits for the device once.
-    """
-    ids = torch.arange(3, 11, device=model.device) % model.config.get_text_config().vocab_size
-    with torch.autocast(model.device.type, compute, enabled=compute != torch.float32):
-        out = model(input_ids=ids[None], use_cache=False, output_hidden_states=True)
-    states = [x.float() for x in (*(out.hidden_states or ()), out.logits)]
-    weights = [p.detach() for p in model.parameters() if p.requires_grad]
-    return math.isfinite(float(nn.utils.get_total_norm(weights) + nn.utils.get_total_norm(states)))
-
-
 def is_lost(groups: Sequence[Group]) -> bool:
     """Whether the engine gave log-probs and none is finite: its model is ruined, whatever the responses look like."""
     given = [c.logprobs for g in groups for c in g.completions if c.logprobs]
@@ -69,9 +46,9 @@ def warn_skipped(where: str, why: str, in_a_row: int) -> None:
     warn(f"{where}: {why}: skipped, {in_a_row} in a row; {BAD_STEPS} end the run")
 
 
-def watch(run: Run, row: dict[str, Any], selection: Selection) -> None:
-    """Counts the step that `row` tells of in the run's state; warns of a skipped one, and of many idle ones."""
-    state, step = run.state, run.state.step + 1
+def watch(state: TrainState, row: dict[str, Any], selection: Selection) -> None:
+    """Counts the step that `row` tells of; warns of a skipped one, and of many idle ones."""
+    step = state.step + 1
     if row["skipped"]:
         state.bad_steps += 1
         state.bad_in_a_row += 1
@@ -87,14 +64,28 @@ def watch(run: Run, row: dict[str, Any], selection: Selection) -> None:
             warn(f"{state.idle_steps} of {step} steps trained on nothing, the last because {_why_idle(selection)}")
 
 
-def bad_steps(run: Run, row: dict[str, Any], last: Path | None) -> Diverged:
-    """What ends a run of which BAD_STEPS steps in a row were skipped, up to the one that `row` tells of."""
+def warn_if_collapsed(state: TrainState, row: dict[str, Any]) -> None:
+    """Counts the steps in which nobody called, or everybody, and warns of many."""
+    f = row["call_fraction"]
+    pays = row["alpha_c"] > 0  # task-tuning only is meant never to call
+    state.never_called = state.never_called + 1 if f == 0 and pays else 0
+    state.always_called = state.always_called + 1 if f == 1 else 0
+    if COLLAPSED_AFTER in (state.never_called, state.always_called):
+        what = "never called the cloud" if state.never_called else "always called the cloud"
+        fix = "raise reward.alpha_c" if state.never_called else "lower reward.alpha_c"
+        warn(f"policy collapsed: it {what} for {COLLAPSED_AFTER} steps; {fix} or lengthen the warm start")
+
+
+def bad_steps(step: int, row: dict[str, Any], penalty: bool, last: Path | None) -> Diverged:
+    """What ends a run of which BAD_STEPS steps in a row were skipped, up to `step`, of which `row` tells.
+
+    penalty: there is a KL term.
+    """
     if row["rollout_lost"]:
         fix = "mend the engine, or change rollout.engine or model.dtype"
     else:
-        penalty = ", loss.kl_coef" if run.config.loss.kl_coef else ""
-        fix = f"lower optim.lr{penalty} or the rewards"
-    return diverged(f"step {run.state.step}", f"{_why_bad(row)}, {BAD_STEPS} steps in a row", fix, last)
+        fix = f"lower optim.lr{', loss.kl_coef' if penalty else ''} or the rewards"
+    return diverged(f"step {step}", f"{_why_bad(row)}, {BAD_STEPS} steps in a row", fix, last)
 
 
 def _why_bad(row: dict[str, Any]) -> str:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import wait
+from contextlib import closing
 from heapq import nsmallest
-from typing import TYPE_CHECKING
 
+from gapg.build import make_oracle
+from gapg.config import RunConfig
+from gapg.console import say, say_once, warn
+from gapg.judge import Group
+from gapg.runs import stop
+from gapg.runs.state import TrainState
+from gapg.tasks.base import Task
 from gapg_rollout.records import Oracle, OracleAnswer, OracleUsage
-from gapg.runs.tracking import say_once, warn
-
-if TYPE_CHECKING:
-    from gapg.judge import Group
-    from gapg.runs.run import Run
-    from gapg.tasks.base import Task
 
 LOST_STEPS = 3
 """Steps in a row in which every question failed that end a run."""
@@ -26,15 +28,32 @@ class OracleDown(RuntimeError):
     """The cloud answers nothing that it is asked: one line with its words. What was trained is saved."""
 
 
+def first_question(config: RunConfig, task: Task) -> OracleUsage:
+    """`check_cloud` with the config's oracle, whose answer is kept in the run's folder.
+
+    One sample is enough. A cloud that hangs has one time limit, or a minute: a busy one may ask for that.
+    """
+    deadline_s = min(config.oracle.deadline_s, max(60.0, config.oracle.timeout_s))
+    one = config.oracle.model_copy(update={"samples": 1, "deadline_s": deadline_s})
+    with closing(make_oracle(config.model_copy(update={"oracle": one}), task, config.output_dir)) as oracle:
+        if config.oracle.kind != "solver":
+            say(f"asking {config.oracle.model} at {config.oracle.base_url} a first question")
+        return check_cloud(oracle, task)
+
+
 def check_cloud(oracle: Oracle, task: Task) -> OracleUsage:
     """Asks one question before anything is trained, and returns what that cost.
 
     It is that of the shortest training problem, as training would ask it: the cheapest whose answer is of use later,
     and a server that refuses the key, the model or a setting refuses it too. A failure of that question's own
-    (moderation, a reply without text) says nothing of others, so up to two more are asked then. Raises OracleDown.
+    (moderation, a reply without text) says nothing of others, so up to two more are asked then. Raises OracleDown, and
+    Stopped while it waits.
     """
     for prompt in nsmallest(3, task.prompts("train"), key=lambda p: len(p.text)):
-        answers = oracle.ask(task.question(prompt)).result()
+        asked = oracle.ask(task.question(prompt))
+        while not wait([asked], timeout=0.2).done:
+            stop.look()
+        answers = asked.result()
         if any(a.text is not None for a in answers):
             return oracle.usage
         if not answers[0].own:
@@ -42,18 +61,15 @@ def check_cloud(oracle: Oracle, task: Task) -> OracleUsage:
     raise OracleDown(f"the oracle failed a first question, so nothing was trained: {answers[0].error}")
 
 
-def watch(run: Run, groups: Sequence[Group]) -> None:
-    """Counts a training step whose every question failed, and tells why any did.
+def watch(state: TrainState, groups: Sequence[Group]) -> OracleAnswer | None:
+    """Counts a training step whose every question failed, tells why any did, and returns an answer that failed.
 
     Groups that needed no cloud say nothing about it.
     """
     asked = [g for g in groups if g.oracle_asked]
     failed = [g for g in asked if g.oracle_score is None]
-    run.failure = next((a for a in failures(groups) if a.permanent), next(failures(failed), None))
-    if not asked:
-        return
-    state = run.state
-    state.lost_steps = state.lost_steps + 1 if len(failed) == len(asked) else 0
+    if asked:
+        state.lost_steps = state.lost_steps + 1 if len(failed) == len(asked) else 0
     tell(groups)
     step = state.step + 1
     # ever more rarely: the reasons were told when they came
@@ -61,11 +77,14 @@ def watch(run: Run, groups: Sequence[Group]) -> None:
         state.outage_said_at = step
         share = f"{len(failed)} of {len(asked)} questions of step {step}"
         warn(f"the oracle failed {share}, whose prompts are asked again later; the last reason: {_reason(failed[-1])}")
+    return next((a for a in failures(groups) if a.permanent), next(failures(failed), None))
 
 
-def verdict(run: Run, last: bool) -> str | None:
-    """Why the run must end after this step, in one line; None where it need not. `last`: it is the last one."""
-    state, failure = run.state, run.failure
+def verdict(state: TrainState, failure: OracleAnswer | None, last: bool) -> str | None:
+    """Why the run must end after this step, in one line; None where it need not.
+
+    failure: what `watch` returned of the step. last: it is the last one.
+    """
     if failure is None:
         return None
     then = "the run is saved: mend it, then go on with --resume"

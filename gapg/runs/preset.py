@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from gapg.config import ConfigError, RunConfig, load_config, load_tree
+from gapg.config import RunConfig, load_config, load_tree
 from gapg.config_keys import flat
+from gapg.errors import ConfigError
 from gapg.files import write_whole
 from gapg.runs.run_dir import MAY_CHANGE
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,48 +10,28 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg.runs import checkpoint, manifest, run_identity
-
-from gapg.model import lora
-from gapg.budget import BudgetController, Controller
-from gapg.config import ConfigError, RunConfig
+from gapg.budget import Controller
+from gapg.build import fitting_prompts, make_controller, make_engine, make_oracle, make_reward
+from gapg.config import RunConfig
+from gapg.console import say
 from gapg.data import PromptQueue, split_validation
-from gapg.model.endings import opens_think
+from gapg.errors import ConfigError
 from gapg.files import sync, writing
 from gapg.judge import Judge
-from gapg.model.memory import announce
+from gapg.model import lora
+from gapg.model.endings import opens_think
 from gapg.model.load import load_model, load_tokenizer
+from gapg.model.memory import announce
+from gapg.model.route import choose_route
 from gapg.optim import learning_rate, make_optimizer
-from gapg.build import fitting_prompts, make_engine, make_oracle, make_reward
-from gapg.model.policy import choose_route
 from gapg.reward import RewardFunction
-from gapg_rollout.cache import CacheError
-from gapg_rollout.records import Engine, Oracle, OracleAnswer, OracleUsage, Sampling
+from gapg.runs import checkpoint, manifest, run_identity, stop
+from gapg.runs.state import TrainState
+from gapg.runs.tracking import Phases, Tracker
 from gapg.seeding import derive
 from gapg.tasks.base import STOP, Prompt, Task
-from gapg.runs.tracking import Phases, Tracker, say
-
-
-@dataclass(slots=True)
-class TrainState:
-    """What a checkpoint holds beside tensors, the queue, the controller and the oracle's totals."""
-
-    step: int = 0
-    empty_steps: int = 0
-    bad_steps: int = 0
-    """Skipped because a number was not finite; and below, how many of the last, idle ones not counted."""
-    bad_in_a_row: int = 0
-    idle_steps: int = 0
-    """Without a group to learn from, skipped ones not counted; and below, by how many they outnumber the others."""
-    idle_excess: int = 0
-    idle_said_at: int = 0
-    never_called: int = 0
-    always_called: int = 0
-    lost_steps: int = 0
-    """The last steps, in a row, in which the oracle failed every question; and when that was last warned of."""
-    outage_said_at: int = 0
-    best_score: float | None = None
-    best_step: int = 0
+from gapg_rollout.oracle.cache import CacheError
+from gapg_rollout.records import Engine, Oracle, OracleAnswer, OracleUsage, Sampling
 
 
 @dataclass(slots=True)
@@ -123,7 +101,9 @@ def build_run(
     """A run ready for its next step: fresh from `model_path` (or the config's model), or from its last checkpoint.
 
     `controller`: another law for alpha_c than the budget's; a dataclass, whose fields go into the checkpoints.
+    Raises ConfigError and Stopped.
     """
+    stop.look()
     root = folder / "checkpoints"
     last = checkpoint.latest(root)
     # the adapters of a LoRA run continue on the weights that it began with: its checkpoints' are merged
@@ -199,12 +179,7 @@ def _restore(
     saved: dict[str, Any], queue: PromptQueue, oracle: Oracle, controller: Controller
 ) -> tuple[TrainState, Controller]:
     """Puts a checkpoint's state into queue and oracle, and returns the rest of it. Raises ConfigError."""
-    queue.cursor, queue.returned = saved["queue"]["cursor"], saved["queue"]["returned"]
-    if strange := set(queue.returned) - {p.id for p in queue.prompts}:
-        raise ConfigError(
-            f"task: the data has no training problem {min(strange)!r}, which is to be asked again: the run began with "
-            "other data; put that back, or choose another --output-dir"
-        )
+    queue.restore(**saved["queue"])
     try:
         oracle.restore(OracleUsage(**saved["oracle"]))
     except (CacheError, ValueError, TypeError) as error:
@@ -228,16 +203,6 @@ def _say_schedule(saved: dict[str, Any], config: RunConfig, step: int) -> None:
     )
 
 
-def make_controller(config: RunConfig) -> BudgetController:
-    return BudgetController(
-        cloud_fraction=config.budget.cloud_fraction,
-        alpha_a=config.reward.alpha_a,
-        alpha_c=config.reward.alpha_c,
-        gain=config.budget.gain,
-        damping=config.budget.damping,
-    )
-
-
 def _reference(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_path: Path | None, model: PreTrainedModel
 ) -> PreTrainedModel:
@@ -248,25 +213,6 @@ def _reference(
     frozen = load_model(config.model.model_copy(update={"path": path}), tokenizer, config.seed)
     frozen.set_attn_implementation(model.config._attn_implementation)
     return frozen.eval().requires_grad_(False)
-
-
-def set_threads(config: RunConfig, side_by_side: int = 1) -> None:
-    """Torch threads of this process: the config's, or the CPU's cores shared out."""
-    _keep_freed_memory()
-    if not torch.cuda.is_available():
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(config.threads or max(1, cores // side_by_side))
-
-
-def _keep_freed_memory() -> None:
-    """Tells glibc not to give freed blocks back to the kernel: mapping them anew costs time in every small step."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
-    for option in (trim_threshold, top_pad, mmap_threshold):
-        mallopt(option, 512 << 20)
 
 
 Validate = Callable[[Run], dict[str, float]]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
-import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO
 
-from pydantic import ValidationError
+from filelock import FileLock, Timeout
 
-from gapg.runs import run_identity
-from gapg.config import ConfigError, RunConfig, dump_config, load_config
+from gapg.config import RunConfig, dump_config
 from gapg.config_keys import flat
+from gapg.errors import ConfigError
 from gapg.files import remove_partials, write_whole
+from gapg.runs import run_identity, stop
 
 MAY_CHANGE = (
     # how far it runs, and what it keeps and tells
@@ -34,31 +34,32 @@ MAY_CHANGE = (
 """How the keys of a run begin that a resume may set anew."""
 
 
-def open_folder(config: RunConfig, *, resume: bool) -> IO[str]:
-    """Creates or reopens the output folder and locks it; keep the returned file open. Raises ConfigError.
+@contextmanager
+def open_folder(config: RunConfig, *, resume: bool) -> Iterator[None]:
+    """Creates or reopens the output folder, which is this process's until it is left. Raises ConfigError and Stopped.
 
     Nothing but the lock is written: a check that fails afterwards leaves a folder that can be used.
     """
+    stop.look()
     folder = config.output_dir
     saved = folder / "config.yaml"
+    # nobody knows what was trained in a folder with checkpoints and no config
+    if not saved.exists() and (found := run_identity.saved_steps(folder)):
+        raise ConfigError(
+            f"output_dir={folder}: holds {found[0].relative_to(folder)} and no config.yaml: put that back (each "
+            "checkpoint's manifest.json has it, as `config`), or choose another --output-dir"
+        )
     if resume and not saved.exists():
-        _refuse_checkpoints(folder)
         raise ConfigError(f"output_dir={folder}: holds no run to go on with; drop --resume to begin one")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
-    except OSError as error:
-        raise ConfigError(f"output_dir={folder}: {error.strerror}; choose a folder you can write to") from None
-    _lock(lock, folder)
-    if saved.exists():
-        if not resume:
+    with _lock(folder):
+        if not saved.exists():
+            (folder / run_identity.FILE).unlink(missing_ok=True)  # of a run that was killed while it began
+        elif not resume:
             raise ConfigError(f"output_dir={folder}: holds a run; go on with --resume, or choose another --output-dir")
-        _check_same_run(_began_with(folder), config)
-    else:
-        _refuse_checkpoints(folder)
-        (folder / run_identity.FILE).unlink(missing_ok=True)  # of a run that was killed while it began
-    remove_partials(folder)
-    return lock
+        elif began := run_identity.began_config(folder):
+            _check_same_settings(began, config)
+        remove_partials(folder)
+        yield
 
 
 def save_config(config: RunConfig) -> None:
@@ -66,46 +67,23 @@ def save_config(config: RunConfig) -> None:
     write_whole(config.output_dir / "config.yaml", dump_config(config))
 
 
-def _lock(lock: IO[str], folder: Path) -> None:
-    for attempt in range(20):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if attempt == 19:
-                raise ConfigError(
-                    f"output_dir={folder}: another run is writing there; choose another --output-dir"
-                ) from None
-            time.sleep(0.25)
-        except OSError as error:
-            raise ConfigError(
-                f"output_dir={folder}: cannot be locked ({error.strerror}); choose an --output-dir elsewhere"
-            ) from None
-
-
-def _refuse_checkpoints(folder: Path) -> None:
-    """Nobody knows what was trained in a folder with checkpoints and no config. Raises ConfigError."""
-    if found := run_identity.saved_steps(folder):
-        raise ConfigError(
-            f"output_dir={folder}: holds {found[0].relative_to(folder)} and no config.yaml: put that back (each "
-            "checkpoint's manifest.json has it, as `config`), or choose another --output-dir"
-        )
-
-
-def _began_with(folder: Path) -> RunConfig:
-    """The settings that the run began with: config.yaml may have been edited since. Raises ConfigError."""
-    path = folder / run_identity.FILE
-    if not path.exists():  # which `run_identity.begin` refuses if anything was trained
-        return load_config(str(folder / "config.yaml"))
+def _lock(folder: Path) -> AbstractContextManager[object]:
+    """The system frees the lock of a process that ends, however it ends. Raises ConfigError."""
     try:
-        return RunConfig.model_validate(run_identity.read(folder)["config"])
-    except (ValidationError, LookupError):
-        raise ConfigError(f"{path}: not as it was written; put it back as it was") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / ".lock").acquire(timeout=5, poll_interval=0.25)
+    except Timeout:
+        why = "another run is writing there"
+    except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
+        why = f"cannot be made or locked ({getattr(error, 'strerror', None) or error})"
+    raise ConfigError(f"output_dir={folder}: {why}; choose another --output-dir")
 
 
-def _check_same_run(began: RunConfig, now: RunConfig) -> None:
-    trees = (flat(config.model_dump(mode="json")) for config in (began, now))
-    before, after = ({key: value for key, value in tree.items() if value != {}} for tree in trees)
+def _check_same_settings(began: RunConfig, now: RunConfig) -> None:
+    before, after = (
+        {key: value for key, value in flat(config.model_dump(mode="json")).items() if value != {}}
+        for config in (began, now)
+    )
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE):
             raise ConfigError(

@@ -9,21 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from gapg.config import ConfigError, RunConfig, one_line
+from gapg.build import render, task_prompts
+from gapg.config import RunConfig
 from gapg.config_sections import ModelConfig
+from gapg.errors import ConfigError, one_line
 from gapg.files import write_whole
-from gapg.runs.manifest import digest, sha256s
-from gapg.model.load import end_ids
 from gapg.model.folder import check_folder
-from gapg.build import render
+from gapg.model.load import end_ids
+from gapg.runs.manifest import digest, sha256s
 from gapg.tasks.base import Prompt, Split, Task
 
 FILE, DATA_FILE = "run.json", "run-data.json"
@@ -33,7 +35,6 @@ RENDERED = 8
 """Training prompts, evenly spaced, whose tokens and questions are compared."""
 WRITTEN_BY = ("transformers_version", "_name_or_path")
 """What of a config.json tells who wrote it, and not what the model is."""
-FIX = "put back what it began with, or choose another --output-dir"
 
 Rows = list[list[str]]
 
@@ -54,9 +55,11 @@ def begin(folder: Path, config: RunConfig, task: Task, tokenizer: PreTrainedToke
     }
     if (folder / FILE).exists():
         try:
-            _compare(folder, read(folder), now, data, config)
+            difference = next(_differences(folder, read(folder), now, data, config), None)
         except (LookupError, TypeError, AttributeError):
             raise ConfigError(f"{folder / FILE}: not as it was written; put it back as it was") from None
+        if difference:
+            raise ConfigError(f"{difference}; put back what it began with, or choose another --output-dir")
         return
     if saved := saved_steps(folder):
         raise ConfigError(
@@ -82,6 +85,19 @@ def read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ConfigError(f"{folder / FILE}: cannot be read: {one_line(error)}; put it back as it was") from None
     return dict(content)
+
+
+def began_config(folder: Path) -> RunConfig | None:
+    """The settings that the run began with (config.yaml may have been edited since); None: it is no run yet.
+
+    Raises ConfigError.
+    """
+    if not (folder / FILE).exists():
+        return None
+    try:
+        return RunConfig.model_validate(read(folder)["config"])
+    except (ValidationError, LookupError):
+        raise ConfigError(f"{folder / FILE}: not as it was written; put it back as it was") from None
 
 
 def of_checkpoints(root: Path) -> dict[str, Any] | None:
@@ -129,10 +145,7 @@ def _rows(config: RunConfig, task: Task, split: Split) -> Rows | None:
     """None: a run without held-out problems need not have any. Raises ConfigError."""
     if split == "heldout" and config.eval.heldout == 0:
         return None
-    try:
-        return [[p.id, _short(p.text), _short(p.answer)] for p in task.prompts(split)]
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"task: {one_line(error)}") from None
+    return [[p.id, _short(p.text), _short(p.answer)] for p in task_prompts(task, split)]
 
 
 def _prompts(task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, str]]:
@@ -172,39 +185,31 @@ def _tokenizer(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[st
 
 def _demonstrations(config: RunConfig) -> str | None:
     path = config.warm_start and config.warm_start.demonstrations
-    if not path:
-        return None
-    try:
-        return sha256s([Path(path).expanduser()])[0]
-    except OSError as error:
-        raise ConfigError(f"warm_start.demonstrations={path}: cannot be read: {error.strerror}") from None
+    return sha256s([Path(path).expanduser()])[0] if path else None
 
 
-def _compare(folder: Path, began: Mapping[str, Any], now: Mapping[str, Any], data: Any, config: RunConfig) -> None:
-    """Raises ConfigError naming the first difference."""
+def _differences(
+    folder: Path, began: Mapping[str, Any], now: Mapping[str, Any], data: Mapping[str, Rows | None], config: RunConfig
+) -> Iterator[str]:
+    """What is not as it was when the run began, each in words."""
     for split, rows in data.items():
         before = began["data"][split]
         if before and rows and before != now["data"][split]:
             found = _first_difference(folder, split, rows)
             kind = "training" if split == "train" else "held-out"
-            raise ConfigError(
-                f"task: the data has {len(rows)} {kind} problems and the run began with {before['problems']}{found}; "
-                f"{FIX}"
-            )
-    where = "task" if config.model.path is None else f"model.path={config.model.path}"
-    for part, sha256 in now["tokenizer"].items():
-        if began["tokenizer"].get(part) != sha256:
-            raise ConfigError(f"{where}: the tokenizer has other {part} than when the run began; {FIX}")
-    for prompt, parts in now["prompts"].items():
-        for part, sha256 in parts.items():
-            if began["prompts"].get(prompt, {}).get(part) != sha256:
-                raise ConfigError(f"task: problem {prompt!r} has other {part} than when the run began; {FIX}")
-    for part, sha256 in now["model"].items():
-        if began["model"][part] != sha256:
-            raise ConfigError(f"model.path={config.model.path}: other {part} than the run began with; {FIX}")
+            yield f"task: the data has {len(rows)} {kind} problems and the run began with {before['problems']}{found}"
+    model = f"model.path={config.model.path}"
+    parts = [(f"{'task' if config.model.path is None else model}: the tokenizer", began["tokenizer"], now["tokenizer"])]
+    for prompt, hashes in now["prompts"].items():
+        parts.append((f"task: problem {prompt!r}", began["prompts"].get(prompt, {}), hashes))
+    parts.append((f"{model}: the model", began["model"], now["model"]))
+    for what, before, hashes in parts:
+        for part, sha256 in hashes.items():
+            if before.get(part) != sha256:
+                yield f"{what} has other {part} than when the run began"
     if began["demonstrations"] != now["demonstrations"]:
         path = config.warm_start and config.warm_start.demonstrations
-        raise ConfigError(f"warm_start.demonstrations={path}: not the file that the run began with; {FIX}")
+        yield f"warm_start.demonstrations={path}: not the file that the run began with"
 
 
 def _first_difference(folder: Path, split: str, rows: Rows) -> str:

@@ -1,4 +1,8 @@
-"""Signals that end a run between two steps: Ctrl-C, and what SLURM and Kubernetes send before they kill."""
+"""Signals that end a run: Ctrl-C, and what SLURM and Kubernetes send before they kill.
+
+The handler only notes a signal, because an exception raised into whatever runs at that moment, a callback of C++ code
+say, may be lost or abort the process. Steps and the parts before and after them look for it.
+"""
 
 from __future__ import annotations
 
@@ -23,50 +27,33 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def listening(*, once: bool = True) -> Iterator[None]:
+def listening() -> Iterator[None]:
     """Handles the signals until it is left.
 
-    The first ends the run: after the step that it falls into (`between_steps`), which is saved, at once elsewhere. A
-    second one ends the process at once, with nothing done; with `once=False`, for a process whose parent decides, it
-    does nothing. One that came while signals were held back counts as coming now.
+    The first ends the run: in steps (`between_steps`) after the step that it falls into, which is saved; elsewhere at
+    the next `look`. A second one ends the process at once, with nothing done.
     """
     global _requested
-    _requested, ending = None, False
+    _requested = None
 
     def handle(signum: int, _: FrameType | None) -> None:
-        nonlocal ending
         global _requested
-        if ending:
+        if _requested is not None:
             return
-        ending, name = True, signal.Signals(signum).name
-        if once:
-            time.sleep(ECHO_S)
+        _requested = signal.Signals(signum).name
+        time.sleep(ECHO_S)
         for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL if once else signal.SIG_IGN)
-        _requested = name
-        if not _in_steps:
-            look()
-        again = "; a second signal ends it at once" if once else ""
-        _write(f"gapg: {name}: this step ends and is saved, then the run{again}\n")
+            signal.signal(each, signal.SIG_DFL)
+        ends = "this step ends and is saved, then the run" if _in_steps else "the run ends after what it does just now"
+        _write(f"gapg: {_requested}: {ends}; a second signal ends it at once\n")
 
     before = {each: signal.signal(each, handle) for each in SIGNALS}
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         yield
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
         _requested = None
-
-
-@contextmanager
-def held_back() -> Iterator[None]:
-    """Signals wait until it is left; a process that is started inside begins so, and waits until it is `listening`."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -84,8 +71,8 @@ def between_steps() -> Iterator[None]:
 
 
 def look() -> None:
-    """Raises Stopped if a signal came: a library may have lost the one that was raised into its callback."""
-    if _requested is not None:
+    """Raises Stopped if a signal came, unless in steps."""
+    if _requested is not None and not _in_steps:
         raise Stopped(f"{_requested}: stopped; what was saved stays")
 
 

@@ -11,10 +11,8 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast, get_type_hints
 
+from gapg.errors import ConfigError
 from gapg.tasks.base import Task
-from gapg.tasks.demonstrations import load_demonstrations
-
-__all__ = ["NAMES", "find_object", "is_import_path", "load_demonstrations", "load_task"]
 
 NAMES = {"countdown": "gapg.tasks.countdown:Countdown", "maths": "gapg.tasks.maths:Maths"}
 _MEMBERS = ("prompts", "render", "verify", "question")
@@ -61,10 +59,20 @@ def _check_factory(factory: Any, name: str) -> None:
         raise _no_task(name if made is factory else f"what {name} returns, {made.__name__},", missing)
 
 
+def call_member(task: Any, member: str, *args: Any) -> Any:
+    """What a task's own code returns. Raises ConfigError, one line, for whatever it raises."""
+    try:
+        return getattr(task, member)(*args)
+    except (Exception, SystemExit) as error:
+        said = " ".join(str(error).split())
+        named = said.startswith("task.")  # bad data, which name the key
+        raise ConfigError(said if named else f"task {task.name!r}: {member}() failed: {_raised(error)}") from error
+
+
 def _raised(error: BaseException) -> str:
     """The error and the line that raised it."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
+    return f"{type(error).__name__}: {' '.join(str(error).split())} ({last.filename}:{last.lineno})"
 
 
 def _no_task(what: str, missing: list[str]) -> ValueError:
@@ -73,7 +81,7 @@ def _no_task(what: str, missing: list[str]) -> ValueError:
 
 def _missing(task: Any) -> list[str]:
     named = isinstance(getattr(task, "name", None), str)
-    return [*([] if named else ["name"]), *(m for m in _MEMBERS if not callable(getattr(task, m, None)))]
+    return ["name"] * (not named) + [m for m in _MEMBERS if not callable(getattr(task, m, None))]
 
 
 def _returned(function: Any) -> Any:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import ast
+import operator
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 OPERATORS = "+-*"
 MAX_TOKENS = 64
-"""Longest expression the evaluator reads. It also bounds the recursion (three calls a token) and every value."""
+"""Longest expression the evaluator reads. It also bounds the recursion and every value."""
 
 _TOKEN = re.compile(r"\s*([0-9]{1,9}|[-+*/()])")
+_COMPUTE: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 _TYPOGRAPHY = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "[": "(", "]": ")"})
 
 
@@ -33,15 +41,15 @@ class Trace:
 _Item = tuple[int, str]
 
 
-def _apply(a: _Item, b: _Item, operator: str, max_value: int) -> tuple[_Item, str] | None:
+def _apply(a: _Item, b: _Item, sign: str, max_value: int) -> tuple[_Item, str] | None:
     """The larger number goes first, so a computation has one spelling, which a small model learns faster."""
     (x, left), (y, right) = (a, b) if a[0] >= b[0] else (b, a)
-    if operator == "*" and y == 1:  # a step that changes nothing
+    if sign == "*" and y == 1:  # a step that changes nothing
         return None
-    value = x + y if operator == "+" else x - y if operator == "-" else x * y
+    value = x + y if sign == "+" else x - y if sign == "-" else x * y
     if not 1 <= value <= max_value:
         return None
-    return (value, f"( {left} {operator} {right} )"), f"{x} {operator} {y} = {value}"
+    return (value, f"( {left} {sign} {right} )"), f"{x} {sign} {y} = {value}"
 
 
 def _walk(items: tuple[_Item, ...], steps: tuple[str, ...], max_value: int) -> Iterator[Trace]:
@@ -52,8 +60,8 @@ def _walk(items: tuple[_Item, ...], steps: tuple[str, ...], max_value: int) -> I
     for i in range(len(items)):
         for j in range(i + 1, len(items)):
             rest = items[:i] + items[i + 1 : j] + items[j + 1 :]
-            for operator in OPERATORS:
-                if made := _apply(items[i], items[j], operator, max_value):
+            for sign in OPERATORS:
+                if made := _apply(items[i], items[j], sign, max_value):
                     yield from _walk((*rest, made[0]), (*steps, made[1]), max_value)
 
 
@@ -85,11 +93,12 @@ def evaluate(text: str) -> tuple[Fraction, list[int]]:
     if len(text) > 16 * MAX_TOKENS:
         raise TooLarge(f"{len(text)} characters")
     tokens = _tokenize(text.translate(_TYPOGRAPHY).strip())
-    parser = _Parser(tokens)
-    value = parser.sum()
-    if parser.at != len(tokens):
-        raise ValueError(f"unexpected {tokens[parser.at]!r}")
-    return value, sorted(int(t) for t in tokens if t.isdigit())
+    try:
+        # blanks between, so that no two tokens make another; int, because Python reads no 08
+        tree = ast.parse(" ".join(str(int(t)) if t.isdigit() else t for t in tokens), mode="eval")
+    except SyntaxError as error:
+        raise ValueError(error.msg) from None
+    return _value(tree.body), sorted(int(t) for t in tokens if t.isdigit())
 
 
 def _tokenize(text: str) -> list[str]:
@@ -105,41 +114,13 @@ def _tokenize(text: str) -> list[str]:
     return tokens
 
 
-class _Parser:
-    """Recursive descent: sum -> product {+- product}, product -> atom {*/ atom}, atom -> number | ( sum )."""
-
-    def __init__(self, tokens: list[str]) -> None:
-        self.tokens, self.at = tokens, 0
-
-    def _take(self, allowed: str) -> str | None:
-        if self.at < len(self.tokens) and self.tokens[self.at] in allowed:
-            self.at += 1
-            return self.tokens[self.at - 1]
-        return None
-
-    def sum(self) -> Fraction:
-        value = self.product()
-        while operator := self._take("+-"):
-            right = self.product()
-            value = value + right if operator == "+" else value - right
-        return value
-
-    def product(self) -> Fraction:
-        value = self.atom()
-        while operator := self._take("*/"):
-            right = self.atom()
-            if operator == "/" and right == 0:
-                raise ValueError("division by zero")
-            value = value * right if operator == "*" else value / right
-        return value
-
-    def atom(self) -> Fraction:
-        if self._take("("):
-            value = self.sum()
-            if not self._take(")"):
-                raise ValueError("an open parenthesis")
-            return value
-        if self.at == len(self.tokens) or not self.tokens[self.at].isdigit():
-            raise ValueError("a number is missing")
-        self.at += 1
-        return Fraction(int(self.tokens[self.at - 1]))
+def _value(node: ast.expr) -> Fraction:
+    """Of a syntax tree, which Python's parser only reads. Of its nodes, nothing but these is known here."""
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return Fraction(node.value)
+    if not isinstance(node, ast.BinOp) or type(node.op) not in _COMPUTE:
+        raise ValueError(f"unexpected {type(node).__name__}")
+    left, right = _value(node.left), _value(node.right)
+    if isinstance(node.op, ast.Div) and right == 0:
+        raise ValueError("division by zero")
+    return _COMPUTE[type(node.op)](left, right)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, Protocol, runtime_checkable
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from gapg_rollout.records import OracleQuestion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 HELP_OPEN, HELP_CLOSE = "<unknown>", "</unknown>"
@@ -97,4 +98,4 @@ class Tokenized(Protocol):
     """Brings a tokenizer for models made from scratch."""
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Made without a download; has pad and EOS tokens."""
+        """Made without a download; has pad and EOS tokens, and numbers its tokens from 0 on without gaps."""

@@ -15,15 +15,13 @@ from functools import lru_cache
 from itertools import combinations_with_replacement
 from typing import Literal
 
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from gapg.tasks import arithmetic
 from gapg.tasks.arithmetic import Trace
 from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_PHRASE, Demonstration, Prompt, Split, Verdict
 from gapg.tasks.templates import ANSWER_ONLY, ENDINGS, render_instruction
+from gapg.tasks.vocabulary import word_tokenizer
 from gapg_rollout.records import OracleQuestion
 
 _PROBLEM = re.compile(r"([0-9]+(?: [0-9]+)*) = ([0-9]+)(?: :)?")
@@ -146,19 +144,7 @@ class Countdown:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """A word is a token, and so is the whole help phrase: 114 tokens by default."""
-        words = ["<pad>", "<eos>", "<unk>", *map(str, range(1, self.max_word + 1)), *"+-*=;:()"]
-        words += [ANSWER_OPEN, ANSWER_CLOSE, HELP_PHRASE]
-        inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-        inner.pre_tokenizer = WhitespaceSplit()
-        # Not special: decoding that skips special tokens must keep the phrase.
-        inner.add_tokens([AddedToken(HELP_PHRASE, normalized=False)])
-        return PreTrainedTokenizerFast(
-            tokenizer_object=inner,
-            pad_token="<pad>",
-            eos_token="<eos>",
-            unk_token="<unk>",
-            clean_up_tokenization_spaces=False,
-        )
+        return word_tokenizer([*map(str, range(1, self.max_word + 1)), *"+-*=;:()"])
 
 
 def _parse(text: str) -> tuple[tuple[int, ...], int]:

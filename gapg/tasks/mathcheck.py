@@ -18,6 +18,7 @@ from pathlib import Path
 from queue import LifoQueue
 
 from gapg.tasks.base import Verdict
+from gapg.threads import cores
 
 _WORKER = Path(__file__).with_name("_mathworker.py")
 _START_SECONDS = 120.0
@@ -58,7 +59,7 @@ class MathChecker:
         if type(max_chars) is not int or max_chars < 1:
             raise ValueError(f"task.args.max_chars: must be a whole number, 1 or more, not {max_chars!r}")
         self.seconds, self.max_chars, self.slow_answers = seconds, max_chars, slow_answers
-        count = workers or min(4, len(os.sched_getaffinity(0)))
+        count = workers or min(4, cores())
         self._workers = [_Worker(memory_bytes, patience=10 * seconds) for _ in range(count)]
         self._idle: LifoQueue[_Worker] = LifoQueue()  # the one that was used last has read the gold
         for worker in self._workers:

@@ -6,7 +6,7 @@ from datetime import date
 
 from transformers import PreTrainedTokenizerBase
 
-from gapg.config import ConfigError, one_line
+from gapg.errors import ConfigError, one_line
 from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_PHRASE
 
 ENDINGS = (

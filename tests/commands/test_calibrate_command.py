@@ -14,10 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from gapg.commands.calibrate import masked_pass, plot
 from gapg.commands.cli import main
-from gapg.commands.eval import Target
-from gapg.config import ConfigError, RunConfig, dump_config
+from gapg.config import RunConfig, dump_config
+from gapg.errors import ConfigError
 from gapg.evaluation.calibrate import (
     FILE,
     Calibration,
@@ -28,11 +27,13 @@ from gapg.evaluation.calibrate import (
     masked,
     save_calibration,
 )
+from gapg.evaluation.calibration_curve import plot
+from gapg.evaluation.masked_pass import masked_pass
 from gapg.jsonl import read_jsonl
 from gapg.tasks.base import STOP
 from gapg.tasks.countdown import Countdown
+from gapg_rollout.engines.transformers import TransformersEngine
 from gapg_rollout.records import HelpSpelling, Sampling
-from gapg_rollout.transformers_engine import TransformersEngine
 
 INF = math.inf
 
@@ -85,18 +86,14 @@ def test_a_response_that_calls_in_other_tokens_counts_as_a_call(temperature: flo
 
 
 def test_responses_that_reason_in_a_think_block_are_said(
-    make_model: Callable[..., PreTrainedModel],
-    small_config: Callable[..., RunConfig],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    make_model: Callable[..., PreTrainedModel], capsys: pytest.CaptureFixture[str]
 ) -> None:
     task = Countdown(max_number=4, max_target=12, style="chat")
     tokenizer = task.tokenizer()
     engine = TransformersEngine(make_model(), tokenizer)
-    target = Target(tmp_path, None, small_config(tmp_path), task, tokenizer)
     for thinking, said in ((False, False), (True, True)):
         sampling = Sampling(4, 0.0, STOP, help=masked(help_control(tokenizer)), thinking=thinking)
-        masked_pass(engine, target, task.prompts("train")[:2], sampling, None)
+        masked_pass(engine, task, tokenizer, task.prompts("train")[:2], sampling, None)
         assert ("2 responses reason in a think block" in capsys.readouterr().err) == said
 
 
@@ -140,7 +137,7 @@ def test_the_file_keeps_every_entry_and_replaces_its_own(tmp_path: Path) -> None
     assert load_calibration(tmp_path) == [replace(ENTRY, bias=-2.0), *others]
     assert others[1].control.bias == 1.5
     assert [e.label for e in others] == ["greedy, calibrated to 30%", "sampled, T=1, calibrated to 20%"]
-    assert [p.name for p in tmp_path.iterdir()] == [FILE]
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == [FILE]
 
 
 @pytest.mark.parametrize(
@@ -160,6 +157,20 @@ def test_a_broken_file_is_named_and_never_overwritten(tmp_path: Path, text: str)
             use(tmp_path)
         assert str(caught.value).count(FILE) == 1
     assert (tmp_path / FILE).read_text() == text
+
+
+def test_a_link_in_the_lock_s_place_is_not_followed(tmp_path: Path) -> None:
+    """A model folder may be anyone's; it is refused before anything is decoded."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "mine").write_text("precious")
+    for target in ("mine", "made"):
+        lock = tmp_path / "model" / f".{FILE}.lock"
+        lock.symlink_to(tmp_path / target)
+        for use in (check_saves, lambda folder: save_calibration(folder, ENTRY)):
+            with pytest.raises(ConfigError, match=rf"\.{FILE}\.lock cannot be written"):
+                use(tmp_path / "model")
+        lock.unlink()
+    assert (tmp_path / "mine").read_text() == "precious" and not (tmp_path / "made").exists()
 
 
 def test_a_title_may_hold_dollars(tmp_path: Path) -> None:
@@ -241,9 +252,9 @@ def test_a_paid_oracle_is_asked_only_when_told(
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--cloud-fraction", "1.5"], "--cloud-fraction 1.5: must be above 0 and below 1"),
-        (["--cloud-fraction", "0"], "--cloud-fraction 0: must be above 0"),
-        (["--temperature", "-1"], "--temperature -1: must be 0"),
+        (["--cloud-fraction", "1.5"], "cloud_fraction='1.5': input should be less than 1"),
+        (["--cloud-fraction", "0"], "cloud_fraction='0': input should be greater than 0"),
+        (["--temperature", "-1"], "temperature=-1: must be 0"),
         (["--problems", "0"], "--problems 0: the training split has"),
         (["--problems", "2", "--cloud-fraction", "0.1"], "no such part of 2 problems; take at least 10"),
     ],
@@ -276,3 +287,18 @@ def test_another_tokenizer_s_calibration_is_refused(
     with pytest.raises(SystemExit):
         main(["eval", *model])
     assert "made with another tokenizer" in capsys.readouterr().err
+
+
+def test_a_verifier_that_fails_is_one_line(
+    model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task is anyone's."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "lost_units.py").write_text(
+        "from gapg.tasks.countdown import Countdown\n"
+        "class Mine(Countdown):\n    def verify(self, prompt, answers): raise RuntimeError('no such unit')\n"
+    )
+    with pytest.raises(SystemExit) as left:
+        main(["calibrate", *model, "--task.name", "lost_units:Mine"])
+    assert left.value.code == 2
+    assert "verify() failed on prompt" in (line := capsys.readouterr().err.splitlines()[-1]) and "no such unit" in line

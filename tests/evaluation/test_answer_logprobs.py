@@ -11,8 +11,8 @@ from gapg.evaluation.calibrate import help_control, masked
 from gapg.evaluation.evaluate import answer_logprobs
 from gapg.tasks.base import STOP
 from gapg.tasks.countdown import Countdown
+from gapg_rollout.engines.transformers import TransformersEngine
 from gapg_rollout.records import Completion, Sampling
-from gapg_rollout.transformers_engine import TransformersEngine
 
 
 def test_it_is_the_softmax_without_the_help_token(

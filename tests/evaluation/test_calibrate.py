@@ -17,13 +17,13 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gapg.batches.batching import Example, packed_batches
-from gapg.config import ConfigError
+from gapg.errors import ConfigError
 from gapg.evaluation.calibrate import fit_bias, help_control, masked
 from gapg.judge import parse
 from gapg.model.policy import response_logprobs
 from gapg.tasks.base import HELP_PHRASE, STOP
+from gapg_rollout.engines.transformers import TransformersEngine
 from gapg_rollout.records import Completion, HelpControl, HelpSpelling, Sampling
-from gapg_rollout.transformers_engine import TransformersEngine
 
 MakeModel = Callable[..., PreTrainedModel]
 ENDINGS = ("so {} = 39 ", "so {} = 39\n", "so {} = 39.\n\n", "so {} = 39.")

@@ -12,19 +12,19 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg.config_sections import RewardConfig
-from gapg.evaluation.evaluate import Result, as_result, mcnemar, prediction, respond, wilson
+from gapg.console import printable
+from gapg.evaluation.evaluate import Result, as_result, prediction, respond
 from gapg.evaluation.report import print_table
+from gapg.evaluation.statistics import mcnemar, wilson
 from gapg.evaluation.validate import validate
 from gapg.jsonl import to_json
 from gapg.judge import Group, Judge, Outcome
 from gapg.runs.run import Run
-from gapg.runs.tracking import printable
-from gapg.studies.routers import at_random, by_logprob, logprob_threshold, offload
 from gapg.tasks.base import HELP_PHRASE, STOP
 from gapg.tasks.countdown import Countdown
-from gapg_rollout.oracle_solver import SolverOracle
+from gapg_rollout.engines.transformers import TransformersEngine
+from gapg_rollout.oracle.solver import SolverOracle
 from gapg_rollout.records import Completion, Sampling
-from gapg_rollout.transformers_engine import TransformersEngine
 
 
 @pytest.mark.parametrize(
@@ -187,45 +187,6 @@ def test_an_evaluation_in_training_tells_of_a_cloud_that_fails(
     assert sum(line.startswith("the oracle failed: ") for line in lines) == 1, "its reason, once"
     (said,) = [line for line in lines if line.startswith("warning: the oracle failed ")]
     assert f" {figures['eval/unknown']} questions" in said
-
-
-# --- routers outside the model ---------------------------------------------------------------------------------------
-
-predictions = st.lists(
-    st.fixed_dictionaries(
-        {
-            "outcome": st.sampled_from(["local_correct", "local_wrong"]),
-            "oracle_score": st.sampled_from([0.0, 1.0]),
-            "logprob_mean": st.floats(-5, 0),
-        }
-    ),
-    min_size=1,
-    max_size=60,
-)
-
-
-@given(predictions, st.floats(0, 1), st.integers(0, 1000))
-def test_random_offloading_sends_exactly_its_part(rows: list[dict[str, object]], c: float, seed: int) -> None:
-    to_cloud = at_random(rows, c, seed)
-    assert sum(to_cloud) == round(c * len(rows))
-    result = offload("x", rows, to_cloud)
-    assert result.called == to_cloud
-    for row, cloud, right, local in zip(rows, to_cloud, result.correct, result.local_correct, strict=True):
-        assert right == (row["oracle_score"] == 1.0 if cloud else row["outcome"] == "local_correct")
-        assert local == (right and not cloud)
-
-
-@given(predictions, st.floats(0, 0.99))
-def test_the_logprob_router_calls_at_most_its_part_of_the_calibration_set(
-    rows: list[dict[str, float]], c: float
-) -> None:
-    called = by_logprob(rows, logprob_threshold(rows, c))
-    assert sum(called) <= round(c * len(rows))
-    if len({r["logprob_mean"] for r in rows}) == len(rows) and round(c * len(rows)) < len(rows):
-        assert sum(called) == round(c * len(rows))
-    kept = [r["logprob_mean"] for r, go in zip(rows, called, strict=True) if not go]
-    sent = [r["logprob_mean"] for r, go in zip(rows, called, strict=True) if go]
-    assert not sent or not kept or max(sent) < min(kept)
 
 
 def test_a_row_is_made_of_plain_numbers() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gapg.commands.eval import Target, find_model
+from gapg.commands.target import Target, find_model
 
 
 def test_each_model_has_a_place_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,15 +15,16 @@ from transformers import PreTrainedTokenizerBase
 
 from gapg.build import make_oracle, render
 from gapg.commands.cli import main
-from gapg.commands.eval import Target, find_model, open_target
-from gapg.config import ConfigError, RunConfig, dump_config, load_config
+from gapg.commands.target import Target, find_model, open_target
+from gapg.config import RunConfig, dump_config, load_config
 from gapg.config_sections import ModelConfig
+from gapg.errors import ConfigError
 from gapg.evaluation import trust
 from gapg.model.load import load_model, load_tokenizer
 from gapg.tasks.base import Prompt
 from gapg.tasks.countdown import Countdown
 from gapg.tasks.templates import render_instruction
-from gapg_rollout.cache import AnswerCache
+from gapg_rollout.oracle.cache import AnswerCache
 
 EVIL = """
 from pathlib import Path

@@ -9,8 +9,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gapg.build import make_task
-from gapg.commands.eval import evaluate
-from gapg.config import ConfigError, RunConfig
+from gapg.config import RunConfig
+from gapg.errors import ConfigError
+from gapg.evaluation.heldout import evaluate
 from gapg.model.endings import check_endings, opens_think
 from gapg.runs.run import build_run
 from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_CLOSE, HELP_OPEN

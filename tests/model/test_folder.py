@@ -19,15 +19,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gapg.config import ConfigError
 from gapg.config_sections import ModelConfig
-from gapg.model.folder import FILE, load_shape
+from gapg.errors import ConfigError
+from gapg.model.folder import FILE, generation_config, load_shape
 from gapg.model.load import end_ids, load_model, load_tokenizer
-from gapg.model.policy import choose_route
+from gapg.model.route import choose_route
 from gapg.optim import make_optimizer
 from gapg.runs import checkpoint
 from gapg.tasks.countdown import Countdown
-from gapg_rollout.transformers_engine import TransformersEngine
+from gapg_rollout.engines.transformers import TransformersEngine
 
 Folder = Callable[..., Path]
 DBRX_ATTENTION = {"kv_n_heads": 2, "attn_pdrop": 0.5, "rope_theta": 1e4, "clip_qkv": 8.0}
@@ -295,3 +295,20 @@ def test_a_model_of_fewer_layers_than_its_files_is_refused(
     path = folder()
     _edit(path / "config.json", num_hidden_layers=layers)
     assert f"its files hold model.layers.{layers}." in refused(path, tokenizer)
+
+
+def test_the_hub_is_asked_once_for_a_model(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start looks at a model's config half a dozen times. What one of them makes of it is not the others'."""
+    revision = tmp_path / "hub" / "models--who--once" / "snapshots" / "abc"
+    revision.parent.mkdir(parents=True)
+    folder().rename(revision)
+    (revision.parents[1] / "refs").mkdir()
+    (revision.parents[1] / "refs" / "main").write_text("abc")
+    for where in ("huggingface_hub", "transformers.utils.hub"):
+        monkeypatch.setattr(f"{where}.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    shape, ends = load_shape("who/once"), generation_config("who/once").eos_token_id
+    layers, shape.num_hidden_layers = shape.num_hidden_layers, 99
+    for file in revision.iterdir():
+        file.unlink()
+    assert load_shape("who/once").num_hidden_layers == layers
+    assert generation_config("who/once").eos_token_id == ends

@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from gapg.batches.batching import Example, packed_batches
-from gapg.config import ConfigError, load_config
+from gapg.config import load_config
 from gapg.config_sections import LoraConfig, ModelConfig
+from gapg.errors import ConfigError
 from gapg.model import attention
 from gapg.model.load import apply_liger, load_model
 from gapg.model.lora import adapter_tensors, add_adapters

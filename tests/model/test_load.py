@@ -19,11 +19,12 @@ from transformers import (
 
 from gapg.build import check_run, fitting_prompts, make_task, render
 from gapg.commands.cli import main
-from gapg.config import ConfigError, RunConfig
+from gapg.config import RunConfig
 from gapg.config_sections import ModelConfig
+from gapg.errors import ConfigError
 from gapg.jsonl import read_jsonl
 from gapg.model.load import load_model, load_tokenizer
-from gapg.model.policy import choose_route
+from gapg.model.route import choose_route
 from gapg.tasks.countdown import Countdown
 
 Folder = Callable[..., Path]
@@ -85,7 +86,7 @@ def test_it_says_once_why_it_pads(
 def test_vllms_own_limit_is_known_before_it_starts(
     folder: Folder, small_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    settings = {"model__path": str(folder()), "rollout__engine": "vllm", "compare": "false"}
+    settings = {"model__path": str(folder()), "rollout__engine": "vllm"}
     config = small_config(tmp_path, **settings, rollout__max_prompt_tokens="24", rollout__max_new_tokens="41")
     task = make_task(config)
     with pytest.raises(ConfigError, match=r"= 65 tokens, and vLLM takes no more than the model's 64 positions"):
@@ -139,7 +140,7 @@ def test_a_whole_run_of_a_hybrid(folder: Folder, tmp_path: Path, capsys: pytest.
         *("--rollout.prompts-per-step", "6", "--rollout.samples-per-prompt", "4", "--budget.filter", "false"),
         *("--rollout.max-prompt-tokens", "24", "--rollout.max-new-tokens", "30", "--eval.every", "0"),
         *("--steps", "3", "--checkpoint-every", "1", "--keep-checkpoints", "3", "--eval.problems", "4"),
-        *("--eval.heldout", "4", "--compare", "false", "--tensorboard", "false", "--threads", "1"),
+        *("--eval.heldout", "4", "--tensorboard", "false", "--threads", "1"),
     ]
     run, again = tmp_path / "run", tmp_path / "again"
     main(["train", "quickstart", *options, "--output-dir", str(run)])

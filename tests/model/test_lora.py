@@ -21,8 +21,9 @@ from transformers import (
 
 from gapg.batches.batching import Example, PackedBatch, packed_batches
 from gapg.build import make_task
-from gapg.config import ConfigError, RunConfig, load_config
+from gapg.config import RunConfig, load_config
 from gapg.config_sections import LoraConfig, ModelConfig, OptimConfig
+from gapg.errors import ConfigError
 from gapg.evaluation.validate import validate
 from gapg.jsonl import read_jsonl
 from gapg.model import attention
@@ -35,9 +36,9 @@ from gapg.runs.run import Run
 from gapg.train import train
 from gapg.warm_start import warm_start
 from gapg_kernels.policy_loss import PolicyLossOptions
+from gapg_rollout.engines.transformers import TransformersEngine
+from gapg_rollout.engines.vllm import _weight_names
 from gapg_rollout.records import Sampling
-from gapg_rollout.transformers_engine import TransformersEngine
-from gapg_rollout.vllm_engine import _weight_names
 
 MakeModel = Callable[..., PreTrainedModel]
 CPU = torch.device("cpu")

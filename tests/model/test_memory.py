@@ -23,14 +23,16 @@ from transformers import (
 from gapg.batches.batching import PackedBatch
 from gapg.build import make_task
 from gapg.commands.cli import main
-from gapg.config import ConfigError, RunConfig, load_config
-from gapg.model import attention, lora, memory
+from gapg.config import RunConfig, load_config
+from gapg.console import console
+from gapg.errors import ConfigError
+from gapg.model import attention, lora, memory_plan
 from gapg.model.load import load_tokenizer
-from gapg.model.memory import ROOM, announce, check, fitting_token_cap, plan_memory, suggestions
+from gapg.model.memory import ROOM, announce, check, fitting_token_cap, suggestions
+from gapg.model.memory_plan import plan_memory
 from gapg.model.memory_trace import _grouped_mm, largest_batch, trace_layers, trace_update
 from gapg.model.policy import response_loss
 from gapg.optim import clip_and_step, make_optimizer
-from gapg.runs.tracking import console
 from gapg.warm_start import warm_start
 from gapg_kernels import flash
 from gapg_kernels.policy_loss import PolicyLossOptions
@@ -45,7 +47,7 @@ VLLM = {"rollout.engine": "vllm", "rollout.vllm_args": "{gpu_memory_utilization:
 
 
 def settings(**overrides: str) -> RunConfig:
-    given = {"compare": "false", "rollout.max_prompt_tokens": "16", "rollout.max_new_tokens": "112"}
+    given = {"rollout.max_prompt_tokens": "16", "rollout.max_new_tokens": "112"}
     return load_config("quickstart", given | {"rollout.prompts_per_step": "512", "token_cap": "1024"} | overrides)
 
 
@@ -204,8 +206,6 @@ def test_each_setting_moves_its_part() -> None:
     adapters = plan_of_half_b(**{"model.lora.rank": "16", "loss.kl_coef": "0.1"})
     assert adapters.gradients < plain.gradients / 50 and adapters.optimizer == 2 * adapters.gradients
     assert adapters.reference == 0  # the frozen weights are the reference's too
-    both = plan_of_half_b(compare="true")
-    assert both.total == 2 * plain.total
 
 
 def test_the_plan_leaves_the_random_state_alone() -> None:
@@ -327,7 +327,7 @@ def test_the_shapes_of_the_products_of_experts() -> None:
 def test_the_warm_start_is_refused_before_it_begins(
     small_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "capacity", lambda device: 1 << 20)
+    monkeypatch.setattr(memory_plan, "capacity", lambda device: 1 << 20)
     config = small_config(tmp_path)
     task = make_task(config)
     with pytest.raises(ConfigError, match=r"an update needs .* and the machine has 1\.0 MiB"):

@@ -21,7 +21,8 @@ from transformers import (
 
 from gapg.batches.batching import Example, PackedBatch, packed_batches
 from gapg.model import attention
-from gapg.model.policy import choose_route, response_logprobs, response_loss
+from gapg.model.policy import response_logprobs, response_loss
+from gapg.model.route import choose_route
 from gapg_kernels.policy_loss import PolicyLossOptions, group_advantages
 
 CPU = torch.device("cpu")

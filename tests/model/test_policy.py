@@ -22,11 +22,12 @@ from transformers import (
 )
 
 from gapg.batches.batching import Example, packed_batches
-from gapg.config import ConfigError
 from gapg.config_sections import ModelConfig
+from gapg.errors import ConfigError
 from gapg.model import attention
 from gapg.model.load import load_model
-from gapg.model.policy import check_supported, response_logprobs, response_loss
+from gapg.model.policy import response_logprobs, response_loss
+from gapg.model.route import choose_route
 from gapg_kernels.policy_loss import PolicyLossOptions, group_advantages
 
 CPU = torch.device("cpu")
@@ -223,7 +224,7 @@ def test_a_model_is_either_refused_or_exact(model: Callable[[], PreTrainedModel]
     """Whatever a family does to its logits after the head: a wrong log-prob must not pass in silence."""
     policy = model().eval()
     try:
-        check_supported(policy)
+        assert choose_route(policy, True)
     except ConfigError as refusal:
         assert "\n" not in str(refusal)
         assert policy.config.model_type in str(refusal)
@@ -244,7 +245,7 @@ def test_a_model_with_dropout_is_refused_or_trained_without(
     tiny(GPT2Config, **size, **{**none, **dropout}).save_pretrained(tmp_path)
     try:
         policy = load_model(ModelConfig(path=str(tmp_path)), tokenizer, seed=0)
-        check_supported(policy)
+        assert choose_route(policy, True)
     except ConfigError as refusal:
         assert "dropout" in str(refusal) or "pdrop" in str(refusal)
         return

@@ -22,23 +22,12 @@ from transformers import (
 from gapg.model import attention
 from gapg_kernels.linear_logprob import linear_logprob
 from gapg_kernels.shared_prompt_attention import SharedPrompts, share, shared_prompt_attention
-from gapg_packing.pack import lay_out_shared
+from gapg_packing.pack import lay_out
+from tests.model.test_attention import SHAPE, error
 
 attention.register()
 
-VOCAB = 50
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+VOCAB = SHAPE["vocab_size"]
 CONFIGS = {"llama": LlamaConfig(**SHAPE), "qwen2": Qwen2Config(**SHAPE), "qwen3": Qwen3Config(**SHAPE)}
 GROUPS = [(9, [5, 1, 7, 5]), (1, [4, 2]), (6, [3])]
 
@@ -138,10 +127,6 @@ def outcome(model: PreTrainedModel, row: Row) -> dict[str, Tensor]:
     return {"logprob": logprob.detach(), "loss": loss.detach(), **grads}
 
 
-def error(got: Tensor, expected: Tensor) -> float:
-    return ((got - expected).norm() / expected.norm().clamp_min(1e-9)).item()
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loss_and_every_gradient_are_those_of_repeated_prompts(name: str, checkpointing: bool) -> None:
@@ -197,27 +182,27 @@ def test_the_packer_lays_out_this_row() -> None:
         for g, (p, responses, weights) in enumerate(tokens())
         for r, w in zip(responses, weights, strict=True)
     ]
-    arrays = lay_out_shared(
+    arrays = lay_out(
         torch.cat([x for _, p, r, _ in sequences for x in (p, r)]).numpy(),
         cumulative([len(p) + len(r) for _, p, r, _ in sequences]).numpy(),
         [len(p) for _, p, _, _ in sequences],
         [w for *_, w in sequences],
-        [g for g, *_ in sequences],
         list(range(len(sequences))),
+        [g for g, *_ in sequences],
     )
     row = shared_row()
     found = arrays.input_ids, arrays.position_ids, arrays.response_index, arrays.targets, arrays.coefficients
     expected = row.input_ids, row.position_ids, row.index, row.target, row.weight
     for ours, theirs in zip(expected, found, strict=True):
         assert torch.equal(ours, torch.from_numpy(theirs))
-    layout, packed = row.arguments["shared_prompts"], share(arrays.cu_segments, arrays.cu_prompts, arrays.cu_responses)
+    layout, packed = row.arguments["shared_prompts"], share(arrays.cu_seqlens, arrays.cu_prompts, arrays.cu_responses)
     assert all(torch.equal(a, b) for a, b in zip(layout[:3], packed[:3], strict=True)) and layout[3:] == packed[3:]
-    assert packed[4:8] == (16, arrays.max_segment, arrays.max_prompt, arrays.max_responses)
+    assert packed[4:6] == (16, arrays.max_length)
 
 
 def test_an_empty_row() -> None:
-    nothing = lay_out_shared([], [0], [], [], [], [])
-    layout = share(nothing.cu_segments, nothing.cu_prompts, nothing.cu_responses)
+    nothing = lay_out([], [0], [], [], [], [])
+    layout = share(nothing.cu_seqlens, nothing.cu_prompts, nothing.cu_responses)
     assert layout[3:] == (0, 0, 0, 0, 0, 0)
     q, k, v = (torch.empty(0, heads, 8, requires_grad=True) for heads in (2, 1, 1))
     shared_prompt_attention(q, k, v, layout).sum().backward()

@@ -13,13 +13,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg.runs import checkpoint
 from gapg.commands.cli import main
-from gapg.config import ConfigError
 from gapg.config_sections import OptimConfig
+from gapg.errors import ConfigError
 from gapg.files import DiskFull, write_whole, writing
 from gapg.jsonl import read_jsonl
 from gapg.optim import clip_and_step, make_optimizer
+from gapg.runs import checkpoint
+from tests.runs.small import SMALL
 
 
 @contextmanager
@@ -83,14 +84,8 @@ def test_whatever_file_of_a_checkpoint_does_not_fit(
 
 
 def test_a_run_ends_in_one_line_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = {
-        **{"--task.args": "{max_number: 4, max_target: 12}", "--warm-start": "", "--checkpoint-every": "1"},
-        **{"--model.llama": "{hidden_size: 32, num_layers: 1, num_heads: 1, intermediate_size: 32}"},
-        **{"--rollout.prompts-per-step": "2", "--rollout.samples-per-prompt": "2", "--budget.filter": "false"},
-        **{"--eval.every": "0", "--eval.heldout": "0", "--compare": "false", "--tensorboard": "false"},
-        **{"--threads": "1", "--output-dir": str(tmp_path / "run")},
-    }
-    command = ["train", "quickstart", *(word for pair in small.items() for word in pair)]
+    command = [*SMALL, "--warm-start", "", "--checkpoint-every", "1", "--budget.filter", "false"]
+    command += ["--output-dir", str(tmp_path / "run")]
     main([*command, "--steps", "1"])
     root = tmp_path / "run" / "checkpoints"
     before = everything(root)

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg.runs import checkpoint, manifest
-from gapg.config import ConfigError
+from gapg.commands.target import find_model
 from gapg.config_sections import OptimConfig
+from gapg.errors import ConfigError
 from gapg.jsonl import read_jsonl
 from gapg.optim import clip_and_step, make_optimizer
+from gapg.runs import checkpoint, manifest
 from gapg.runs.run import Run
 from gapg.train import train
-from gapg.commands.eval import find_model
 
 Saved = tuple[Path, PreTrainedModel, torch.optim.Optimizer]
 
@@ -178,7 +178,9 @@ def test_a_step_whose_name_is_taken_is_saved(
     assert checkpoint.latest(root) == path == root / "step-6"
     assert "step-6: model/model.safetensors is damaged; moved to set-aside-step-6-" in capsys.readouterr().err
     (aside,) = root.glob("set-aside-step-6-*")
-    assert checkpoint.fault(aside, "ours", 6) == "model/model.safetensors is damaged", "and nothing is thrown away"
+    assert checkpoint.fault(aside, run="ours", step=6) == "model/model.safetensors is damaged", (
+        "and nothing is thrown away"
+    )
 
 
 def test_an_optimizer_that_is_forgotten_leaves_a_whole_checkpoint(
@@ -190,9 +192,9 @@ def test_an_optimizer_that_is_forgotten_leaves_a_whole_checkpoint(
     write = manifest.write
 
     def watched(*args: object) -> None:
-        wholes.append(checkpoint.fault(path, "ours", 6) is None)
+        wholes.append(checkpoint.fault(path, run="ours", step=6) is None)
         write(*args)  # type: ignore[arg-type]
-        wholes.append(checkpoint.fault(path, "ours", 6) is None)
+        wholes.append(checkpoint.fault(path, run="ours", step=6) is None)
 
     monkeypatch.setattr(manifest, "write", watched)
     checkpoint.forget_optimizer(path)

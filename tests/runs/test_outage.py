@@ -6,17 +6,18 @@ from typing import Any
 
 import pytest
 
-from gapg.runs import checkpoint, outage
-
-from gapg.commands import train as train_command
+from gapg.build import make_oracle
 from gapg.commands.cli import main
+from gapg.evaluation.validate import validate
 from gapg.jsonl import read_jsonl
 from gapg.judge import Group, Judge, Outcome
-from gapg.build import make_oracle
-from gapg_rollout.records import OracleAnswer
+from gapg.runs import checkpoint, outage
 from gapg.runs.run import Run
+from gapg.runs.state import TrainState
+from gapg.tasks.base import Prompt
 from gapg.train import train
-from gapg.evaluation.validate import validate
+from gapg_rollout.records import OracleAnswer
+from tests.runs.small import SMALL
 
 KEY = "sk-not-a-real-key-0123456789"
 
@@ -36,12 +37,7 @@ def as_arguments(settings: dict[str, str]) -> list[str]:
     return [word for key, value in settings.items() for word in (f"--{key.replace('__', '.')}", value)]
 
 
-SMALL = [
-    *("--task.args", "{max_number: 6, max_target: 24}", "--compare", "false", "--tensorboard", "false"),
-    *("--model.llama", "{hidden_size: 32, num_layers: 1, num_heads: 1, intermediate_size: 32}", "--threads", "1"),
-    *("--eval.every", "0", "--eval.heldout", "8", "--eval.problems", "4", "--steps", "2"),
-    *("--rollout.prompts-per-step", "2", "--rollout.samples-per-prompt", "2", "--warm-start", ""),
-]
+WITHOUT_WARM_START = (*SMALL, "--eval.heldout", "8", "--steps", "2", "--warm-start", "")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +57,7 @@ def test_a_cloud_that_fails_a_first_question_stops_the_run_before_it_begins(
 ) -> None:
     cloud.plan("m", plan)
     with pytest.raises(SystemExit) as left:
-        main(["train", "quickstart", *SMALL, *as_arguments(options(cloud.url)), "--output-dir", str(tmp_path / "run")])
+        main([*WITHOUT_WARM_START, *as_arguments(options(cloud.url)), "--output-dir", str(tmp_path / "run")])
     said = capsys.readouterr().err
     assert left.value.code == 3
     assert words in said.splitlines()[-1] and "nothing was trained" in said.splitlines()[-1]
@@ -73,7 +69,7 @@ def test_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     settings = as_arguments(options("http://127.0.0.1:9/v1"))
     with pytest.raises(SystemExit) as left:
-        main(["train", "quickstart", *SMALL, *settings, "--output-dir", str(tmp_path / "run")])
+        main([*WITHOUT_WARM_START, *settings, "--output-dir", str(tmp_path / "run")])
     assert left.value.code == 3 and "cannot connect" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -96,10 +92,10 @@ def test_one_odd_question_refuses_no_cloud_and_one_sample_of_several_is_enough(
     flagged = {"status": 400, "message": "flagged by moderation"}
     cloud.plan("m", {"kind": "empty"}, flagged, {})
     run = start(**options(cloud.url, samples="3", requests_per_minute="3"))
-    assert train_command._first_question(run.config, run.task).requests == 3
+    assert outage.first_question(run.config, run.task).requests == 3
     cloud.plan("strict", flagged)
     with pytest.raises(outage.OracleDown, match=r"nothing was trained: .*flagged by moderation"):
-        train_command._first_question(start(**options(cloud.url, "strict")).config, run.task)
+        outage.first_question(start(**options(cloud.url, "strict")).config, run.task)
     assert cloud.seen("strict")["requests"] == 3
 
 
@@ -156,10 +152,9 @@ def test_a_short_run_that_the_cloud_failed_does_not_end_well(cloud: Any, start: 
         train(run, validate)
 
 
-def test_which_steps_are_lost(start: Callable[..., Run]) -> None:
+def test_which_steps_are_lost() -> None:
     """Every question failed, however few were asked; a step that asked nothing says nothing; an answer begins anew."""
-    run = start()
-    prompt = run.task.prompts("train")[0]
+    state, prompt = TrainState(), Prompt("a", "a", "1", "toy")
     failed, answered = OracleAnswer(None, error="on fire"), OracleAnswer("<answer> 1 </answer>")
 
     def group(outcome: Outcome, *answers: OracleAnswer) -> Group:
@@ -174,11 +169,11 @@ def test_which_steps_are_lost(start: Callable[..., Run]) -> None:
         ([lost, group(Outcome.CLOUD_WRONG, answered, failed)], 0),
         ([local, lost, local], 1),
     ]:
-        outage.watch(run, groups)
-        assert run.state.lost_steps == count
-        assert (run.failure is None) == (groups == [local, local])
-    assert outage.verdict(run, last=False) is None
-    assert "every question of the last step: on fire" in str(outage.verdict(run, last=True))
+        failure = outage.watch(state, groups)
+        assert state.lost_steps == count
+        assert (failure is None) == (groups == [local, local])
+    assert outage.verdict(state, failure, last=False) is None
+    assert "every question of the last step: on fire" in str(outage.verdict(state, failure, last=True))
 
 
 def test_the_key_is_written_nowhere(
@@ -189,7 +184,7 @@ def test_the_key_is_written_nowhere(
     server.plan("cloud", {}, {"status": 503, "message": "not with Bearer sk-very-secret-123, sk-very-secr…"})
     monkeypatch.setenv("GAPG_TEST_KEY", "sk-very-secret-123")
     argv = [
-        *("train", "quickstart", *SMALL, "--output-dir", str(tmp_path / "run"), "--steps", "9"),
+        *(*WITHOUT_WARM_START, "--output-dir", str(tmp_path / "run"), "--steps", "9"),
         *("--oracle.kind", "openai", "--oracle.model", "cloud", "--oracle.api-key-env", "GAPG_TEST_KEY"),
         *("--oracle.base-url", server.url, "--oracle.max-retries", "0", "--oracle.timeout-s", "2"),
     ]

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gapg.config import dump_config, load_config
+from gapg.errors import ConfigError
 from gapg.runs import preset
-from gapg.config import ConfigError, dump_config, load_config
 
 RUN = {"task": "countdown", "steps": 4, "optim": {"lr": 1e-4}, "reward": {"alpha_c": 0.3}}
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from gapg.runs import checkpoint
 from gapg.jsonl import read_jsonl
+from gapg.runs import checkpoint
 
 ARGS = [
-    *("train", "quickstart", "--compare", "false", "--threads", "1", "--tensorboard", "false"),
+    *("train", "quickstart", "--threads", "1", "--tensorboard", "false"),
     *("--eval.heldout", "16"),
     *("--task.args", "{max_number: 6, max_target: 24}"),
     *("--model.llama", "{hidden_size: 48, num_layers: 2, num_heads: 2, intermediate_size: 96}"),

@@ -1,6 +1,8 @@
 """A resumed run is compared with what it began with: data, prompts, tokenizer, weights, demonstrations; by name."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,18 +12,20 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from gapg.runs import run_identity
-from gapg.commands.cli import main
-from gapg.config import ConfigError, RunConfig, load_config
-from gapg.config_keys import flat
-from gapg.runs.run_dir import MAY_CHANGE, open_folder, save_config
 from gapg.build import make_task
-from gapg_rollout.records import OracleQuestion
+from gapg.commands.cli import main
+from gapg.config import RunConfig, load_config
+from gapg.config_keys import flat
+from gapg.errors import ConfigError
+from gapg.evaluation.validate import validate
+from gapg.runs import run_identity
 from gapg.runs.run import Run, build_run
+from gapg.runs.run_dir import MAY_CHANGE, open_folder, save_config
 from gapg.tasks.base import Prompt, Split, Verdict
 from gapg.tasks.countdown import Countdown
 from gapg.train import train
-from gapg.evaluation.validate import validate
+from gapg_rollout.records import OracleQuestion
+from tests.runs.small import SMALL
 
 Folder = Callable[..., Path]
 
@@ -152,7 +156,7 @@ def test_what_changes_nothing_is_no_difference(
     begun(sums(), moved | {"eval.heldout": "2"})
     monkeypatch.setenv("HOME", str(tmp_path))
     begun(sums(), moved | {"warm_start.demonstrations": "~/moved.jsonl"})
-    begun(replace(sums(), heldout=[]), moved | {"eval.heldout": "0", "compare": "false"})
+    begun(replace(sums(), heldout=[]), moved | {"eval.heldout": "0"})
 
 
 def test_a_model_of_the_hub_is_known_by_its_files(
@@ -185,18 +189,49 @@ def test_a_broken_record_is_one_line(begun: Callable[..., None], tmp_path: Path,
 # --- the folder ------------------------------------------------------------------------------------------------------
 
 
+def enter(config: RunConfig, *, resume: bool) -> None:
+    with open_folder(config, resume=resume):
+        pass
+
+
 def test_a_folder_that_is_no_run(small_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     config = small_config(tmp_path / "run")
     with pytest.raises(ConfigError, match=r"output_dir=.*holds no run to go on with; drop --resume"):
-        open_folder(config, resume=True)
+        enter(config, resume=True)
     assert not (tmp_path / "run").exists()
     for place in ("checkpoints", "warm-start/checkpoints"):
         step = tmp_path / "run" / place / "step-6"
         step.mkdir(parents=True)
         for resume in (False, True):
             with pytest.raises(ConfigError, match=rf"holds {place}/step-6 and no config\.yaml: put that back"):
-                open_folder(config, resume=resume)
+                enter(config, resume=resume)
         step.rmdir()
+
+
+HOLDER = """
+import sys, time
+from gapg.config import load_config
+from gapg.runs.run_dir import open_folder
+with open_folder(load_config("quickstart", {"output_dir": sys.argv[1]}), resume=False):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_process_frees_its_folder(small_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = small_config(tmp_path / "run")
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout and holder.stdout.readline() == "locked\n"
+        with pytest.raises(ConfigError, match=r"^output_dir=.*: another run is writing there; choose another"):
+            enter(config, resume=False)
+    finally:
+        holder.kill()
+        holder.wait()
+    enter(config, resume=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/run: cannot be made or locked \(Not a directory\); choose another"):
+        enter(small_config(tmp_path / "file" / "run"), resume=False)
 
 
 def test_a_run_killed_before_its_first_checkpoint_goes_on(
@@ -231,8 +266,8 @@ def test_a_config_that_was_edited_is_not_what_the_run_began_with(
     with pytest.raises(
         ConfigError, match=r"^seed: the run began with 0, not 9, .*drop the option or put the file back"
     ):
-        open_folder(edited, resume=True)
-    open_folder(edited.model_copy(update={"seed": 0}), resume=True).close()
+        enter(edited, resume=True)
+    enter(edited.model_copy(update={"seed": 0}), resume=True)
 
 
 def test_a_question_that_cannot_be_put_is_one_line(begun: Callable[..., None]) -> None:
@@ -265,7 +300,7 @@ def test_every_key_is_one_that_may_change_or_one_that_may_not() -> None:
         *("loss.tis_cap", "loss.kl", "budget.cloud_fraction", "budget.filter", "budget.controller", "budget.rho"),
         *("budget.gain", "budget.damping", "oracle.kind", "oracle.accuracy", "oracle.model", "oracle.samples"),
         *("oracle.temperature", "oracle.max_tokens", "optim.betas", "optim.weight_decay", "optim.warmup_steps"),
-        *("optim.flat", "optim.final_lr", "eval.problems", "compare"),
+        *("optim.flat", "optim.final_lr", "eval.problems"),
     ]
 
 
@@ -337,20 +372,14 @@ def test_the_command_refuses_other_data(
 ) -> None:
     (tmp_path / "skipping_task.py").write_text(SUMS)
     monkeypatch.syspath_prepend(str(tmp_path))
-    small = {
-        **{"--task.name": "skipping_task:Mine", "--task.args": "{max_number: 4, max_target: 12}", "--steps": "1"},
-        **{"--model.llama": "{hidden_size: 32, num_layers: 1, num_heads: 1, intermediate_size: 32}"},
-        **{"--warm-start": "", "--rollout.prompts-per-step": "2", "--rollout.samples-per-prompt": "2"},
-        **{"--eval.every": "0", "--eval.heldout": "0", "--compare": "false", "--tensorboard": "false"},
-        **{"--threads": "1", "--output-dir": str(tmp_path / "run")},
-    }
-    command = ["train", "quickstart", *(word for pair in small.items() for word in pair)]
+    command = [*SMALL, "--task.name", "skipping_task:Mine", "--steps", "1", "--warm-start", ""]
+    command += ["--output-dir", str(tmp_path / "run")]
     main(command)
     content = json.loads((tmp_path / "run/checkpoints/step-1/manifest.json").read_text())
     assert content["run"] == run_identity.read(tmp_path / "run")["id"] and content["config"]["steps"] == 1
     assert {len(sha256) for sha256 in content["began_with"].values()} == {64}
     main([*command, "--resume"])
-    for more, word in (([], "task: the data has"), (["--task.args", "{max_number: 5, max_target: 12}"], "task.args")):
+    for more, word in (([], "task: the data has"), (["--task.args", "{max_number: 5, max_target: 24}"], "task.args")):
         monkeypatch.setenv("SKIP", "0" if more else "1")
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from gapg.tasks import load_demonstrations
 from gapg.tasks.base import HELP_PHRASE
 from gapg.tasks.countdown import Countdown
+from gapg.tasks.demonstrations import load_demonstrations
 
 
 @pytest.fixture(scope="module")

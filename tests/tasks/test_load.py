@@ -5,9 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from gapg.commands.cli import main
+from gapg.config import load_config
+from gapg.errors import ConfigError
+from gapg.judge import parse
+from gapg.model.load import load_tokenizer
 from gapg.tasks import load_task
 from gapg.tasks.base import HELP_PHRASE, Verdict
 from gapg.tasks.countdown import Countdown
+from gapg.tasks.members import check_members
+from gapg.tasks.vocabulary import word_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -34,8 +41,73 @@ def test_the_example(monkeypatch, byte_tokenizer):
     train, heldout = task.prompts("train"), task.prompts("heldout")
     assert len(train) + len(heldout) == 144 and not {p.id for p in train} & {p.id for p in heldout}
     assert task.verify(train[0], [train[0].answer, "no"]) == [Verdict.CORRECT, Verdict.WRONG]
+    assert HELP_PHRASE not in byte_tokenizer.decode(task.render(train[0], byte_tokenizer))
+    byte_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert HELP_PHRASE in byte_tokenizer.decode(task.render(train[0], byte_tokenizer))
-    assert task.question(train[0]).id == train[0].id
+    assert parse(task.solve(task.question(train[0]).id)).answer == train[0].answer
+
+
+def test_the_example_trains(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    few = ("--steps", "1", "--warm-start.steps", "2", "--eval.problems", "4", "--eval.heldout", "4")
+    main(["train", str(EXAMPLES / "my_config.yaml"), *few, "--output-dir", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_all_that_a_task_lacks_is_said_at_once(importable):
+    (importable / "their_four.py").write_text(
+        "class Four:\n    name = 'four'\n    def prompts(self, split): return ()\n    def render(self, p, x): ...\n"
+        "    def verify(self, prompt, answers): ...\n    def question(self, prompt): ...\n"
+    )
+    task, config = load_task("their_four:Four"), load_config("quickstart")
+    with pytest.raises(ConfigError) as caught:
+        check_members(config, task)
+    assert str(caught.value) == (
+        "task 'four' lacks what these settings want: tokenizer() (or set model.path to a model), demonstrations() (or "
+        "name a jsonl in warm_start.demonstrations, or set warm_start=none), solve() (or set oracle.kind=openai)"
+    )
+    given = {"model.path": "x", "warm_start.demonstrations": "x.jsonl", "oracle.kind": "openai", "oracle.model": "x"}
+    check_members(load_config("quickstart", given), task)
+    check_members(config, Countdown())
+
+
+@pytest.mark.parametrize(
+    ("member", "body", "message"),
+    [
+        ("prompts", "raise KeyError('x')", r"prompts\(\) failed: KeyError: 'x' \(.*their_own.py:4\)$"),
+        ("prompts", "raise ValueError('two\\nlines')", r"prompts\(\) failed: ValueError: two lines \("),
+        ("prompts", "raise ValueError('task.args.file: is empty')", "^task.args.file: is empty$"),
+        ("prompts", "return None", r"prompts\(\) must return a list of Prompt, not None"),
+        ("prompts", "yield from super().prompts(split)", r"list of Prompt, not <generator"),
+        ("prompts", "return ['a']", r"list of Prompt, not 'a'"),
+        ("demonstrations", "return 1 / 0", r"demonstrations\(\) failed: ZeroDivisionError: .*their_own.py:4\)"),
+        ("demonstrations", "return [None]", r"list of Demonstration, not None"),
+        ("tokenizer", "return [][0]", r"tokenizer\(\) failed: IndexError: .*their_own.py:4\)"),
+        ("tokenizer", "pass", r"tokenizer\(\) returned None, no tokenizer"),
+        ("tokenizer", "return word_tokenizer(['is it'])", "'is it' is not one word: blanks divide words"),
+        ("tokenizer", "return gap()", "without gaps"),
+    ],
+)
+def test_what_a_tasks_own_code_gets_wrong_is_one_line(importable, member, body, message):
+    (importable / "their_own.py").write_text(
+        "from gapg.tasks.countdown import Countdown; from gapg.tasks.vocabulary import word_tokenizer\n"
+        "class Own(Countdown):\n"
+        f"    def {member}(self, {'split' if member == 'prompts' else 'seed=0'}):\n        {body}\n"
+        "from tokenizers import Tokenizer, models; from transformers import PreTrainedTokenizerFast\n"
+        "def gap():\n    inner = Tokenizer(models.WordLevel({'a': 0, 'b': 7}, unk_token='a'))\n"
+        "    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token='b')\n"
+    )
+    task, config = load_task("their_own:Own"), load_config("quickstart")
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_members(config, task)
+        load_tokenizer(config.model, task)
+    assert "\n" not in str(caught.value)
+
+
+def test_words_that_are_given_twice_are_one_token():
+    words = word_tokenizer(["b", "a", "b", "<answer>", "<pad>"])
+    assert sorted(words.get_vocab().values()) == list(range(len(words)))
+    assert words.decode(words.encode("a b <answer> x")) == "a b <answer> <unk>"
 
 
 @pytest.mark.parametrize(

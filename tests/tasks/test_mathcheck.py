@@ -17,7 +17,7 @@ from gapg.judge import Judge
 from gapg.tasks.base import Verdict
 from gapg.tasks.mathcheck import MathChecker
 from gapg.tasks.maths import Maths
-from gapg_rollout.oracle_solver import SolverOracle
+from gapg_rollout.oracle.solver import SolverOracle
 
 C, W, L = Verdict.CORRECT, Verdict.WRONG, Verdict.LIMIT
 BOMB = "$9^{9^{9^{9}}}$"

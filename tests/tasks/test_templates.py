@@ -7,7 +7,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from gapg.config import ConfigError
+from gapg.errors import ConfigError
 from gapg.tasks.templates import encode_prompt, render_instruction
 
 SPECIAL = ["<s>", "</s>", "[CLS]", "[SEP]", "<eod>"]
