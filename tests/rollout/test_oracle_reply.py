@@ -146,6 +146,7 @@ def test_what_can_be_read_of_broken_counts_is_the_least() -> None:
         ({"error_code": 17, "error_msg": "limit reached"}, "limit reached", "17", True),
         ({"base_resp": {"status_code": 1004, "status_msg": "login fail"}, "choices": None}, "login fail", "1004", True),
         ({"status": 503, "title": "Service Unavailable"}, "Service Unavailable", "503", True),
+        ({"error": {"message": "no", "code": "000"}}, "no", "000", False),
         ([{"error": {"code": 401, "message": "API key not valid", "status": "X"}}], "API key not valid", "401", False),
         ({"choices": [{"error": {"code": 502, "message": "gone"}, "message": {"content": ""}}]}, "gone", "502", True),
     ],

@@ -70,6 +70,15 @@ def test_a_failing_solver_is_an_unknown_answer_that_is_asked_again() -> None:
     assert oracle.usage == OracleUsage(requests=2, failures=1)
 
 
+@pytest.mark.parametrize("answer", [None, 42, b"42"])
+def test_what_is_no_text_is_an_unknown_answer_too(answer: object) -> None:
+    oracle = SolverOracle(lambda name: answer, accuracy=1.0, wrong="0")  # type: ignore[arg-type, return-value]
+    (failed,) = oracle.ask(question("a")).result()
+    assert failed.text is None and failed.error is not None
+    assert f"the solver failed on 'a': TypeError: {answer!r} is no text" in failed.error
+    assert oracle.usage == OracleUsage(requests=1, failures=1)
+
+
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         SolverOracle(str, accuracy=80, wrong="0")

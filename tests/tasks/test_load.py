@@ -74,15 +74,26 @@ def test_all_that_a_task_lacks_is_said_at_once(importable):
 @pytest.mark.parametrize(
     ("member", "body", "message"),
     [
-        ("prompts", "raise KeyError('x')", r"prompts\(\) failed: KeyError: 'x' \(.*their_own.py:4\)$"),
+        ("prompts", "raise KeyError('x')", r"prompts\(\) failed: KeyError: 'x' \(.*their_own.py:5\)$"),
         ("prompts", "raise ValueError('two\\nlines')", r"prompts\(\) failed: ValueError: two lines \("),
         ("prompts", "raise ValueError('task.args.file: is empty')", "^task.args.file: is empty$"),
         ("prompts", "return None", r"prompts\(\) must return a list of Prompt, not None"),
         ("prompts", "yield from super().prompts(split)", r"list of Prompt, not <generator"),
         ("prompts", "return ['a']", r"list of Prompt, not 'a'"),
-        ("demonstrations", "return 1 / 0", r"demonstrations\(\) failed: ZeroDivisionError: .*their_own.py:4\)"),
+        (
+            "prompts",
+            "return [replace(p, answer=39) for p in super().prompts(split)]",
+            "answer=39, where a text is needed",
+        ),
+        ("demonstrations", "return [Demonstration(self.prompts('train')[0], b'x')]", "response=b'x', where a text"),
+        (
+            "demonstrations",
+            "return [Demonstration(p, HELP_PHRASE) for s in ('train', 'heldout') for p in self.prompts(s)]",
+            "shows '.*', which is held out: leave it out",
+        ),
+        ("demonstrations", "return 1 / 0", r"demonstrations\(\) failed: ZeroDivisionError: .*their_own.py:5\)"),
         ("demonstrations", "return [None]", r"list of Demonstration, not None"),
-        ("tokenizer", "return [][0]", r"tokenizer\(\) failed: IndexError: .*their_own.py:4\)"),
+        ("tokenizer", "return [][0]", r"tokenizer\(\) failed: IndexError: .*their_own.py:5\)"),
         ("tokenizer", "pass", r"tokenizer\(\) returned None, no tokenizer"),
         ("tokenizer", "return word_tokenizer(['is it'])", "'is it' is not one word: blanks divide words"),
         ("tokenizer", "return gap()", "without gaps"),
@@ -90,6 +101,7 @@ def test_all_that_a_task_lacks_is_said_at_once(importable):
 )
 def test_what_a_tasks_own_code_gets_wrong_is_one_line(importable, member, body, message):
     (importable / "their_own.py").write_text(
+        "from dataclasses import replace; from gapg.tasks.base import HELP_PHRASE, Demonstration\n"
         "from gapg.tasks.countdown import Countdown; from gapg.tasks.vocabulary import word_tokenizer\n"
         "class Own(Countdown):\n"
         f"    def {member}(self, {'split' if member == 'prompts' else 'seed=0'}):\n        {body}\n"

@@ -19,7 +19,8 @@ class SolverOracle:
     its own, so that their mean correctness is a fraction; the first is the one that a single sample would be.
 
     Args:
-        solve: Maps a question's id to the text of its right answer. An exception it raises, or what is no text, becomes a failed answer.
+        solve: Maps a question's id to the text of its right answer. An exception that it raises becomes a failed
+            answer, and so does what is no text.
         accuracy: The share of questions answered rightly, in [0, 1].
         wrong: The text of a wrong answer.
         seed: Chooses which questions are answered wrongly.
