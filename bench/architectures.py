@@ -231,7 +231,8 @@ def main() -> None:
     parser.add_argument("--table", type=Path, metavar="FILE", help="draw the committed record into it, and stop")
     given = parser.parse_args()
     if given.table:
-        record.draw_between(given.table, MARKERS, table(record.read(RESULTS)))
+        with record.refusing(parser):
+            record.draw_between(given.table, MARKERS, table(record.read(RESULTS)))
         return
     transformers.logging.set_verbosity_error()
     names = given.only or sorted(ZOO)

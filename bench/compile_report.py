@@ -1,13 +1,12 @@
 """Compile every kernel for sm_90 without a GPU and write what the machine code is made of.
 
-    python bench/compile_report.py [FILE]     # runs/bench/sass/triton-<version>.json, unless told otherwise
+    python bench/compile_report.py     # triton-<version>.json
 
 The figures are read from ptxas and the disassembly: registers, shared memory, spills, how many programs one
 multiprocessor holds, whether ptxas had to serialize the tensor cores' work, counts of the instructions that matter
 (HGMMA: tensor cores; UTMALDG/UTMASTG: TMA; LDL/STL: local memory; ATOM/RED: atomics; MUFU: exponentials), and how many
 instructions a thread spends on the end of a tile. Each triton makes code of its own, so it has a file of its own;
-"sources" there are hashes of the kernels they are of. The committed ones are made by
-`python bench/compile_report.py bench/results/sass/triton-3.7.1.json`, with each triton.
+"sources" there are hashes of the kernels they are of.
 Run it in its own process with TRITON_INTERPRET unset: an interpreted kernel has no machine code. Another triton than
 the installed one: `pip install --no-deps --target FOLDER triton==3.6.0`, then PYTHONPATH=FOLDER.
 """
@@ -20,7 +19,6 @@ import itertools
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -264,8 +262,7 @@ def _run(tool: str, *args: str) -> str:
 
 
 def main() -> None:
-    """Write the figures of every kernel into the file given as the only argument."""
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else record.SCRATCH / "sass" / f"triton-{triton.__version__}.json"
+    path = record.parser(__doc__, "sass").parse_args().output / f"triton-{triton.__version__}.json"
     figures: dict[str, dict[str, Any]] = {"sources": sources()}
     for kernel in kernels():
         figures[kernel.name] = compile_figures(kernel)

@@ -72,11 +72,10 @@ def load(folder: Path) -> Results:
             path = folder / pattern.format(device)
             if not path.exists():
                 continue
-            found = _read(path)
-            if found is None:
+            try:
+                records[name] = record.read(path)
+            except ValueError:
                 unreadable.append(str(path.relative_to(folder)))
-            else:
-                records[name] = found
     devices = {found["machine"]["device"] for found in records.values()}
     if len(devices) != 1:
         what = f"holds records of {', '.join(sorted(devices))}: one folder a card" if devices else "holds no record"
@@ -86,16 +85,6 @@ def load(folder: Path) -> Results:
         lines = [line.split("\t") for line in path.read_text().splitlines()[1:]]
         steps += [(path.stem[-1], *line) for line in lines if len(line) == 4]
     return Results(folder, records, steps, unreadable)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """A record; None where the file is none, or was cut off."""
-    try:
-        found = record.read(path)
-    except ValueError:
-        return None
-    whole = isinstance(found, dict) and {"rows", "machine", "revision", "versions"} <= found.keys()
-    return found if whole else None
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -249,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="what the stages of one card left")
     parser.add_argument("--readme", type=Path, nargs="+", default=[], help="draw all folders' status into these pages")
     given = parser.parse_args(argv)
-    try:
+    with record.refusing(parser):
         cards = [load(folder) for folder in given.folders]
         lines = {readme: "\n\n".join(status(card, readme) for card in cards) for readme in given.readme}
         for card in cards:
@@ -258,8 +247,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(text)
         for readme, text in lines.items():
             record.draw_between(readme, MARKERS, text)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,13 @@ SLOW, SLOW_ROUNDS = 5, 3
 PEAKED = 0.35
 """nats: a policy well into its training"""
 
+FORWARDS = {
+    heads_report.FLOOR: "bare GEMM, forward",
+    "gapg linear_logprob": "ours, forward only",
+    "Liger scaled cross entropy": "Liger, sm_90, forward only",
+}
+"""Names in `roofline` of what is timed forward only."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -80,15 +87,15 @@ class Case:
         if self.nats is not None or self.cold:
             return None
         if self.forward:
-            names = {heads_report.FLOOR: "bare GEMM, forward", "gapg linear_logprob": "ours, forward only"}
-            return names.get(impl, "Liger, sm_90, forward only" if impl.startswith("Liger scaled") else None)
+            return FORWARDS.get(impl)
+        if peer is not None and peer.predicted_as == "ours":
+            return "ours, half the rows zero" if self.zero else "ours" if self.trained else "ours, frozen weight"
+        if self.zero or not self.trained:
+            return None
         if peer is None:
-            return None if self.zero or not self.trained else "bare GEMMs, 3"
-        if peer.predicted_as == "quack, scaled exp" and self.shape.vocab % 128:
-            return None if self.zero or not self.trained else "logits, then d(logits)"  # then it stores logits
-        if peer.predicted_as != "ours":
-            return None if self.zero or not self.trained else peer.predicted_as
-        return "ours, half the rows zero" if self.zero else "ours" if self.trained else "ours, frozen weight"
+            return "bare GEMMs, 3"
+        stores_logits = peer.predicted_as == "quack, scaled exp" and self.shape.vocab % 128
+        return "logits, then d(logits)" if stores_logits else peer.predicted_as
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -293,8 +300,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only-errors", action="store_true", help="errors over the ladder of entropies, no timing")
     parser.add_argument("--table", type=Path, metavar="FILE", help="draw the committed CPU's errors into it, and stop")
     given = parser.parse_args()
-    design = [losses.DESIGN.name] if given.only_errors else []
-    given.peers = [everyone[name] for name in given.impl or [*(peer.name for peer in losses.PEERS), *design]]
+    if given.table:
+        with record.refusing(parser):
+            text = heads_report.error_table(record.read(RESULTS / "errors-cpu.json")["rows"])
+            record.draw_between(given.table, heads_report.MARKERS, text)
+        heads_report.plot(record.read(RESULTS / "kernels-cpu.json"), RESULTS / "kernels-cpu.png")
+        parser.exit()
+    usual = [peer.name for peer in losses.PEERS] + [losses.DESIGN.name] * given.only_errors
+    given.peers = [everyone[name] for name in given.impl or usual]
     return given
 
 
@@ -302,11 +315,6 @@ def main() -> None:
     given = arguments()
     warnings.filterwarnings("ignore", module="trl|torch._inductor|torch.profiler")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # how a time limit ends it: what is measured is still drawn
-    if given.table is not None:
-        text = heads_report.error_table(record.read(RESULTS / "errors-cpu.json")["rows"])
-        record.draw_between(given.table, heads_report.MARKERS, text)
-        heads_report.plot(record.read(RESULTS / "kernels-cpu.json"), RESULTS / "kernels-cpu.png")
-        return
     if given.only_errors:
         shape = given.shape[0] if given.shape else ERROR_SHAPES[DEVICE]
         rows = ladder(given.peers, shape, given.output / f"errors-{DEVICE}.json")

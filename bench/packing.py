@@ -225,7 +225,7 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
 
 def main() -> None:
     parser = record.parser(__doc__, "packing")
-    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="how many lengths")
+    parser.add_argument("--counts", type=record.positive, nargs="+", default=COUNTS, help="how many lengths")
     parser.add_argument("--report", action="store_true", help="only draw the record that is there")
     given = parser.parse_args()
     path = given.output / "packing.json"
@@ -235,7 +235,8 @@ def main() -> None:
             lengths = distribution(np.random.default_rng(SEED), n)
             rows += measured(f"{distribution.__name__}, n={n}", lengths)
         record.write("packing", rows, path)
-    found = record.read(path)
+    with record.refusing(parser):
+        found = record.read(path)
     print(table(found["rows"]))
     title = f"Lognormal lengths, {found['machine']['cpu']}, one thread, cap {CAP:,}, seed {SEED}"
     plot(found["rows"], path.with_suffix(".png"), title)

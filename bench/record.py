@@ -22,7 +22,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,7 +125,7 @@ def _seconds(now: Callable[[], float], impl: Callable[[], object]) -> float:
 def _cuda_events(impl: Callable[[], object]) -> tuple[Any, Any]:
     import torch
 
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     impl()
     end.record()
@@ -136,8 +136,24 @@ def parser(doc: str, folder: str) -> argparse.ArgumentParser:
     """A command line with --output, a folder. ``folder``: its place below `SCRATCH`, and below `RESULTS`."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     text = f"folder of the results; runs/bench/{folder} by default, bench/results/{folder} for the committed ones"
-    made.add_argument("--output", type=Path, default=SCRATCH / folder, metavar="FOLDER", help=text)
+    made.add_argument("--output", type=_folder, default=SCRATCH / folder, metavar="FOLDER", help=text)
     return made
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if any(part.exists() and not part.is_dir() for part in (path, *path.parents)):
+        raise argparse.ArgumentTypeError(f"{text!r} is a file: give a folder")
+    return path
+
+
+@contextlib.contextmanager
+def refusing(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """A file that cannot be read, or drawn into, is a wrong option: said in a line, exit code 2."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 def positive(text: str) -> int:
@@ -150,7 +166,7 @@ def positive(text: str) -> int:
 def pick(names: Iterable[str]) -> Callable[[str], list[str]]:
     """An argparse type: the names, in their order, that contain one of the given parts; a part that is a name is it.
 
-    Raises argparse.ArgumentTypeError where a part is in none of them.
+    Raises argparse.ArgumentTypeError where a part is in none of them, or none is given.
     """
     names = list(names)
 
@@ -161,6 +177,8 @@ def pick(names: Iterable[str]) -> Callable[[str], list[str]]:
             if not fits:
                 raise argparse.ArgumentTypeError(f"no {part!r}: choose of {', '.join(names)}")
             found.update(fits)
+        if not found:
+            raise argparse.ArgumentTypeError(f"{text!r} names none: choose of {', '.join(names)}")
         return [name for name in names if name in found]
 
     return chosen
@@ -220,9 +238,14 @@ def write(bench: str, rows: Iterable[Row], path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The record at ``path``."""
-    record: dict[str, Any] = json.loads(path.read_text())
-    return record
+    """The record at ``path``. Raises OSError, and ValueError where the file is no record, or was cut off."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        if {"rows", "machine", "revision", "versions"} <= found.keys():
+            return found
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"{path} is no record of a bench, or was cut off")
 
 
 def by_case(rows: Iterable[Row], metric: str | None = None) -> dict[str, list[Row]]:

@@ -249,10 +249,8 @@ def compare(measured: dict[str, Any]) -> str:
 def card_of(machine: dict[str, Any]) -> Card:
     """The card of a record. Raises ValueError where it is not one of `CARDS`."""
     for card in CARDS:
-        if (
-            card.name in machine["device"]
-            and machine.get("multiprocessors", card.multiprocessors) == card.multiprocessors
-        ):
+        multiprocessors = machine.get("multiprocessors", card.multiprocessors)
+        if card.name in machine["device"] and multiprocessors == card.multiprocessors:
             return card
     known = ", ".join(f"{card.name} with {card.multiprocessors} multiprocessors" for card in CARDS)
     raise ValueError(f"no prediction for {machine['device']!r}: the cards are {known}")
@@ -276,10 +274,8 @@ def main() -> None:
         found = write(given.output)
         print("\n".join(found["summary"]), roofline_report.table(found["rows"], TERMS), sep="\n")
         return
-    try:
+    with record.refusing(parser):
         print("\n\n".join(compare(record.read(path)) for path in given.compare))
-    except ValueError as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ class Shape(NamedTuple):
         except (TypeError, ValueError):
             raise argparse.ArgumentTypeError(f"{text!r}: give T,H,V, as in 16384,2048,151936") from None
         if shape.tokens % 16 or min(shape) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r}: T must be a multiple of 16 (two prompts of 8 responses)")
+            why = "T must be a multiple of 16 (two prompts of 8 responses), H and V 1 or more"
+            raise argparse.ArgumentTypeError(f"{text!r}: {why}")
         return shape
 
 

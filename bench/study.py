@@ -42,6 +42,8 @@ class Options(Section):
     """Where warm starts and runs are kept; studies share them."""
     output: Path = Path("runs/studies/results")
     """Where NAME.md, NAME.png, NAME.json and README.md go."""
+    resume: bool = False
+    """Changes nothing: the same command goes on anyway. What a run says when it ends early names it."""
     redraw: bool = False
     """Draw the studies whose JSON lies in --output (here: bench/results/studies) again, and make none."""
 
@@ -75,7 +77,7 @@ def run(argv: list[str]) -> None:
     if len(words) != (not options.redraw):
         raise ConfigError("usage: python bench/study.py list | all | NAME | --redraw [--key value …]; --help says more")
     if words == ["quickstart"]:
-        if spare := given.keys() - {"config"}:
+        if spare := given.keys() - {"config", "resume"}:
             raise ConfigError(f"--{min(spare).replace('_', '-')}: quickstart is one run; give --seed, --output-dir")
         with listening():  # from here on: the imports alone take seconds
             from studies.quickstart import quickstart

@@ -218,10 +218,6 @@ def time_case(
         save(timing.rows())
 
 
-def count_case(case: Case, save: Save, *, impls: Sequence[str]) -> None:
-    save(counted_rows(case, impls))
-
-
 # --- run -------------------------------------------------------------------------------------------------------------
 
 
@@ -258,15 +254,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=record.positive, help="updates of each; 3 on a CPU, 5 on CUDA")
     parser.add_argument("--seconds", type=float, help="no round begins after so many, a case")
     parser.add_argument("--table", type=Path, metavar="FILE", help="draw the committed counts into it, and stop")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.table:
+        with record.refusing(parser):
+            text = report.counted_table(record.read(COUNTED)["rows"], updates.PEERS)
+            record.draw_between(given.table, report.MARKERS, text)
+        parser.exit()
+    return given
 
 
 def main() -> None:
     given = parse()
-    if given.table:
-        text = report.counted_table(record.read(COUNTED)["rows"], updates.PEERS)
-        record.draw_between(given.table, report.MARKERS, text)
-        return
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     attention.register()
     impls = [name for name in IMPLS if name in (given.impl or IMPLS)]
@@ -278,12 +276,9 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # how a time limit ends it: what is measured is still drawn
     if given.only != "timed":
-        measure(
-            cases(REAL),
-            partial(count_case, impls=impls),
-            given.output / "counted.json",
-            partial(report.counts, peers=updates.PEERS),
-        )
+        counts = partial(report.counts, peers=updates.PEERS)
+        path = given.output / "counted.json"
+        measure(cases(REAL), lambda case, save: save(counted_rows(case, impls)), path, counts)
     if given.only != "counted":
         usual = SMALL if device == "cpu" else [case for case in REAL if case.model is QWEN["1.5B"]]
         rounds = given.rounds or ROUNDS[device]

@@ -21,7 +21,7 @@ from gapg.model.endings import check_endings
 from gapg.model.folder import load_shape
 from gapg.model.load import check_model, end_ids
 from gapg.reward import RewardFunction
-from gapg.tasks import find_object, load_task
+from gapg.tasks import call_member, find_object, load_task
 from gapg.tasks.base import Prompt, Solvable, Split, Task
 from gapg_rollout.oracle.cache import CacheError
 from gapg_rollout.records import Engine, Oracle
@@ -98,15 +98,14 @@ def make_task(config: RunConfig) -> Task:
     try:
         return load_task(config.task.name, config.task.args)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        raise _task_error(error) from None
+        text = " ".join(str(error).split())
+        raise ConfigError(text if text.startswith("task.") else f"task: {text}") from None
 
 
 def task_prompts(task: Task, split: Split) -> Sequence[Prompt]:
     """The problems of a split. Raises ConfigError."""
-    try:
-        return task.prompts(split)
-    except (ValueError, OSError) as error:
-        raise _task_error(error) from None
+    prompts: Sequence[Prompt] = call_member(task, "prompts", split)
+    return prompts
 
 
 def make_reward(config: RunConfig) -> RewardFunction:
@@ -130,9 +129,11 @@ def fitting_prompts(config: RunConfig, task: Task, tokenizer: PreTrainedTokenize
         prompts = prompts[: config.eval.heldout]
     limit, path = config.rollout.max_prompt_tokens, config.model.path
     embeddings = len(tokenizer) if path is None else load_shape(path).get_text_config().vocab_size
-    fitting = [p for p in prompts if len(render(task, p, tokenizer, embeddings)) <= limit]
-    if len(fitting) < len(prompts):
-        say(f"left out of {split}: {len(prompts) - len(fitting)} of {len(prompts)} prompts, over {limit} tokens")
+    lengths = [len(render(task, p, tokenizer, embeddings)) for p in prompts]
+    fitting = [p for p, length in zip(prompts, lengths, strict=True) if length <= limit]
+    if left_out := len(prompts) - len(fitting):
+        longest = f"{limit} tokens (the longest has {max(lengths)})"
+        say(f"left out of {split}: {left_out} of {len(prompts)} prompts, over {longest}")
     if len({p.id for p in fitting}) < len(fitting):
         raise ConfigError(f"task {task.name!r}: two prompts of split {split} have the same id; ids must be unique")
     return fitting
@@ -195,8 +196,3 @@ def _check_vllm_length(config: RunConfig) -> None:
             f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens, and vLLM takes no more than the "
             f"model's {most} positions: lower one of the two, or set rollout.engine=transformers"
         )
-
-
-def _task_error(error: Exception) -> ConfigError:
-    text = " ".join(str(error).split())
-    return ConfigError(text if text.startswith("task.") else f"task: {text}")

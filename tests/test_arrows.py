@@ -112,6 +112,8 @@ def test_the_method_knows_nothing_of_what_uses_it(start: str) -> None:
 def test_a_model_knows_no_run_and_an_evaluation_no_command() -> None:
     for low, high in (
         ("gapg.model.", "gapg.runs"),
+        ("gapg.model.", "gapg.build"),
+        ("gapg.model.", "gapg.commands"),
         ("gapg.runs.", "gapg.commands"),
         ("gapg.evaluation.", "gapg.commands"),
     ):

@@ -239,17 +239,9 @@ def test_a_warm_start_that_diverges(small_config: Callable[..., RunConfig], tmp_
 @pytest.mark.parametrize("key", ["--optim.lr", "--warm-start.optim.lr"])
 def test_the_command_says_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str) -> None:
     small = [
-        *SMALL,
-        "--warm-start.steps",
-        "2",
-        "--warm-start.batch-size",
-        "4",
-        "--steps",
-        "2",
-        "--budget.filter",
-        "false",
+        *(*SMALL, "--warm-start.steps", "2", "--warm-start.batch-size", "4", "--steps", "2"),
+        *("--budget.filter", "false", "--rollout.prompts-per-step", "8", "--rollout.samples-per-prompt", "8"),
     ]
-    small += ["--rollout.prompts-per-step", "8", "--rollout.samples-per-prompt", "8"]
     with pytest.raises(SystemExit) as left:
         main([*small, "--output-dir", str(tmp_path / "run"), key, "1e30"])
     assert left.value.code == 1

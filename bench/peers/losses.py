@@ -151,23 +151,10 @@ def _fused(problem: Problem, trained: bool, *, summed: bool = False, **options: 
         kept, target, group, sample = hidden, problem.target, problem.group, problem.sample
         rows = at.to(hidden.device, non_blocking=True)
         if len(at) < len(hidden):
-            kept, target, group, sample = (
-                kept.index_select(0, rows),
-                target.index_select(0, rows),
-                group[at],
-                sample[at],
-            )
-        loss, _, logprob, _ = fused_policy_loss(
-            kept,
-            weight,
-            target,
-            problem.rewards,
-            group,
-            sample,
-            denominator=problem.sequences,
-            main_grad=total,
-            **options,
-        )
+            kept, target = kept.index_select(0, rows), target.index_select(0, rows)
+            group, sample = group[at], sample[at]
+        scale: dict[str, Any] = {"denominator": problem.sequences, "main_grad": total, **options}
+        loss, _, logprob, _ = fused_policy_loss(kept, weight, target, problem.rewards, group, sample, **scale)
         found = outcome(logprob.new_zeros(len(hidden)).index_copy(0, rows, logprob), loss, hidden, weight)
         return found._replace(weight=total) if summed else found
 
@@ -314,9 +301,8 @@ def _liger_grpo(problem: Problem, trained: bool) -> Run:
     )
     target, mask = problem.target.view(shape), torch.ones(shape, dtype=torch.int64, device=hidden.device)
     advantages = problem.advantages() * problem.length  # "dr_grpo" divides by sequences times length
-    return lambda: outcome(
-        None, loss(hidden.view(*shape, -1), weight, target, mask, advantages)[0], hidden, weight
-    )  # fmt: skip
+    rows = hidden.view(*shape, -1)
+    return lambda: outcome(None, loss(rows, weight, target, mask, advantages)[0], hidden, weight)
 
 
 PEERS = [

@@ -5,11 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -96,10 +96,12 @@ def _work(log: Path, do: Callable[[], object]) -> None:
         os._exit(2)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    with log.open("a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
-        try:
-            do()
-        except Exception as error:
-            traceback.print_exc()
-            print(" ".join(f"{type(error).__name__}: {error}".split()))
-            raise SystemExit(1) from None
+    with log.open("a") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    try:
+        do()
+    except Exception as error:
+        traceback.print_exc()
+        print(" ".join(f"{type(error).__name__}: {error}".split()), file=sys.stderr)
+        raise SystemExit(1) from None

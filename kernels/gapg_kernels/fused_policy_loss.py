@@ -67,8 +67,8 @@ def fused_policy_loss(
         weight: [V, H], hidden's dtype: the LM head. Of a sharded one what `linear_logprob` takes.
         target: [T] int64 token ids; -100 masks a row, another id outside [0, V) makes its loss NaN.
         rewards: [P, G] floats, the whole table, also of responses without rows here. NaN: no such sample.
-        group, sample: [T] integers into the table. Where the table and they are on the CPU, rows of zero advantage
-            are known without waiting for the device and never enter a GEMM (unless `kl_coef` gives them a gradient).
+        group, sample: [T] integers into the table, on its device: the CPU, or hidden's. A row of zero advantage goes
+            through the GEMMs too: `gapg_kernels.policy_loss.rows_with_advantage` names the rows to pass on.
         denominator: what the sum over rows is divided by: |D| * G sequences for the sequence sum (with the defaults
             that is the paper's estimator), or the batch's number of response tokens for the token mean.
         options: see `PolicyLossOptions`.

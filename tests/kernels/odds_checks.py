@@ -41,7 +41,7 @@ CASES = [
 Case = dict[str, Any]
 
 
-def in_its_own_process(module: str, argument: Path, *, interpret: bool) -> None:
+def in_its_own_process(module: str, argument: Path | str, *, interpret: bool) -> None:
     """Runs `python -m module argument` with the helpers here, and the scripts of bench/, in its reach."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "bench"), environment.get("PYTHONPATH", "")])

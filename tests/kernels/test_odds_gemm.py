@@ -36,9 +36,9 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    path = tmp_path_factory.mktemp("sass") / "figures.json"
-    in_its_own_process("compile_report", path, interpret=False)
-    figures: dict[str, Case] = json.loads(path.read_text())
+    folder = tmp_path_factory.mktemp("sass")
+    in_its_own_process("compile_report", f"--output={folder}", interpret=False)
+    figures: dict[str, Case] = json.loads((folder / f"{INSTALLED}.json").read_text())
     return figures
 
 
@@ -161,7 +161,7 @@ def test_an_exponential_an_element_and_no_more(figures: dict[str, Case], tile: s
 
 @pytest.mark.parametrize("version", sorted({"triton-3.6.0", "triton-3.7.1", *COMMITTED}))
 def test_the_committed_figures_are_of_these_kernels(version: str) -> None:
-    """Also those of a triton that is not installed. `python bench/compile_report.py` with each makes them anew."""
+    """Also those of a triton that is not installed. Made anew by `python bench/compile_report.py`, with each."""
     assert COMMITTED[version]["sources"] == sources()
     assert COMMITTED[version].keys() == {"sources", *(kernel.name for kernel in kernels())}
 
