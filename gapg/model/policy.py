@@ -77,7 +77,6 @@ def response_loss(
         reference_logprob=reference_logprob,
         with_entropy=with_entropy,
         main_grad=main_grad,
-        drop_zero_rows=False,  # the batch holds what has a gradient
     )
 
 

@@ -53,7 +53,6 @@ def fused_policy_loss(
     reference_logprob: Tensor | None = None,
     with_entropy: bool = False,
     main_grad: Tensor | None = None,
-    drop_zero_rows: bool = False,
     target_term: Literal["exact", "patched"] = "exact",
     workspace_bytes: int = DEFAULT_WORKSPACE,
 ) -> FusedLoss:
