@@ -7,16 +7,20 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from multiprocessing import resource_tracker
 from pathlib import Path
 
-from gapg.console import Display, warn
+from gapg.console import say, warn
 
 Work = tuple[Path, Callable[[], object]]
 """(its log, what to do: a function of a module, or a partial of one)."""
+
+
+EVERY_S = 30.0
 
 
 class WorkFailed(RuntimeError):
@@ -52,10 +56,10 @@ class Process:
 def do_all(jobs: Mapping[str, Work], workers: int, title: str, total: int) -> dict[str, str]:
     """Does all jobs in their order, up to `workers` at a time; returns what went wrong, one line a failed job's title.
 
-    A failure is said at once, and the others go on. `total`: what the progress bar counts to; what is missing of it was
-    done before.
+    A failure is said at once, and the others go on. Every half minute, and whenever one has ended, a line says how
+    many of `total` are there (what is missing of it was done before), and what is done now.
     """
-    failed, running, ending = dict[str, str](), dict[str, Process](), threading.Event()
+    failed, running, ending, due = dict[str, str](), dict[str, Process](), threading.Event(), 0.0
 
     def do(name: str) -> None:
         running[name] = here = Process(jobs[name])
@@ -66,17 +70,21 @@ def do_all(jobs: Mapping[str, Work], workers: int, title: str, total: int) -> di
         here.check()
 
     # threads of processes, not a ProcessPoolExecutor: a worker that is killed would break that for all others
-    with ThreadPoolExecutor(workers) as threads, Display(title, total, total - len(jobs), every=60.0) as display:
+    with ThreadPoolExecutor(workers) as threads:
         try:
             waiting = {threads.submit(do, name): name for name in jobs}
-            while waiting:
-                display.advance("  |  ".join(f"{name}: {p.said()[:60]}" for name, p in list(running.items())), by=0)
+            while True:
+                if time.monotonic() >= due:
+                    due = time.monotonic() + EVERY_S
+                    now = "  |  ".join(f"{name}: {p.said()[:80]}" for name, p in list(running.items()))
+                    say(f"{title} {total - len(waiting)}/{total}  {now}")
+                if not waiting:
+                    break
                 for future in wait(waiting, 1.0, "FIRST_COMPLETED").done:
-                    name = waiting.pop(future)
+                    name, due = waiting.pop(future), 0.0
                     if error := future.exception():
                         failed[name] = str(error)
                         warn(f"{name}: {error} (log: {jobs[name][0]})")
-                    display.advance()
         finally:
             ending.set()
             threads.shutdown(wait=False, cancel_futures=True)

@@ -9,17 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from gapg.config import RunConfig
 from gapg.evaluation.report import save_figure
 from gapg.files import write_whole
 from studies.arms import Arm, Finished, Rows
 from studies.statistics import Difference
-
-matplotlib.use("agg")
-from matplotlib.figure import Figure
 
 Record = dict[str, Any]
 """A study's JSON: `rows` and `comparisons` as its `measure` made them, and `seeds`, beside what made them."""

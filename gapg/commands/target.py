@@ -127,6 +127,5 @@ def find_model(target: Path) -> tuple[Path, Path | None]:
             # <run>/checkpoints/step-N/model, or <run>/warm-start/checkpoints/step-N/model
             above = [p.parent for p in candidate.resolve().parents if p.name in ("checkpoints", "warm-start")]
             return candidate, next((p for p in above if (p / "config.yaml").is_file()), None)
-    if not target.exists():
-        raise ConfigError(f"{target}: no such folder; give a run's folder, a checkpoint, or a Hugging Face model folder")
-    raise ConfigError(f"{target}: holds no model; give a run's folder, a checkpoint, or a Hugging Face model folder")
+    what = "holds no model" if target.exists() else "no such folder"
+    raise ConfigError(f"{target}: {what}; give a run's folder, a checkpoint, or a Hugging Face model folder")

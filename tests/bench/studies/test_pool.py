@@ -24,4 +24,4 @@ def test_a_failure_takes_down_nothing_else(tmp_path: Path, capsys: pytest.Captur
     assert "Traceback" in (tmp_path / "logs" / "wrong.txt").read_text()
     said = capsys.readouterr().err
     assert "wrong: ValueError" in said and str(tmp_path / "logs" / "wrong.txt") in said
-    assert "jobs 2/6" in said, "two of six were done before"
+    assert "jobs 2/6" in said and "jobs 6/6" in said, "two of six were done before"

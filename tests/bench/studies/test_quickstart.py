@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gapg.config import RunConfig
 from gapg.evaluation.calibrate import help_control
@@ -20,8 +23,20 @@ from gapg.jsonl import read_jsonl
 from gapg.runs import stop
 from gapg.runs.run import Run
 from gapg_rollout.records import Completion, Sampling
+from studies.arms import Predictions
 from studies.pool import Process, WorkFailed
-from studies.quickstart import assess, assess_gapg, assess_twin, check_twin, compare, train_twin
+from studies.predictions import make_predictions
+from studies.quickstart import (
+    assess,
+    assess_gapg,
+    assess_twin,
+    at_random,
+    check_twin,
+    compare,
+    logprob_threshold,
+    offload,
+    train_twin,
+)  # fmt: skip
 from study import main
 
 STUDY = Path(__file__).parents[3] / "bench" / "study.py"
@@ -127,3 +142,48 @@ def test_what_a_twin_is_refused_for_is_in_its_log(
     assert twin.process.exitcode == 1 and capfd.readouterr().err == ""
     refusal = f"ConfigError: output_dir={tmp_path}/task-tuned: holds checkpoints/step-6 and no config.yaml"
     assert twin.said().startswith(refusal)
+
+
+def test_damaged_predictions_are_made_again(start: Callable[..., Run]) -> None:
+    run = start()
+    rows = [{"id": f"p{n}", "oracle_score": 1.0} for n in range(3)]
+    wanted = Predictions("x", lambda _: rows)
+    assert make_predictions(run, wanted) == (0, True) and make_predictions(run, wanted) == (0, False)
+    lines = wanted.path(run.folder).read_text().splitlines()
+    wanted.path(run.folder).write_text(
+        f"{lines[0]}\n{lines[1][:9]}\n{lines[2]}\n"
+    )  # two would stand for other problems
+    assert make_predictions(run, wanted) == (0, True) and read_jsonl(wanted.path(run.folder)) == rows
+
+
+PREDICTIONS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "outcome": st.sampled_from(["local_correct", "local_wrong"]),
+            "oracle_score": st.sampled_from([0.0, 1.0]),
+            "logprob_mean": st.floats(-5, 0),
+        }
+    ),
+    min_size=1,
+    max_size=60,
+)
+
+
+@given(PREDICTIONS, st.floats(0, 1), st.integers(0, 1000))
+def test_random_offloading_sends_exactly_its_part(rows: list[dict[str, Any]], c: float, seed: int) -> None:
+    to_cloud = at_random(len(rows), c, seed)
+    assert sum(to_cloud) == round(c * len(rows))
+    result = offload("x", rows, to_cloud)
+    assert result.called == to_cloud
+    for row, cloud, right, local in zip(rows, to_cloud, result.correct, result.local_correct, strict=True):
+        assert right == (row["oracle_score"] == 1.0 if cloud else row["outcome"] == "local_correct")
+        assert local == (right and not cloud)
+
+
+@given(PREDICTIONS, st.floats(0, 0.99))
+def test_the_logprob_router_calls_at_most_its_part_of_the_calibration_set(rows: list[dict[str, Any]], c: float) -> None:
+    logprobs = [row["logprob_mean"] for row in rows]
+    called = sum(logprob < logprob_threshold(rows, c) for logprob in logprobs)
+    assert called <= round(c * len(rows))
+    if len(set(logprobs)) == len(rows) and round(c * len(rows)) < len(rows):
+        assert called == round(c * len(rows))
