@@ -36,7 +36,7 @@ lint: .venv/.full
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p gapg -p gapg_kernels -p gapg_rollout -p gapg_packing
-	cd bench && ../$(BIN)/mypy --config-file ../pyproject.toml -p studies -m study
+	cd bench && ../$(BIN)/mypy --config-file ../pyproject.toml --explicit-package-bases .
 	$(BIN)/lint-imports
 
 # The fast tests with the oldest and with the newest versions that pyproject.toml allows, each in .matrix/, 6 GB apiece.

@@ -46,20 +46,17 @@ SHARED_KEYS |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 
 VISION: Settings = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 8, "patch_size": 4}
 
-PLAIN: dict[str, Settings] = {
-    name: {}
-    for name in (
-        "apertus", "arcee", "biogpt", "bitnet", "bloom", "cohere", "diffllama", "ernie4_5", "gemma", "gemma2", "glm",
-        "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_neox_japanese", "helium", "hrm_text", "hunyuan_v1_dense",
-        "jais2", "llama", "ministral3", "mistral", "modernbert-decoder", "mpt", "nanochat", "nemotron", "olmo", "olmo2",
-        "openai-gpt", "persimmon", "phi", "phi3", "qwen2", "qwen3", "rwkv", "seed_oss", "smollm3", "stablelm",
-        "starcoder2", "vaultgemma",
-    )
-}  # fmt: skip
+PLAIN = (
+    "apertus", "arcee", "biogpt", "bitnet", "bloom", "cohere", "diffllama", "ernie4_5", "gemma", "gemma2", "glm",
+    "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_neox_japanese", "helium", "hrm_text", "hunyuan_v1_dense",
+    "jais2", "llama", "ministral3", "mistral", "modernbert-decoder", "mpt", "nanochat", "nemotron", "olmo", "olmo2",
+    "openai-gpt", "persimmon", "phi", "phi3", "qwen2", "qwen3", "rwkv", "seed_oss", "smollm3", "stablelm",
+    "starcoder2", "vaultgemma",
+)  # fmt: skip
 """They need no settings but `SIZE`."""
 
 ZOO: dict[str, Settings] = {
-    **PLAIN,
+    **{name: {} for name in PLAIN},
     "afmoe": {**EXPERTS, "num_experts": 4, "layer_types": SLIDING},
     "aria_text": {"moe_num_experts": 4, "intermediate_size": 16},
     "axk1": {**ROUTED, **LATENT},

@@ -33,6 +33,7 @@ from triton.runtime.jit import JITFunction
 
 import record
 from gapg_kernels import cublas_odds, odds_gemm, policy_loss_kernel, row_kernels
+from gapg_kernels.policy_loss import STATS
 
 SHARED, RESERVED = 228 << 10, 1 << 10
 """Bytes of shared memory of a multiprocessor of sm_90, and those of them that each program on it takes unasked."""
@@ -130,7 +131,7 @@ def policy_losses() -> Iterator[Kernel]:
     optional += ["least", "most", "tis_cap", "kl_coef"]
     yield as_launched("policy_loss", function, types, sizes | {"GRPO": False, "K2": False}, absent=optional)
     yield as_launched("policy_loss_every_option", function, types, sizes | {"GRPO": True, "K2": True})
-    sizes = {"STATS": len(source.STATS), "PITCH": source.PITCH, "BN": source.PROGRAMS}
+    sizes = {"STATS": len(STATS), "PITCH": source.PITCH, "BN": source.PROGRAMS}
     types = {"partial_ptr": "*fp32", "stats_ptr": "*fp32", "N": "i32"}
     yield as_launched("add_statistics", source.add_statistics_kernel, types, sizes)
 

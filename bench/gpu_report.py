@@ -46,7 +46,7 @@ class Results:
 
     folder: Path
     records: dict[str, dict[str, Any]]
-    steps: list[tuple[str, str, str, str, str]]
+    steps: list[tuple[str, ...]]
     unreadable: list[str]
 
     @property
@@ -105,9 +105,9 @@ def page(results: Results) -> str:
         ("Its peers on CUTLASS", _tables(results, "cutlass")),
         ("Errors", _errors(results.rows("errors"))),
         ("One update", _update(results)),
-        ("One prompt for its responses", _plain(results.rows("shared"))),
+        ("One prompt for its responses", _values(results.rows("shared"))),
         ("What failed", _failed(results)),
-        ("Steps", _steps(results)),
+        ("Steps", _table(("stage", "step", "seconds", "at most", ""), results.steps, right=(2, 3))),
     ):
         found = list(section)
         if found:
@@ -142,12 +142,9 @@ def _goals(found: list[Goal]) -> str:
 
 def _picture(results: Results, name: str) -> Iterator[str]:
     """The one that the stage has left beside a record, if it has."""
-    pattern = RECORDS[name].removesuffix(".json")
-    for device in ("cuda", "cpu"):
-        picture = Path(f"{pattern.format(device)}.png")
-        if (results.folder / picture).exists():
-            yield f"![times beside those of the others]({picture.as_posix()})\n"
-            return
+    picture = Path(RECORDS[name].format("cpu" if results.device == "cpu" else "cuda")).with_suffix(".png")
+    if (results.folder / picture).exists():
+        yield f"![times beside those of the others]({picture.as_posix()})\n"
 
 
 def _tables(results: Results, name: str) -> Iterator[str]:
@@ -185,19 +182,15 @@ def _errors(rows: list[Row]) -> Iterator[str]:
         yield heads_report.error_table(rows)
 
 
-def _steps(results: Results) -> Iterator[str]:
-    if results.steps:
-        yield record.markdown(("stage", "step", "seconds", "at most", ""), results.steps, right=(2, 3))
+def _values(rows: list[Row]) -> Iterator[str]:
+    measured = [row for row in rows if "median" in row]
+    lines = [(row["case"], row["impl"], row["metric"], f"{row['median']:.4g}", row["unit"]) for row in measured]
+    return _table(("case", "", "metric", "value", "unit"), lines, right=(3,))
 
 
-def _plain(rows: list[Row]) -> Iterator[str]:
-    lines = [
-        (row["case"], row["impl"], row["metric"], f"{row['median']:.4g}", row["unit"])
-        for row in rows
-        if "median" in row
-    ]
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int]) -> Iterator[str]:
     if lines:
-        yield record.markdown(("case", "", "metric", "value", "unit"), lines, right=(3,))
+        yield record.markdown(head, lines, right)
 
 
 def _failed(results: Results) -> Iterator[str]:

@@ -304,7 +304,6 @@ def arguments() -> argparse.Namespace:
         with record.refusing(parser):
             text = heads_report.error_table(record.read(RESULTS / "errors-cpu.json")["rows"])
             record.draw_between(given.table, heads_report.MARKERS, text)
-        heads_report.plot(record.read(RESULTS / "kernels-cpu.json"), RESULTS / "kernels-cpu.png")
         parser.exit()
     usual = [peer.name for peer in losses.PEERS] + [losses.DESIGN.name] * given.only_errors
     given.peers = [everyone[name] for name in given.impl or usual]

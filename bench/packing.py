@@ -104,13 +104,11 @@ def times(case: str, seconds: dict[str, list[float]], with_ours: bool = False) -
     others = {name: theirs for name, theirs in seconds.items() if name != OURS.name}
     ratios = {name: [a / b for a, b in zip(theirs, mine, strict=True)] for name, theirs in others.items()}
     timings = record.timing_rows(case, seconds if with_ours else others)
-    return [row | {"version": version(row["impl"])} for row in timings] + record.timing_rows(case, ratios, RATIO, "x")
-
-
-def version(impl: str) -> str | None:
-    """Of the package that a peer comes from."""
-    package = next((peer.package for peer in PEERS if peer.name == impl), None)
-    return None if package is None else f"{package} {importlib.metadata.version(package)}"
+    packages = {peer.name: peer.package for peer in PEERS}
+    for row in timings:
+        package = packages.get(row["impl"])
+        row["version"] = package and f"{package} {importlib.metadata.version(package)}"
+    return timings + record.timing_rows(case, ratios, RATIO, "x")
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float]:

@@ -88,9 +88,9 @@ def make(
     if zero_groups:
         rewards[::2] = 1.0
     response = torch.arange(prompts * SAMPLES).repeat_interleave(tokens // (prompts * SAMPLES))
-    tables = (rewards, response // SAMPLES, response % SAMPLES)
+    tables = [rewards, response // SAMPLES, response % SAMPLES]
     if device == "cuda":  # to copy pageable memory to a card waits for it
-        tables = tuple(table.pin_memory() for table in tables)
+        tables = [table.pin_memory() for table in tables]
     return Problem(hidden, weight, _sampled(hidden, weight, g), *tables)
 
 

@@ -65,7 +65,7 @@ def terms(head: Head, shape: Shape, card: Card, workspace: int = DEFAULT_WORKSPA
     """Seconds of a forward (and backward, where the head has one), term by term."""
     rows = round(shape.tokens * head.rows)
     logits, elements, weights = rows * shape.vocab, rows * shape.hidden, shape.vocab * shape.hidden
-    chunks = chunk_count(head, shape, workspace)
+    chunks = len(chunk_rows(head, shape, workspace))
     column_chunks = -(-shape.vocab // head.vocab_chunk) if head.vocab_chunk else 0
     rates = head.flops or (card.gemm_flops, card.gemm_flops)
     products = Range(*(head.gemms * 2 * rows * weights / min(rate, card.gemm_flops) for rate in rates))
@@ -75,7 +75,7 @@ def terms(head: Head, shape: Shape, card: Card, workspace: int = DEFAULT_WORKSPA
     least_sum = max(0.0, weight_sum - products.best) if head.sum_hides else weight_sum
     l2, epilogue = own_gemm(head, shape, rows, card)
     exponentials = head.exponentials * logits / EXPONENTIALS / card.clocks.worst
-    parts = {
+    parts: dict[str, Range | float] = {
         "GEMMs": products,
         "L2 beyond the products": l2,
         "epilogue": Range(epilogue.best, epilogue.worst + exponentials),
@@ -136,12 +136,7 @@ def last_waves(head: Head, shape: Shape, card: Card, workspace: int) -> float:
     return found
 
 
-def chunk_count(head: Head, shape: Shape, workspace: int = DEFAULT_WORKSPACE) -> int:
-    """Chunks of rows."""
-    return len(chunk_rows(head, shape, workspace))
-
-
-def chunk_rows(head: Head, shape: Shape, workspace: int) -> list[int]:
+def chunk_rows(head: Head, shape: Shape, workspace: int = DEFAULT_WORKSPACE) -> list[int]:
     """Rows of every chunk, as `gapg_kernels.chunks` cuts them."""
     rows = round(shape.tokens * head.rows)
     if head.fixed_rows is not None:
@@ -170,7 +165,7 @@ def prediction(head: Head, shape: Shape, card: Card) -> dict[str, Any]:
     parts = terms(head, shape, card)
     best, worst = bounds(parts)
     return {
-        "card": card.name, "case": str(shape), "impl": head.name, "chunks": chunk_count(head, shape),
+        "card": card.name, "case": str(shape), "impl": head.name, "chunks": len(chunk_rows(head, shape)),
         "terms": {name: list(part) for name, part in parts.items()}, "floor": floor(head, shape, card), "best": best,
         "worst": worst,
     }  # fmt: skip
@@ -200,7 +195,7 @@ def sentence(card: Card, shape: Shape) -> str:
 
 def write(folder: Path) -> dict[str, Any]:
     """roofline.json, whose contents it returns, and roofline.png."""
-    found = {
+    found: dict[str, Any] = {
         "bench": "roofline",
         "predicted": True,
         "summary": [sentence(card, SHAPES[1]) for card in CARDS],

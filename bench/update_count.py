@@ -10,10 +10,10 @@ for all.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -117,7 +117,7 @@ def _rows(name: str, batch: PackedBatch | updates.Padded) -> int:
     """Positions that the head sees."""
     if isinstance(batch, PackedBatch):
         return batch.target.numel()
-    seen = {updates.full_logits: batch.ids, updates.trl_head: batch.rows}
+    seen: dict[Any, Tensor] = {updates.full_logits: batch.ids, updates.trl_head: batch.rows}
     return seen.get(updates.PEERS[name], batch.targets).numel()
 
 
@@ -139,7 +139,8 @@ def run_layers(case: Case, layers: int, name: str, batch: Any) -> Run:
     """Counts one micro-batch of an implementation through so many layers, on CUDA's route."""
     loss, kind = (_loss_of_ours, attention.NAME) if name in OURS else (updates.PEERS[name], "sdpa")
     shape = type(case.model)(**{**case.model.to_dict(), "num_hidden_layers": layers, "layer_types": None})
-    with _flash_everywhere(), torch.random.fork_rng(devices=[]), FakeTensorMode() as fakes:
+    on_cuda = mock.patch.multiple(flash, has_flash=lambda device: True, best=lambda device, head_dim: flash.ATEN)
+    with on_cuda, torch.random.fork_rng(devices=[]), FakeTensorMode() as fakes:
         model = AutoModelForCausalLM.from_config(shape, attn_implementation=kind, dtype=torch.float32).train()
         for p in model.parameters():
             p.grad = torch.empty_like(p)
@@ -159,17 +160,6 @@ def _faked(batch: Any, fake: Callable[[Tensor], Tensor]) -> Any:
     if batch.shared is not None:
         found["shared"] = batch.shared._make(fake(x) if isinstance(x, Tensor) else x for x in batch.shared)
     return replace(batch, **found)
-
-
-@contextmanager
-def _flash_everywhere() -> Iterator[None]:
-    """Packed rows take CUDA's route: every device has PyTorch's FlashAttention."""
-    kept = flash.has_flash, flash.best
-    flash.has_flash, flash.best = lambda device: True, lambda device, head_dim: flash.ATEN
-    try:
-        yield
-    finally:
-        flash.has_flash, flash.best = kept
 
 
 def _loss_of_ours(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
@@ -194,7 +184,7 @@ class _Live(TorchDispatchMode):
                 self.live += storage.nbytes()
                 weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
         fused = func is torch.ops.gapg.fused_policy_loss.default
-        inside = head_bytes(*args[:2], device=torch.device("cuda"), entropy=False) if fused else 0
+        inside = head_bytes(args[0], args[1], torch.device("cuda"), entropy=False) if fused else 0
         self._phase = 1 if func is torch.ops.aten.embedding_dense_backward.default else self._phase
         self.peaks[self._phase] = max(self.peaks[self._phase], self.live + inside)
         return out

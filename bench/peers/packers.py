@@ -50,7 +50,7 @@ def compiled_first_fit() -> Callable[[Lengths, int], tuple[Lengths, Lengths]]:
     """
     import numba
 
-    @numba.njit
+    @numba.njit  # type: ignore[untyped-decorator]
     def run(lengths: Lengths, cap: int) -> tuple[Lengths, Lengths]:
         room = np.empty(len(lengths), np.int64)
         bin_of = np.empty(len(lengths), np.int32)

@@ -68,13 +68,12 @@ def full_logits(model: PreTrainedModel, batch: Padded) -> Tensor:
 
 def trl_head(model: PreTrainedModel, batch: Padded) -> Tensor:
     """TRL 1.16's chunked log-probs and entropies of the response positions."""
-    from trl.trainer import utils
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as COLUMNS
 
     hidden, targets, row = _response_rows(_backbone(model, batch), batch)
-    logprob = utils._ChunkedLogProbFunction.apply(
-        hidden, model.get_output_embeddings().weight, None, targets, 1.0,
-        utils._CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs", "entropy"),
-    )[0]  # fmt: skip
+    weight, wanted = model.get_output_embeddings().weight, ("log_probs", "entropy")
+    logprob = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, COLUMNS, None, 1.0, wanted)[0]
     return -(logprob * batch.weight[row]).sum()
 
 

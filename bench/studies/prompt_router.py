@@ -100,7 +100,7 @@ def train_prompt_router(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(derive(seed, "prompt router"))
         encoder, encode = _pretrained(model) if model else _small(task, tokenizer, recipe.dropout)
-        encoder.to(device())
+        encoder.to(device())  # type: ignore[arg-type]
         ids, best, weights = [encode(p) for p in prompts], -1.0, {}
         for _ in _epochs(encoder, [ids[i] for i in learned], [failed[i] for i in learned], recipe, seed):
             reached = auc(_scores(encoder, [ids[i] for i in kept]), [failed[i] for i in kept])

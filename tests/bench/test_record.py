@@ -118,6 +118,33 @@ def test_results_go_to_a_scratch_folder_unless_somebody_asks() -> None:
     assert parser.parse_args(["--output", "bench/results/kernels"]).output == Path("bench/results/kernels")
 
 
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_folder_that_cannot_be_one_is_refused_before_anything_is_measured(
+    tmp_path: Path, below: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        record.parser("what it does", "kernels").parse_args(["--output", str(tmp_path / "file" / below)])
+    assert "is a file: give a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": []}', '{"rows": [', "\x00"])
+def test_what_is_no_record_is_refused_in_a_line(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cut.json").write_text(text)
+    for name, why in (("cut.json", "is no record of a bench, or was cut off"), ("none.json", "No such file")):
+        with pytest.raises(SystemExit, match="2"), record.refusing(argparse.ArgumentParser()):
+            record.read(tmp_path / name)
+        assert why in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_parts_of_names_choose_in_the_order_of_the_names_and_none_is_refused() -> None:
+    pick = record.pick(["gapg", "gapg fused", "TRL"])
+    assert pick("trl,fused") == ["gapg fused", "TRL"] and pick("gapg") == ["gapg"]
+    for wrong, why in (("", "names none"), (",", "names none"), ("trl,nobody", "no 'nobody'")):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{why}: choose of gapg, gapg fused, TRL"):
+            pick(wrong)
+
+
 def test_a_number_of_rounds_is_one_or_more() -> None:
     assert record.positive("12") == 12
     for wrong in ("0", "-1", "1.5", "", "two"):

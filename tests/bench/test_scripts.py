@@ -1,6 +1,10 @@
-"""What holds for every script in bench/: it hides no package, and the docs' tables are the committed results."""
+"""What holds for every script in bench/: it hides no package, the docs' commands are its own, and their tables are the
+committed results."""
 
+import contextlib
+import importlib
 import re
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +20,46 @@ import update_step_report
 from peers import updates
 
 BENCH = record.ROOT / "bench"
+PAGES = [record.ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
+PAGES += [*record.ROOT.glob("docs/*.md"), *BENCH.glob("*.md"), *BENCH.glob("*.py")]
+
+
+def commands() -> dict[str, set[str]]:
+    """The options that the docs, and the scripts' own, give to each script of bench/."""
+    found: dict[str, set[str]] = {}
+    for page in PAGES:
+        for name, rest in re.findall(r"(?:\bbench/|`)(\w+)\.py\b([^`\n#|]*)", page.read_text()):
+            found.setdefault(name, set()).update(re.findall(r" (--[a-z-]+)", rest))
+    return found
+
+
+def helped(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a script says of its options."""
+    if name == "tiles":  # it sets a variable that Triton reads when it is imported
+        command = [sys.executable, str(BENCH / "tiles.py"), "--help"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with contextlib.suppress(SystemExit):
+        importlib.import_module(name).main()
+    return capsys.readouterr().out
+
+
+SCRIPTS = sorted(path.stem for path in BENCH.glob("*.py") if "\ndef main(" in path.read_text())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_has_the_options_that_the_docs_give_it(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = helped(name, monkeypatch, capsys)
+    assert "python bench/" in text
+    assert not {option for option in commands()[name] if option not in text}, "the docs give it others"
+
+
+def test_the_docs_name_no_script_that_is_not_there() -> None:
+    named = {script for page in PAGES for script in re.findall(r"\bbench/([\w/]+\.(?:py|sh))\b", page.read_text())}
+    assert not {script for script in named if not (BENCH / script).exists()} - {"NAME.py"}
+    assert len(SCRIPTS) > 8 and {f"{script}.py" for script in SCRIPTS} <= named
 
 
 def test_no_script_hides_a_package() -> None:
