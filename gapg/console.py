@@ -102,4 +102,5 @@ class _Warnings(logging.Handler):
         warn(record.getMessage())
 
 
-logging.getLogger("gapg").addHandler(_Warnings(logging.WARNING))
+for _package in ("gapg", "gapg_rollout", "gapg_kernels", "gapg_packing"):
+    logging.getLogger(_package).addHandler(_Warnings(logging.WARNING))

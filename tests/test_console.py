@@ -1,13 +1,15 @@
 """What is said on the console: brackets, control characters and colons are shown as they are, on any output."""
 
-import logging
 import unicodedata
+from types import ModuleType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import gapg.jsonl
 from gapg.console import Display, printable, say, say_once, warn
+from gapg_rollout.oracle import breaker, limits, openai
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,11 @@ def test_the_display_on_no_terminal_prints_its_last_step(capsys: pytest.CaptureF
     assert "quiet" not in capsys.readouterr().err
 
 
-def test_modules_that_know_no_console_warn_like_all_others(capsys: pytest.CaptureFixture[str]) -> None:
-    logging.getLogger("gapg.jsonl").warning("metrics.jsonl: line 3 left out \x1b[2J")
-    assert capsys.readouterr().err == "warning: metrics.jsonl: line 3 left out \\x1b[2J\n"
+@pytest.mark.parametrize("module", [gapg.jsonl, breaker, limits, openai])
+def test_modules_that_know_no_console_warn_like_all_others(
+    module: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the names that they log under; the words may be a server's."""
+    logger = getattr(module, "logger", None) or module._log
+    logger.warning("line 3 left out \x1b[2J")
+    assert capsys.readouterr().err == "warning: line 3 left out \\x1b[2J\n"
