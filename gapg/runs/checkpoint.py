@@ -163,7 +163,11 @@ def fault(path: Path, *, hashes: bool = True, **of: object) -> str | None:
     names = content["files"].keys()
     if not names >= NEEDED:
         return f"its {manifest.FILE} is of no checkpoint"
-    if later := {n for n in _names(path) - names if n.startswith("model/") and LOADED.fullmatch(Path(n).name)}:
+    try:
+        present = _names(path)
+    except OSError as error:  # the run that it belongs to may be deleting it just now
+        return f"{error.filename} cannot be read: {error.strerror}"
+    if later := {n for n in present - names if n.startswith("model/") and LOADED.fullmatch(Path(n).name)}:
         return f"{min(later)} was put there later"
     return manifest.fault(path, content, hashes=hashes)
 

@@ -1,10 +1,13 @@
 """Checkpoints appear whole or not at all, however the process dies, and hold every bit of the optimizer."""
 
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -177,6 +180,27 @@ def test_the_newest_is_by_number_and_partial_ones_do_not_count(tmp_path: Path) -
     (tmp_path / "step-1000").rename(partial_name(tmp_path / "step-1000"))
     (tmp_path / "step-2000.bak").mkdir()
     assert checkpoint.latest(tmp_path) == tmp_path / "step-100"
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_looked_at_is_none(tmp_path: Path) -> None:
+    """As by the run that it belongs to, while `gapg eval` looks for the newest."""
+    fake(tmp_path, 1, 2, 3)
+    whole, ended = (tmp_path / "step-3").rename(tmp_path / "whole"), threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            shutil.copytree(whole, tmp_path / "copy")
+            os.replace(tmp_path / "copy", tmp_path / "step-3")
+            shutil.rmtree(tmp_path / "step-3")
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(300):
+            assert checkpoint.steps(tmp_path) in ([1, 2], [1, 2, 3])
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_an_existing_step_is_kept(make_model: MakeModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
