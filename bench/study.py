@@ -10,6 +10,7 @@ Every key of the config is an option too: --optim.lr 1e-4. The same command goes
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,6 +91,8 @@ def run(argv: list[str]) -> None:
 
     if options.redraw:
         folder = options.output if "output" in given else COMMITTED
+        if not os.path.isdir(folder):
+            raise ConfigError(f"--output {folder}: no such folder; name one with the JSON files of studies")
         print(f"{folder}: {', '.join(redraw(STUDIES, folder))}")
         if folder == COMMITTED:
             draw_between(PAGE, MARKERS, overview(STUDIES, COMMITTED, SHOWN, LINK))

@@ -30,7 +30,7 @@ from gapg.reward import try_reward
 from gapg.runs import preset, stop
 from gapg.runs.outage import OracleDown, check_evaluation
 from gapg.runs.run import Run, build_run
-from gapg.runs.run_dir import open_folder
+from gapg.runs.run_dir import holds_run, open_folder
 from gapg.seeding import derive
 from gapg.threads import cores, set_threads
 from gapg.train import train
@@ -51,7 +51,7 @@ def quickstart(base: str, overrides: Mapping[str, str]) -> None:
 
     Raises ConfigError, OracleDown, Diverged, DiskFull, Stopped and WorkFailed (the twin's), each one line.
     """
-    resume = (load_config(base, overrides).output_dir / "config.yaml").exists()
+    resume = holds_run(load_config(base, overrides).output_dir)
     config = preset.resolve(base, overrides, resume=resume)
     if config.eval.heldout == 0:
         raise ConfigError("eval.heldout=0: the comparison needs held-out problems; raise it, or leave it empty for all")
@@ -147,7 +147,7 @@ def check_twin(twin: Process) -> None:
 
 def train_twin(config: RunConfig, warm: Path | None) -> None:
     try:
-        resume = (config.output_dir / "config.yaml").exists()
+        resume = holds_run(config.output_dir)
         with stop.listening(), open_folder(config, resume=resume), open_run(config, warm) as run:
             train(run, validate)
             assess_twin(run)

@@ -13,7 +13,7 @@ from gapg.config import RunConfig, load_config, load_tree
 from gapg.config_keys import flat
 from gapg.errors import ConfigError
 from gapg.files import write_whole
-from gapg.runs.run_dir import MAY_CHANGE
+from gapg.runs.run_dir import MAY_CHANGE, holds_run
 
 FILE = "preset.yaml"
 
@@ -27,7 +27,7 @@ def resolve(name: str, overrides: Mapping[str, str], *, resume: bool) -> RunConf
     """
     config = load_config(name, overrides)
     saved = config.output_dir / "config.yaml"
-    if not (resume and saved.exists()):
+    if not (resume and holds_run(config.output_dir)):
         return config
     return load_config(str(saved), _changes(name, saved) | dict(overrides))
 

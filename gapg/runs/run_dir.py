@@ -42,17 +42,17 @@ def open_folder(config: RunConfig, *, resume: bool) -> Iterator[None]:
     """
     stop.look()
     folder = config.output_dir
-    saved = folder / "config.yaml"
+    begun = holds_run(folder)
     # nobody knows what was trained in a folder with checkpoints and no config
-    if not saved.exists() and (found := run_identity.saved_steps(folder)):
+    if not begun and (found := run_identity.saved_steps(folder)):
         raise ConfigError(
             f"output_dir={folder}: holds {found[0].relative_to(folder)} and no config.yaml: put that back (each "
             "checkpoint's manifest.json has it, as `config`), or choose another --output-dir"
         )
-    if resume and not saved.exists():
+    if resume and not begun:
         raise ConfigError(f"output_dir={folder}: holds no run to go on with; drop --resume to begin one")
     with _lock(folder):
-        if not saved.exists():
+        if not holds_run(folder):
             (folder / run_identity.FILE).unlink(missing_ok=True)  # of a run that was killed while it began
         elif not resume:
             raise ConfigError(f"output_dir={folder}: holds a run; go on with --resume, or choose another --output-dir")
@@ -60,6 +60,14 @@ def open_folder(config: RunConfig, *, resume: bool) -> Iterator[None]:
             _check_same_settings(began, config)
         remove_partials(folder)
         yield
+
+
+def holds_run(folder: Path) -> bool:
+    """Raises ConfigError for a folder that the system does not look into: a name too long, somebody else's."""
+    try:
+        return (folder / "config.yaml").exists()
+    except OSError as error:
+        raise ConfigError(f"output_dir={folder}: {error.strerror}; choose a folder you can write to") from None
 
 
 def save_config(config: RunConfig) -> None:

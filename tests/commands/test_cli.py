@@ -78,6 +78,8 @@ def test_it_is_fast_and_quiet_in_a_process_of_its_own(tmp_path: Path) -> None:
         (["train", "quickstart", "--warm-start.demonstrations", "no.jsonl"], ["warm_start.demonstrations", "no.jsonl"]),
         (["train", "quickstart", "--token-cap", "20"], ["token_cap=20", "raise"]),
         (["train", "quickstart", "--output-dir", "/dev/null/x"], ["output_dir=/dev/null/x", "choose"]),
+        (["train", "quickstart", "--output-dir", "a" * 300], ["output_dir=", "File name too long", "choose"]),
+        (["train", "quickstart", "--resume", "--output-dir", "a" * 300], ["output_dir=", "too long", "choose"]),
         (["eval", "/no/such/run"], ["/no/such/run", "no such folder"]),
         (["config", "show", "quickstrat"], ["quickstrat", "presets"]),
     ],
