@@ -32,9 +32,9 @@ import heads_report
 import problems
 import record
 from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan, pitch
-from gapg_kernels.head import KERNEL_CAPABILITY
 from gapg_kernels.odds_gemm import TILES, fused_odds, tile_for
 from gapg_kernels.reference import RowOdds
+from gapg_kernels.routes import KERNEL_CAPABILITY
 from problems import Problem
 from record import Row
 from roofline_designs import Shape

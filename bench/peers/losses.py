@@ -163,12 +163,12 @@ def _fused(problem: Problem, trained: bool, *, summed: bool = False, **options: 
 
 def _without_the_fused_gemm(run: Callable[P, T]) -> Callable[P, T]:
     """The same with cuBLAS and one pass over the logits in the place of our GEMM, which only a card has."""
-    from gapg_kernels import head
+    from gapg_kernels import routes
 
     require_cuda("the control")
 
     def control(*args: P.args, **options: P.kwargs) -> T:
-        with mock.patch.object(head, "uses_kernel", lambda hidden: False):
+        with mock.patch.object(routes, "uses_kernel", lambda hidden: False):
             return run(*args, **options)
 
     return control

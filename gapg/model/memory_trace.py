@@ -31,7 +31,7 @@ from gapg.batches.batching import Example, PackedBatch, packed_batches
 from gapg.config import RunConfig
 from gapg.model import attention, lora
 from gapg.model.policy import response_loss
-from gapg_kernels import equal_lengths, flash, head, reference
+from gapg_kernels import equal_lengths, flash, reference, routes
 from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan
 from gapg_kernels.policy_loss import PolicyLossOptions
 
@@ -195,7 +195,7 @@ def _attention(
 
 def head_bytes(hidden: Tensor, weight: Tensor, device: torch.device, entropy: bool) -> int:
     """The most inside the fused loss, of so many rows or fewer: E, its scratch, and four factors [C, H] of a chunk."""
-    kernel = device.type == "cuda" and (not torch.cuda.is_available() or head.uses_kernel(hidden.to(device)))
+    kernel = device.type == "cuda" and (not torch.cuda.is_available() or routes.uses_kernel(hidden.to(device)))
     plan = ChunkPlan.of(hidden, weight, DEFAULT_WORKSPACE, kernel=kernel, entropy=entropy)
     rows = min(len(hidden), max(1, DEFAULT_WORKSPACE // (plan.stored + plan.scratch)))
     factors = rows * hidden.shape[1] * (3 * 4 + hidden.element_size())

@@ -62,6 +62,7 @@ def cublas_odds(
     temperature: float,
     store: Tensor | None,
     entropy: bool = False,
+    softcap: float | None = None,
 ) -> RowOdds:
     """One chunk's forward by cuBLAS and the pass; arguments and result as those of `reference.plain_odds`.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from gapg_kernels import head, reference
+from gapg_kernels import head, reference, routes
 from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan, pitch, sum_dtype
 from gapg_kernels.policy_loss import DEFAULTS, STATS, PolicyLossOptions, RowLosses, row_losses
 from gapg_kernels.reference import RowOdds
@@ -185,17 +185,17 @@ def _fused_op(
     hidden, weight, table = hidden.contiguous(), weight.contiguous(), rewards.to(hidden.device, non_blocking=True)
     rows = TokenRows(target, group, sample, coefficient, old_logprob, rollout_logprob, reference_logprob)
     rows = rows.to(hidden.device)
-    vocab, store, forward = weight.shape[0], any(needs), head.route(hidden)
+    vocab, store, forward = weight.shape[0], any(needs), routes.route(hidden)
     _, _, logprob, entropy = _row_outputs(hidden, with_entropy)
     gradients = head.HeadGradients(hidden, weight, bias, needs, main_grad)
-    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=head.uses_kernel(hidden), entropy=with_entropy)
+    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=routes.uses_kernel(hidden), entropy=with_entropy)
     chunks = list(plan.chunks(hidden.shape[0], kept=False, store=store))
     buffer = hidden.new_empty(chunks[0].stop if store and chunks else 0, pitch(vocab, hidden.dtype))[:, :vocab]
     losses = []
     with head.without_autocast(hidden.device):
         for at in chunks:
             part, e = rows.part(at), buffer[: at.stop - at.start] if store else None
-            odds = forward(hidden[at], weight, bias, part.target, temperature, e, with_entropy)
+            odds = forward(hidden[at], weight, bias, part.target, temperature, e, with_entropy, None)
             logprob[at] = odds.logprob
             if odds.entropy is not None:
                 entropy[at] = odds.entropy

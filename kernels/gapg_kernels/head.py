@@ -1,9 +1,9 @@
-"""What the two fused heads share: the inputs they accept, which forward a device gets, and the sums of gradients."""
+"""What the fused heads share: the inputs they accept, and the sums of their gradients."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,12 +12,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from gapg_kernels import reference
-from gapg_kernels.reference import RowOdds, RowScales
-
-KERNEL_CAPABILITY = (9, 0)
-"""The CUDA architecture the Triton kernels are compiled and checked for."""
-
-Route = Callable[[Tensor, Tensor, Tensor | None, Tensor, float, Tensor | None, bool], RowOdds]
+from gapg_kernels.reference import RowScales
 
 
 def check_inputs(
@@ -62,43 +57,9 @@ def refuse_sharded(caller: str, **inputs: Tensor | None) -> None:
             )
 
 
-def uses_kernel(hidden: Tensor) -> bool:
-    """Whether the Triton forward runs: bfloat16 on a CUDA device of compute capability 9.0, H a multiple of 16."""
-    return (
-        hidden.is_cuda
-        and hidden.dtype == torch.bfloat16
-        and hidden.shape[1] % 16 == 0
-        and torch.cuda.get_device_capability(hidden.device) == KERNEL_CAPABILITY
-    )
-
-
-def route(hidden: Tensor) -> Route:
-    """The forward for these hidden states. Triton is imported only where it runs."""
-    if uses_kernel(hidden):
-        from gapg_kernels.odds_gemm import fused_odds
-
-        return fused_odds
-    if hidden.is_cuda and hidden.dtype != torch.float64:
-        from gapg_kernels.cublas_odds import cublas_odds
-
-        return cublas_odds
-    return reference.plain_odds
-
-
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast would round the float32 products inside the heads to 16 bits. (The meta device knows no autocast.)"""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-
-
-def describe(device: torch.device | str) -> str:
-    """Which forward the fused heads take on this device, and why, in one line."""
-    device = torch.device(device)
-    if device.type != "cuda":
-        return f"plain PyTorch in odds form (the Triton kernels need CUDA; this is {device.type})"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) != KERNEL_CAPABILITY:
-        return f"cuBLAS and one Triton pass in odds form (the fused GEMM is for sm_90; this is sm_{major}{minor})"
-    return "Triton GEMM with odds epilogue (sm_90) for bfloat16; cuBLAS and one Triton pass for float32"
 
 
 class HeadGradients:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from gapg_kernels import head, reference
+from gapg_kernels import head, reference, routes
 from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan, pitch, sum_dtype
 from gapg_kernels.reference import RowScales
 
@@ -115,12 +115,12 @@ def _forward_op(
     rows, vocab = hidden.shape[0], weight.shape[0]
     hidden, weight = hidden.contiguous(), weight.contiguous()
     logprob, entropy, odds, unit, e = _forward_outputs(hidden, weight, keep, with_entropy)
-    forward = head.route(hidden)
-    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=head.uses_kernel(hidden), entropy=with_entropy)
+    forward = routes.route(hidden)
+    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=routes.uses_kernel(hidden), entropy=with_entropy)
     with head.without_autocast(hidden.device):
         for part in plan.chunks(rows, kept=keep, store=keep):
             store = e[part, :vocab] if keep else None
-            chunk = forward(hidden[part], weight, bias, target[part], temperature, store, with_entropy)
+            chunk = forward(hidden[part], weight, bias, target[part], temperature, store, with_entropy, None)
             logprob[part], odds[part], unit[part] = chunk.logprob, chunk.odds, chunk.unit
             if chunk.entropy is not None:
                 entropy[part] = chunk.entropy
@@ -163,15 +163,15 @@ def _backward_op(
     index, _ = reference.safe_targets(target, vocab)
     scales = reference.row_scales(grad.to(odds.dtype), odds, unit, target, temperature)
     gradients = head.HeadGradients(hidden, weight, bias, needs)
-    forward = head.route(hidden)
-    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=head.uses_kernel(hidden))
+    forward = routes.route(hidden)
+    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=routes.uses_kernel(hidden))
     with head.without_autocast(hidden.device):
         for part in plan.chunks(rows, kept=kept, store=True):
             if kept:
                 e_part = e[part, :vocab]
             else:
                 e_part = e.new_empty(part.stop - part.start, e.shape[1])[:, :vocab]
-                forward(hidden[part], weight, bias, target[part], temperature, e_part, False)
+                forward(hidden[part], weight, bias, target[part], temperature, e_part, False, None)
             gradients.add(part, e_part, index[part], RowScales(scales.spread[part], scales.pull[part]))
     return gradients.results()
 

@@ -157,6 +157,7 @@ def fused_odds(
     temperature: float,
     store: Tensor | None,
     entropy: bool = False,
+    softcap: float | None = None,
     tile: Tile | None = None,
 ) -> RowOdds:
     """One chunk's forward by the Triton kernels; arguments and result as those of `reference.plain_odds`.

@@ -40,13 +40,19 @@ ENTROPY_BLOCK = 1 << 22
 
 
 class RowOdds(NamedTuple):
-    """What one forward leaves per row, [C] float32 each: ``logprob``, ``odds`` (S), ``unit`` (exp(-b)) and, when
-    asked for, ``entropy`` in nats. Float64 inputs give float64."""
+    """What one forward leaves per row, [C] float32 each (float64 for float64 inputs)."""
 
     logprob: Tensor
     odds: Tensor
+    """S"""
     unit: Tensor
-    entropy: Tensor | None = None
+    """exp(-b)"""
+    entropy: Tensor | None
+    """nats, when asked for"""
+    logit: Tensor
+    """the target's logit, after the softcap and before the temperature; +inf: masked, NaN: target out of range"""
+    slope: Tensor | None
+    """with a softcap, its slope 1 - tanh^2 at the target"""
 
 
 def safe_targets(target: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
@@ -95,22 +101,29 @@ def plain_odds(
     temperature: float,
     store: Tensor | None,
     entropy: bool = False,
+    softcap: float | None = None,
 ) -> RowOdds:
     """One chunk's forward.
 
     Args:
         hidden: [C, H] bfloat16, float32 or float64.
         weight: [V, H], hidden's dtype.
-        bias: [V] or None.
+        bias: [V] or None. -inf takes a column out of E and S, with a softcap too.
         target: [C] int64.
         temperature: divides the logits.
-        store: [C, V] of hidden's dtype, any row pitch; receives E. None: forward only.
+        store: [C, V] of hidden's dtype, any row pitch; receives E, with a softcap times its slope. None: forward only.
         entropy: also return each row's entropy; here it is a sum of two terms of one sign, as good as the logits are
             wherever the target lies.
+        softcap: logits become ``softcap * tanh(logit / softcap)``, before the temperature.
     """
     index, valid = safe_targets(target, weight.shape[0])
     column = index[:, None]
-    x = scaled_logits(hidden, weight, bias, temperature, out=None if hidden.dtype == torch.bfloat16 else store)
+    out = None if hidden.dtype == torch.bfloat16 else store
+    x = scaled_logits(hidden, weight, bias, 1.0 if softcap else temperature, out=out)
+    slope = None
+    if softcap:
+        slope = softcap_(x, softcap)
+        x.mul_(1.0 / temperature)
     target_logit = guard_target_logits(x.gather(1, column)[:, 0], target, valid)
     largest = x.amax(1)
     gap = largest - target_logit
@@ -124,12 +137,28 @@ def plain_odds(
     factor = torch.where(far, 1.0, gap.exp() * UNIT)
     x.scatter_(1, column, 0.0)
     odds = torch.where(gap.isnan(), gap, x.sum(1) * factor)  # with V = 1 the column just zeroed was the only NaN
+    if store is not None and slope is not None:
+        x.mul_(slope)
     if store is not None and x.is_cuda:
         torch.mul(x, factor[:, None], out=store)
     elif store is not None:  # with a narrower `out` the CPU would hold the product a second time, in float32
         store.copy_(x.mul_(factor[:, None]))
-    h = None if moment is None else finish_entropy(moment, odds, unit, gap, target)
-    return RowOdds(finish_logprob(odds, unit, gap, target), odds, unit, h)
+    return RowOdds(
+        finish_logprob(odds, unit, gap, target),
+        odds,
+        unit,
+        None if moment is None else finish_entropy(moment, odds, unit, gap, target),
+        target_logit * temperature,
+        None if slope is None else slope.gather(1, column)[:, 0],
+    )
+
+
+def softcap_(x: Tensor, cap: float) -> Tensor:
+    """Replace logits ``x`` by ``cap * tanh(x / cap)`` and return the slope ``1 - tanh^2``, whose digits survive where
+    the cap saturates. A logit of -inf, a masked column, stays -inf and has slope 0."""
+    ratio = x / cap
+    torch.where(x == -torch.inf, x, ratio.tanh() * cap, out=x)
+    return ratio.cosh_().pow_(-2)
 
 
 def exp_moment_(x: Tensor) -> Tensor:

@@ -31,6 +31,16 @@ def odds_of(acc: tl.tensor, logit: tl.tensor, scale: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def capped(logit: tl.tensor, cap: tl.tensor) -> tl.tensor:
+    """``cap * tanh(logit / cap)`` and its slope ``1 - tanh^2``; by q = e^(-2 |logit| / cap), which keeps the slope's
+    digits where the cap saturates. A logit of -inf, a masked column, stays -inf and has slope 0."""
+    q = tl.exp2(tl.abs(logit) / cap * -2.8853900817779268)
+    r = 1.0 / (1.0 + q)
+    value = tl.where(logit < 0.0, -cap, cap) * (1.0 - q) * r
+    return tl.where(logit == float("-inf"), logit, value), 4.0 * q * r * r
+
+
+@triton.jit
 def moment_of(e: tl.tensor, d: tl.tensor) -> tl.tensor:
     """E d, summed for the entropy: 0 where E is 0, although d is -inf in masked rows."""
     return e * tl.maximum(d, -1000.0)
@@ -243,4 +253,4 @@ def finish_rows(
         hidden, weight, bias, target, logit, logprob, odds, unit, entropy, store, pitch, vocab, width,
         LOG2E / temperature, REPAIR_V, REPAIR_K,
     )  # fmt: skip
-    return RowOdds(logprob, odds, unit, entropy)
+    return RowOdds(logprob, odds, unit, entropy, logit, None)

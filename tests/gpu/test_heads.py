@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gapg_kernels import head, reference
+from gapg_kernels import reference, routes
 from gapg_kernels.chunks import pitch
 from gapg_kernels.fused_policy_loss import fused_policy_loss
 from gapg_kernels.linear_logprob import linear_logprob
@@ -175,7 +175,7 @@ def test_small_workspaces_give_the_same(name: str) -> None:
 @pytest.mark.parametrize("rows", [1, 100, 129, 256, 257])
 def test_a_rows_logprob_does_not_depend_on_its_batch(rows: int) -> None:
     x = on_device(inputs_at(2.0, rows=537, width=128, vocab=5003))
-    if not head.uses_kernel(x.hidden):
+    if not routes.uses_kernel(x.hidden):
         pytest.skip("the Triton forward is for compute capability 9.0")
     with torch.no_grad():
         everything = linear_logprob(x.hidden, x.weight, x.target)
@@ -196,12 +196,12 @@ def test_every_run_gives_the_same_bits(name: str, dtype: torch.dtype) -> None:
 
 def by_tile(x: Inputs, name: str, store: bool, entropy: bool = False) -> tuple[RowOdds, Tensor | None]:
     """The fused GEMM with this tile, and E with its padding, all of which holds 7 before the call; None: not stored."""
-    if not head.uses_kernel(x.hidden):
+    if not routes.uses_kernel(x.hidden):
         pytest.skip("the Triton forward is for compute capability 9.0")
     vocab = x.weight.shape[0]
     e = x.hidden.new_full((x.hidden.shape[0], pitch(vocab, x.hidden.dtype)), 7.0) if store else None
     view = None if e is None else e[:, :vocab]
-    return fused_odds(x.hidden, x.weight, x.bias, x.target, x.temperature, view, entropy, TILES[name]), e
+    return fused_odds(x.hidden, x.weight, x.bias, x.target, x.temperature, view, entropy, tile=TILES[name]), e
 
 
 @pytest.mark.parametrize("nats", ENTROPIES)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from gapg_kernels import cublas_odds, head, odds_gemm
+from gapg_kernels import cublas_odds, odds_gemm, routes
 from gapg_kernels.chunks import ChunkPlan, pitch
 from gapg_kernels.fused_policy_loss import _fused_op
 from gapg_kernels.linear_logprob import _backward_op, _forward_op
@@ -39,8 +39,8 @@ class Count(NamedTuple):
 def triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both CUDA routes: GEMM, then a pass over it; and the fused GEMM, on an H100's 132 processors."""
     kernel = request.param == "Triton"
-    monkeypatch.setattr(head, "uses_kernel", lambda hidden: kernel)
-    monkeypatch.setattr(head, "route", lambda hidden: odds_gemm.fused_odds if kernel else cublas_odds.cublas_odds)
+    monkeypatch.setattr(routes, "uses_kernel", lambda hidden: kernel)
+    monkeypatch.setattr(routes, "route", lambda hidden: odds_gemm.fused_odds if kernel else cublas_odds.cublas_odds)
     monkeypatch.setattr(odds_gemm, "_multiprocessors", lambda device: 132)
     return kernel
 

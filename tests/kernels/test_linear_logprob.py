@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gapg_kernels import reference
 from gapg_kernels.chunks import ChunkPlan
-from gapg_kernels.head import describe
 from gapg_kernels.linear_logprob import _forward_op, linear_logprob
+from gapg_kernels.routes import describe
 from tests.kernels.counting import beyond_torch_2_11
 from tests.kernels.float64_oracle import ENTROPIES, Inputs, Result, entropy, error, inputs_at, truth
 
@@ -311,7 +311,7 @@ def test_the_cuda_branches_run_on_the_meta_device(dtype: torch.dtype) -> None:
     hidden, weight = torch.empty(T, H, dtype=dtype, device="meta"), torch.empty(V, H, dtype=dtype, device="meta")
     bias, target = torch.empty(V, device="meta"), torch.empty(T, dtype=torch.long, device="meta")
     e = torch.empty(T, V + 24, dtype=dtype, device="meta")[:, :V]
-    logprob, odds, unit, _ = reference.plain_odds(hidden, weight, bias, target, 0.7, e)
+    logprob, odds, unit, *_ = reference.plain_odds(hidden, weight, bias, target, 0.7, e)
     scales = reference.row_scales(logprob, odds, unit, target, 0.7)
     index, _ = reference.safe_targets(target, V)
     assert reference.hidden_gradient(e, weight, index, scales, dtype).shape == (T, H)
