@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -27,7 +29,15 @@ class ChunkPlan(NamedTuple):
     workspace: int
 
     @staticmethod
-    def of(hidden: Tensor, weight: Tensor, workspace: int, *, kernel: bool, entropy: bool = False) -> ChunkPlan:
+    def of(
+        hidden: Tensor,
+        weight: Tensor,
+        workspace: int,
+        *,
+        kernel: bool,
+        entropy: bool = False,
+        softcap: float | None = None,
+    ) -> ChunkPlan:
         """For hidden [T, H] and weight [V, H], by the fused kernel or over a plain GEMM, within ``workspace`` bytes."""
         vocab = weight.shape[0]
         stored = pitch(vocab, hidden.dtype) * hidden.element_size()
@@ -36,7 +46,14 @@ class ChunkPlan(NamedTuple):
         else:
             scratch = 4 * vocab if hidden.dtype == torch.bfloat16 else 0  # float32 logits; wider types make E in place
             bare = max(scratch, stored)
+            if softcap:
+                slopes = sum_dtype(hidden.dtype).itemsize * vocab
+                scratch, bare = scratch + slopes, bare + slopes
         return ChunkPlan(vocab, stored, scratch, bare, workspace)
+
+    def with_copy(self) -> ChunkPlan:
+        """The same where a backward changes a copy of a chunk's E, as the gradient of the entropy does."""
+        return self._replace(scratch=max(self.scratch, self.stored))
 
     def fits(self, rows: int) -> bool:
         """Whether E for all rows fits, with room left to work on at least 256 of them at a time."""
@@ -48,22 +65,52 @@ class ChunkPlan(NamedTuple):
         if need > self.workspace:
             raise ValueError(f"{caller}: one row needs {need} bytes, workspace_bytes is {self.workspace}")
 
-    def chunks(self, rows: int, *, kept: bool, store: bool) -> Iterator[slice]:
+    def chunks(
+        self, rows: int, *, kept: bool, store: bool, cuts: Sequence[int] | None = None, caller: str = ""
+    ) -> Iterator[slice]:
         """Equal chunks, as few as the workspace allows: a short last chunk would waste the GEMMs' efficiency.
 
         Args:
             rows: T.
             kept: E of all rows stays in the workspace, so a chunk needs scratch only.
             store: a chunk's E is stored (forward only: it is not).
+            cuts: where chunks may end, ascending from 0 to T; None: anywhere.
+            caller: who is named where rows between two cuts do not fit. Raises ValueError then.
         """
         room = self.workspace - (rows * self.stored if kept else 0)
         each = self.scratch if kept else self.scratch + self.stored if store else self.bare
         most = max(1, room // each) if each else rows
+        if cuts is not None:
+            return self._between(cuts, most, each, caller)
         count = -(-rows // most) if rows else 0
         size = -(-rows // count) if count else 0
         if count > 1 and (rounded := -(-size // 256) * 256) <= most:
             size = rounded
         return (slice(at, min(at + size, rows)) for at in range(0, rows, max(size, 1)))
+
+    def _between(self, cuts: Sequence[int], most: int, each: int, caller: str) -> Iterator[slice]:
+        longest = max((b - a for a, b in pairwise(cuts)), default=0)
+        if longest > most:
+            raise ValueError(
+                f"{caller}: {longest} rows between two cuts need {longest * each} bytes, workspace_bytes is "
+                f"{self.workspace}; pass more, or cuts that are closer"
+            )
+        count = -(-cuts[-1] // most)
+        aim = -(-cuts[-1] // max(count, 1))  # equal chunks, and one that ends at the last cut before `most` where not
+        ends = _ends(cuts, max(aim, longest))
+        if len(ends) > count:
+            ends = min(ends, _ends(cuts, most), key=len)
+        return (slice(a, b) for a, b in pairwise([0, *ends]))
+
+
+def _ends(cuts: Sequence[int], most: int) -> list[int]:
+    """The last rows of chunks that are each as long as ``most`` rows allow."""
+    ends, start = list[int](), 0
+    for at, following in pairwise([*cuts, math.inf]):
+        if at > start and following - start > most:
+            ends.append(int(at))
+            start = int(at)
+    return ends
 
 
 def pitch(vocab: int, dtype: torch.dtype) -> int:

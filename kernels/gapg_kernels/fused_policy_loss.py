@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from gapg_kernels import head, reference, routes
-from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan, pitch, sum_dtype
+from gapg_kernels import head, reference
+from gapg_kernels.chunked_head import Chunk, ChunkedHead
+from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan, sum_dtype
 from gapg_kernels.policy_loss import DEFAULTS, STATS, PolicyLossOptions, RowLosses, row_losses
-from gapg_kernels.reference import RowOdds
 
 
 class FusedLoss(NamedTuple):
@@ -47,6 +47,7 @@ def fused_policy_loss(
     options: PolicyLossOptions = DEFAULTS,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     coefficient: Tensor | None = None,
     old_logprob: Tensor | None = None,
     rollout_logprob: Tensor | None = None,
@@ -73,6 +74,7 @@ def fused_policy_loss(
         options: see `PolicyLossOptions`.
         bias: [V] in hidden's dtype or float32.
         temperature: divides the logits.
+        softcap: logits become ``softcap * tanh(logit / softcap)`` before the temperature; None: no.
         coefficient: [T] multiplies a row's loss and gradient.
         old_logprob, rollout_logprob, reference_logprob: [T], as `options` asks for them.
         with_entropy: also give each row's entropy, through which no gradient flows.
@@ -87,7 +89,8 @@ def fused_policy_loss(
         TypeError, ValueError: as `linear_logprob` and `policy_loss`, and for a main_grad of another shape or dtype.
             No argument may be a DTensor.
     """
-    head.check_inputs("fused_policy_loss", hidden, weight, target, bias, temperature)
+    hidden = head.follow_autocast(hidden)
+    head.check_inputs("fused_policy_loss", hidden, weight, target, bias, temperature, softcap)
     head.refuse_sharded(
         "fused_policy_loss", rewards=rewards, group=group, sample=sample, coefficient=coefficient,
         old_logprob=old_logprob, rollout_logprob=rollout_logprob, reference_logprob=reference_logprob,
@@ -95,7 +98,7 @@ def fused_policy_loss(
     )  # fmt: skip
     rows = (coefficient, old_logprob, rollout_logprob, reference_logprob)
     _check_rows(hidden.shape[0], rewards, group, sample, rows)
-    _check_main_grad(main_grad, weight)
+    head.check_main_grad("fused_policy_loss", main_grad, weight)
     if target_term not in ("exact", "patched"):
         raise ValueError(f"fused_policy_loss: target_term must be 'exact' or 'patched', not {target_term!r}")
     grad = torch.is_grad_enabled()
@@ -104,9 +107,9 @@ def fused_policy_loss(
         grad and (weight.requires_grad or main_grad is not None),
         grad and bias is not None and bias.requires_grad,
     ]
-    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=False, entropy=with_entropy)
+    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=False, entropy=with_entropy, softcap=softcap)
     plan.require_one_row("fused_policy_loss", grad=any(needs))
-    scalars = (float(temperature), float(denominator), workspace_bytes)
+    scalars = (float(temperature), softcap, float(denominator), workspace_bytes)
     loss, stats, logprob, entropy = _Fused.apply(
         hidden, weight, bias, target.long(), rewards, group, sample, rows, main_grad, options, scalars, needs,
         with_entropy, target_term == "patched",
@@ -124,17 +127,6 @@ def _check_rows(count: int, rewards: Tensor, group: Tensor, sample: Tensor, rows
         raise ValueError("fused_policy_loss: rewards, group and sample must be on one device")
 
 
-def _check_main_grad(main_grad: Tensor | None, weight: Tensor) -> None:
-    if main_grad is None:
-        return
-    dtype = sum_dtype(weight.dtype)
-    if main_grad.shape != weight.shape or main_grad.dtype != dtype or not main_grad.is_contiguous():
-        raise ValueError(
-            f"fused_policy_loss: main_grad {tuple(main_grad.shape)} {main_grad.dtype} must be contiguous "
-            f"{tuple(weight.shape)} {dtype}"
-        )
-
-
 class _Fused(torch.autograd.Function):
     """Hands out the gradients that the operator computed; an operator that writes to main_grad cannot do it itself."""
 
@@ -142,7 +134,7 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rewards: Tensor, group: Tensor,
         sample: Tensor, rows: tuple[Tensor | None, ...], main_grad: Tensor | None, options: PolicyLossOptions,
-        scalars: tuple[float, float, int], needs: list[bool], with_entropy: bool, patched: bool,
+        scalars: tuple[float, float | None, float, int], needs: list[bool], with_entropy: bool, patched: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         low, high = options.clip or (None, None)
         loss, stats, logprob, entropy, *gradients = _fused_op(
@@ -173,7 +165,8 @@ def _fused_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rewards: Tensor, group: Tensor,
     sample: Tensor, coefficient: Tensor | None, old_logprob: Tensor | None, rollout_logprob: Tensor | None,
     reference_logprob: Tensor | None, main_grad: Tensor | None, advantage: str, clip_low: float | None,
-    clip_high: float | None, tis_cap: float | None, kl: str, kl_coef: float, temperature: float, denominator: float,
+    clip_high: float | None, tis_cap: float | None, kl: str, kl_coef: float, temperature: float,
+    softcap: float | None, denominator: float,
     workspace_bytes: int, needs: Sequence[bool], with_entropy: bool, patched: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns (loss, stats, logprob [T], entropy [T] or [0], dH, dW, dbias); gradients not in ``needs`` are empty.
@@ -182,36 +175,31 @@ def _fused_op(
     """
     clip = None if clip_low is None or clip_high is None else (clip_low, clip_high)
     options = PolicyLossOptions(advantage, clip, tis_cap, kl, kl_coef)  # type: ignore[arg-type]
-    hidden, weight, table = hidden.contiguous(), weight.contiguous(), rewards.to(hidden.device, non_blocking=True)
+    table = rewards.to(hidden.device, non_blocking=True)
     rows = TokenRows(target, group, sample, coefficient, old_logprob, rollout_logprob, reference_logprob)
     rows = rows.to(hidden.device)
-    vocab, store, forward = weight.shape[0], any(needs), routes.route(hidden)
     _, _, logprob, entropy = _row_outputs(hidden, with_entropy)
-    gradients = head.HeadGradients(hidden, weight, bias, needs, main_grad)
-    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=routes.uses_kernel(hidden), entropy=with_entropy)
-    chunks = list(plan.chunks(hidden.shape[0], kept=False, store=store))
-    buffer = hidden.new_empty(chunks[0].stop if store and chunks else 0, pitch(vocab, hidden.dtype))[:, :vocab]
+    grad_hidden, _, _ = head.empty_gradients(hidden, weight, bias, [needs[0], False, False])
+    chunked = ChunkedHead(
+        weight, bias=bias, temperature=temperature, softcap=softcap, entropy=with_entropy, needs=needs,
+        main_grad=main_grad, patch_target=patched, workspace_bytes=workspace_bytes,
+    )  # fmt: skip
     losses = []
-    with head.without_autocast(hidden.device):
-        for at in chunks:
-            part, e = rows.part(at), buffer[: at.stop - at.start] if store else None
-            odds = forward(hidden[at], weight, bias, part.target, temperature, e, with_entropy, None)
-            logprob[at] = odds.logprob
-            if odds.entropy is not None:
-                entropy[at] = odds.entropy
-            losses.append(part.losses(odds, table, denominator, options))
-            if e is None:
-                continue
-            index, _ = reference.safe_targets(part.target, vocab)
-            scales = reference.row_scales(losses[-1].grad, odds.odds, odds.unit, part.target, temperature)
-            if patched:  # the target goes into E and leaves no pull
-                reference.patch_target(e, index, odds.odds)
-                scales = scales._replace(pull=torch.zeros_like(scales.pull))
-            gradients.add(at, e, index, scales)
+    for at in chunked.chunks(hidden):
+        part = rows.part(at)
+        chunk = chunked.forward_chunk(hidden[at], part.target)
+        logprob[at] = chunk.logprob
+        if chunk.entropy is not None:
+            entropy[at] = chunk.entropy
+        losses.append(part.losses(chunk, table, denominator, options))
+        if any(needs):
+            by_hidden = chunked.backward_chunk(chunk, losses[-1].grad)
+            if by_hidden is not None:
+                grad_hidden[at] = by_hidden
     if not losses:
         losses.append(row_losses(logprob, table, rows.group, rows.sample, denominator=denominator))
     loss = torch.cat([chunk.loss for chunk in losses]).sum()
-    return loss, _merged([chunk.stats for chunk in losses]), logprob, entropy, *gradients.results()
+    return loss, _merged([chunk.stats for chunk in losses]), logprob, entropy, grad_hidden, *chunked.sums.results()
 
 
 class TokenRows(NamedTuple):
@@ -232,11 +220,11 @@ class TokenRows(NamedTuple):
         """On one device, without waiting for it."""
         return TokenRows(*(None if x is None else x.to(device, non_blocking=True) for x in self))  # type: ignore[arg-type]
 
-    def losses(self, odds: RowOdds, rewards: Tensor, denominator: float, options: PolicyLossOptions) -> RowLosses:
+    def losses(self, chunk: Chunk, rewards: Tensor, denominator: float, options: PolicyLossOptions) -> RowLosses:
         rows: dict[str, Any] = self._asdict()
         mask = rows.pop("target") != reference.IGNORE
         return row_losses(
-            odds.logprob, rewards, denominator=denominator, options=options, mask=mask, entropy=odds.entropy, **rows
+            chunk.logprob, rewards, denominator=denominator, options=options, mask=mask, entropy=chunk.entropy, **rows
         )
 
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from gapg_kernels import head, reference, routes
 from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan, pitch, sum_dtype
-from gapg_kernels.reference import RowScales
+from gapg_kernels.reference import RowOdds
 
 
 @overload
@@ -31,6 +31,7 @@ def linear_logprob(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     return_entropy: Literal[False] = False,
     workspace_bytes: int = DEFAULT_WORKSPACE,
 ) -> Tensor: ...
@@ -44,6 +45,7 @@ def linear_logprob(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     return_entropy: Literal[True],
     workspace_bytes: int = DEFAULT_WORKSPACE,
 ) -> tuple[Tensor, Tensor]: ...
@@ -56,6 +58,7 @@ def linear_logprob(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     return_entropy: bool = False,
     workspace_bytes: int = DEFAULT_WORKSPACE,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -73,6 +76,7 @@ def linear_logprob(
             [0, V) gives NaN, in the log-prob and in the gradients it takes part in.
         bias: [V] in hidden's dtype or float32, or None.
         temperature: divides the logits; positive.
+        softcap: logits become ``softcap * tanh(logit / softcap)`` before the temperature; None: no.
         return_entropy: also give the entropy of every row's distribution over the vocabulary.
         workspace_bytes: limit for E and the scratch of a chunk. Inputs, gradients and the float32 sum of dW are not
             counted, nor float32 copies of bfloat16 factors on a CPU, which has no 16-bit GEMM with a wide result.
@@ -85,17 +89,18 @@ def linear_logprob(
         TypeError: float16 or mixed dtypes; non-integer targets; a DTensor.
         ValueError: shapes that do not agree; a temperature that is not positive; a workspace under one row.
     """
-    head.check_inputs("linear_logprob", hidden, weight, target, bias, temperature)
+    hidden = head.follow_autocast(hidden)
+    head.check_inputs("linear_logprob", hidden, weight, target, bias, temperature, softcap)
     grad = torch.is_grad_enabled() and (
         hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     # The larger need: whether E is kept then never depends on the device, and a compiler can trace it.
-    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=False, entropy=return_entropy)
+    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=False, entropy=return_entropy, softcap=softcap)
     plan.require_one_row("linear_logprob", grad=grad)
-    keep = grad and plan.fits(hidden.shape[0])
+    keep = grad and (plan.with_copy() if return_entropy else plan).fits(hidden.shape[0])
     logprob: Tensor
     logprob, entropy, *_ = _forward_op(
-        hidden, weight, target.long(), bias, float(temperature), workspace_bytes, keep, return_entropy
+        hidden, weight, target.long(), bias, float(temperature), softcap, workspace_bytes, keep, return_entropy
     )
     return (logprob, entropy) if return_entropy else logprob
 
@@ -107,96 +112,126 @@ def _forward_op(
     target: Tensor,
     bias: Tensor | None,
     temperature: float,
+    softcap: float | None,
     workspace_bytes: int,
     keep: bool,
     with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns (logprob [T], entropy [T] or [0], S [T], exp(-b) [T], E [T, pitch] when kept, else [0, pitch])."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns (logprob [T], entropy [T] or [0], S [T], exp(-b) [T], softcap's slope [T] or [0], E [T, pitch] when kept,
+    else [0, pitch])."""
     rows, vocab = hidden.shape[0], weight.shape[0]
-    hidden, weight = hidden.contiguous(), weight.contiguous()
-    logprob, entropy, odds, unit, e = _forward_outputs(hidden, weight, keep, with_entropy)
-    forward = routes.route(hidden)
-    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=routes.uses_kernel(hidden), entropy=with_entropy)
+    outputs = _forward_outputs(hidden, weight, softcap, keep, with_entropy)
+    logprob, entropy, odds, unit, slope, e = outputs
+    hidden, weight = hidden.contiguous(), weight.to(hidden.dtype).contiguous()
+    forward, kernel = routes.route(hidden), routes.uses_kernel(hidden)
+    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=kernel, entropy=with_entropy, softcap=softcap)
     with head.without_autocast(hidden.device):
         for part in plan.chunks(rows, kept=keep, store=keep):
             store = e[part, :vocab] if keep else None
-            chunk = forward(hidden[part], weight, bias, target[part], temperature, store, with_entropy, None)
+            chunk = forward(hidden[part], weight, bias, target[part], temperature, store, with_entropy, softcap)
             logprob[part], odds[part], unit[part] = chunk.logprob, chunk.odds, chunk.unit
             if chunk.entropy is not None:
                 entropy[part] = chunk.entropy
-    return logprob, entropy, odds, unit, e
+            if chunk.slope is not None:
+                slope[part] = chunk.slope
+    return outputs
 
 
 @_forward_op.register_fake
-def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *_, keep, with_entropy = rest
-    return _forward_outputs(hidden, weight, keep, with_entropy)
+def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _, _, _, softcap, _, keep, with_entropy = rest
+    return _forward_outputs(hidden, weight, softcap, keep, with_entropy)
 
 
 def _forward_outputs(
-    hidden: Tensor, weight: Tensor, keep: bool, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, softcap: float | None, keep: bool, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, wide = hidden.shape[0], sum_dtype(hidden.dtype)
     logprob, odds, unit = (hidden.new_empty(rows, dtype=wide) for _ in range(3))
-    entropy = hidden.new_empty(rows if with_entropy else 0, dtype=wide)
-    return logprob, entropy, odds, unit, hidden.new_empty(rows if keep else 0, pitch(weight.shape[0], hidden.dtype))
+    entropy, slope = (hidden.new_empty(rows if there else 0, dtype=wide) for there in (with_entropy, softcap))
+    e = hidden.new_empty(rows if keep else 0, pitch(weight.shape[0], hidden.dtype))
+    return logprob, entropy, odds, unit, slope, e
 
 
 @torch.library.custom_op("gapg::linear_logprob_backward", mutates_args=())
 def _backward_op(
     grad: Tensor,
+    grad_entropy: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    logprob: Tensor,
+    entropy: Tensor,
     odds: Tensor,
     unit: Tensor,
+    slope: Tensor,
     e: Tensor,
     temperature: float,
+    softcap: float | None,
     workspace_bytes: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (dH, dW, dbias); those not in ``needs`` are empty. ``e`` with no rows is recomputed, chunk by chunk."""
     (rows, _), vocab = hidden.shape, weight.shape[0]
     kept = e.shape[0] == rows
-    hidden, weight = hidden.contiguous(), weight.contiguous()
+    grad_hidden, _, _ = head.empty_gradients(hidden, weight, bias, [needs[0], False, False])
+    gradients = head.HeadGradients(weight, bias, needs)
+    hidden, weight = hidden.contiguous(), weight.to(hidden.dtype).contiguous()
     index, _ = reference.safe_targets(target, vocab)
-    scales = reference.row_scales(grad.to(odds.dtype), odds, unit, target, temperature)
-    gradients = head.HeadGradients(hidden, weight, bias, needs)
-    forward = routes.route(hidden)
-    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=routes.uses_kernel(hidden))
+    forward, kernel = routes.route(hidden), routes.uses_kernel(hidden)
+    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=kernel, softcap=softcap)
+    if kept and grad_entropy is not None:
+        plan = plan.with_copy()
     with head.without_autocast(hidden.device):
         for part in plan.chunks(rows, kept=kept, store=True):
-            if kept:
-                e_part = e[part, :vocab]
+            e_part = e[part, :vocab] if kept else e.new_empty(part.stop - part.start, e.shape[1])[:, :vocab]
+            if not kept:
+                forward(hidden[part], weight, bias, target[part], temperature, e_part, False, softcap)
+            known = odds[part], unit[part], target[part], temperature
+            if grad_entropy is None:
+                scales = reference.row_scales(grad[part], *known, slope[part] if softcap else None)
             else:
-                e_part = e.new_empty(part.stop - part.start, e.shape[1])[:, :vocab]
-                forward(hidden[part], weight, bias, target[part], temperature, e_part, False, None)
-            gradients.add(part, e_part, index[part], RowScales(scales.spread[part], scales.pull[part]))
-    return gradients.results()
+                row = RowOdds(logprob[part], odds[part], unit[part], entropy[part], logprob[part], None)
+                out = e.new_empty(e_part.shape[0], e.shape[1])[:, :vocab] if kept else e_part
+                scales = reference.entropy_scales(
+                    e_part, grad[part], grad_entropy[part], row, target[part], temperature, out
+                )
+                e_part = out
+            by_hidden = gradients.add(hidden[part], weight, e_part, index[part], scales)
+            if by_hidden is not None:
+                grad_hidden[part] = by_hidden
+    return grad_hidden, *gradients.results()
 
 
 @_backward_op.register_fake
-def _(grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-    return head.empty_gradients(hidden, weight, bias, needs=rest[-1])
+def _(*args: Any) -> Any:
+    call = head.by_name(torch.ops.gapg.linear_logprob_backward.default, args)
+    return head.empty_gradients(call["hidden"], call["weight"], call["bias"], call["needs"])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> None:
-    hidden, weight, target, bias, ctx.temperature, ctx.workspace_bytes, *_ = inputs
-    _, entropy, odds, unit, e = output
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, target, bias, ctx.temperature, ctx.softcap, ctx.workspace_bytes, *_ = inputs
     ctx.set_materialize_grads(False)  # a gradient for E would be a [T, V] of zeros
-    ctx.mark_non_differentiable(entropy, odds, unit, e)
-    ctx.save_for_backward(hidden, weight, target, bias, odds, unit, e)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(hidden, weight, target, bias, *output)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None and grad_entropy is None:
+        return (None,) * 9
+    hidden, weight, target, bias, *outputs = ctx.saved_tensors
+    if grad_entropy is not None and ctx.softcap:
+        raise RuntimeError("linear_logprob: with a softcap the entropy has no gradient; use entropy.detach()")
     if grad is None:
-        return (None,) * 8
-    hidden, weight, target, bias, odds, unit, e = ctx.saved_tensors
+        grad = torch.zeros_like(outputs[0])
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
-    grads = _backward_op(grad, hidden, weight, target, bias, odds, unit, e, ctx.temperature, ctx.workspace_bytes, needs)
+    grads = _backward_op(
+        grad, grad_entropy, hidden, weight, target, bias, *outputs, ctx.temperature, ctx.softcap, ctx.workspace_bytes,
+        needs,
+    )  # fmt: skip
     grad_hidden, grad_weight, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return grad_hidden, grad_weight, None, grad_bias, None, None, None, None
+    return grad_hidden, grad_weight, None, grad_bias, *(None,) * 5
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

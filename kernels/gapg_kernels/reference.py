@@ -12,6 +12,8 @@ and with ``c = d loss / d logp`` the gradient needs row scales only, never anoth
     dH = -a * (E @ W) + t * W[y]        dW = -E^T @ (a * h), plus t * h at row y        dbias = -E^T a, plus t at y
 
 A row whose target lies so far below the rest that ``E`` would leave the range takes ``b = max_j l_j - l_y`` instead.
+With logits ``cap tanh(u / cap)`` the gradient by u_j has the slope ``g_j = 1 - tanh^2`` for a factor. It goes into the
+stored E, while S sums E without it: then dH = -a * ((E g) @ W) + t g_y * W[y], still with row scales only.
 The entropy of the row's distribution needs one more sum, ``Q = sum_j E_j (l_j - l_y)``, and is ``-logp - Q / tot``.
 The derivation is written out in docs/kernels.md; the losses built on it are those of arXiv 2509.24050.
 
@@ -154,11 +156,14 @@ def plain_odds(
 
 
 def softcap_(x: Tensor, cap: float) -> Tensor:
-    """Replace logits ``x`` by ``cap * tanh(x / cap)`` and return the slope ``1 - tanh^2``, whose digits survive where
-    the cap saturates. A logit of -inf, a masked column, stays -inf and has slope 0."""
-    ratio = x / cap
-    torch.where(x == -torch.inf, x, ratio.tanh() * cap, out=x)
-    return ratio.cosh_().pow_(-2)
+    """Replace logits ``x`` [C, V] by ``cap * tanh(x / cap)`` and return the slope ``1 - tanh^2``, whose digits survive
+    where the cap saturates. A logit of -inf, a masked column, stays -inf and has slope 0."""
+    slope, rows = torch.empty_like(x), max(1, ENTROPY_BLOCK // x.shape[1])
+    for part, out in zip(x.split(rows), slope.split(rows), strict=True):
+        ratio = part / cap
+        torch.cosh(ratio, out=out).pow_(-2)
+        torch.where(part == -torch.inf, part, ratio.tanh_().mul_(cap), out=part)
+    return slope
 
 
 def exp_moment_(x: Tensor) -> Tensor:
@@ -195,20 +200,107 @@ class RowScales(NamedTuple):
     pull: Tensor
 
 
-def row_scales(grad: Tensor, odds: Tensor, unit: Tensor, target: Tensor, temperature: float) -> RowScales:
-    """The factors -a and t from ``grad`` = d loss / d logp [C]; masked rows get 0 whatever their gradient."""
-    c = torch.where(target == IGNORE, 0.0, grad) * (1.0 / temperature)
-    spread = c / (odds + unit)
-    return RowScales(-spread, spread * odds)
+class RankOne(NamedTuple):
+    """What the log-odds of masked columns add to the backward: ``columns`` [K] and ``coefficient`` [C, K], d loss by
+    their logits."""
+
+    columns: Tensor
+    coefficient: Tensor
 
 
-def hidden_gradient(e: Tensor, weight: Tensor, index: Tensor, scales: RowScales, dtype: torch.dtype) -> Tensor:
+def row_scales(
+    grad: Tensor,
+    odds: Tensor,
+    unit: Tensor,
+    target: Tensor,
+    temperature: float,
+    slope: Tensor | None = None,
+    others: Tensor | None = None,
+) -> RowScales:
+    """The factors -a and t from ``grad`` = d loss / d logp [C]; masked rows get 0 whatever their gradient.
+
+    Args:
+        grad: [C].
+        odds, unit, slope: of the row's `RowOdds`.
+        target: [C].
+        temperature: divides the logits.
+        others: [C], the sum of d loss / d log-odds over the masked columns: log-odds fall with the log-sum-exp of the
+            other columns, and with nothing else of them.
+    """
+    masked, scale = target == IGNORE, 1.0 / temperature
+    c = torch.where(masked, 0.0, grad) * scale
+    if others is None:
+        spread = c / (odds + unit)
+        pull = spread * odds
+    else:
+        k = torch.where(masked, 0.0, others) * scale
+        spread = (c + k) / (odds + unit)
+        pull = (c * odds - k * unit) / (odds + unit)
+    return RowScales(-spread, pull if slope is None else pull * slope)
+
+
+def entropy_scales(
+    e: Tensor,
+    grad: Tensor,
+    grad_entropy: Tensor,
+    rows: RowOdds,
+    target: Tensor,
+    temperature: float,
+    out: Tensor,
+    others: Tensor | None = None,
+) -> RowScales:
+    """Row factors where the loss has a gradient by the entropy too; writes to ``out`` what they are factors of.
+
+    With k = d loss / d entropy a logit's gradient is ``-p_j (c + k (log p_j + H))``, which is no factor of E that a row
+    shares: so E becomes ``E_j (c + k (log p_j + H)) / tot``, one pass over the chunk, rounded like E.
+
+    Args:
+        e: [C, V], E without a softcap's slope.
+        grad, grad_entropy: [C], d loss / d logp and d loss / d entropy.
+        rows: with the entropy.
+        target: [C].
+        temperature: divides the logits.
+        out: [C, V] of E's dtype; may be ``e``.
+        others: as in `row_scales`.
+    """
+    assert rows.entropy is not None
+    given = (grad, grad_entropy, torch.zeros_like(grad) if others is None else others)
+    c, k, by_lse = (torch.where(target == IGNORE, 0.0, x) * (1.0 / temperature) for x in given)
+    total, pull = rows.odds + rows.unit, c * rows.odds - (by_lse + k * (rows.logprob + rows.entropy)) * rows.unit
+    c = c + by_lse
+    if e.is_cuda:
+        from gapg_kernels.entropy_gradient import spread_entropy  # triton is imported only where it runs
+
+        spread_entropy(e, c, k, total, rows.entropy, out)
+    else:
+        plain_spread_entropy(e, c, k, total, rows.entropy, out)
+    return RowScales(torch.full_like(pull, -1.0), pull / total)
+
+
+def plain_spread_entropy(e: Tensor, c: Tensor, k: Tensor, total: Tensor, entropy: Tensor, out: Tensor) -> None:
+    """``out_j = E_j (c + k (log(E_j / tot) + H)) / tot``, 0 where E is 0. e, out: [C, V]; the others [C]."""
+    size = max(1, ENTROPY_BLOCK // e.shape[1])
+    columns = (x[:, None].split(size) for x in (c, k, total, entropy))
+    for part, to, c_, k_, total_, entropy_ in zip(e.split(size), out.split(size), *columns, strict=True):
+        p = part.to(total.dtype) / total_
+        weight = p.log().clamp_min_(-1e3).add_(entropy_).mul_(k_).add_(c_)
+        to.copy_(p.mul_(weight))
+
+
+def hidden_gradient(
+    e: Tensor, weight: Tensor, index: Tensor, scales: RowScales, dtype: torch.dtype, extra: RankOne | None = None
+) -> Tensor:
     """dH [C, H] of one chunk, summed in a wide type and rounded once to ``dtype``; ``e`` is [C, V]."""
     grad = matmul_wide(e, weight).mul_(scales.spread[:, None])
-    return grad.addcmul_(weight.index_select(0, index).to(grad.dtype), scales.pull[:, None]).to(dtype)
+    grad.addcmul_(weight.index_select(0, index).to(grad.dtype), scales.pull[:, None])
+    if extra is not None:
+        grad.addmm_(extra.coefficient, weight.index_select(0, extra.columns).to(grad.dtype))
+    return grad.to(dtype)
 
 
-def add_weight_gradient(total: Tensor | None, e: Tensor, hidden: Tensor, index: Tensor, scales: RowScales) -> Tensor:
+def add_weight_gradient(
+    total: Tensor | None, e: Tensor, hidden: Tensor, index: Tensor, scales: RowScales, extra: RankOne | None = None
+) -> Tensor:
     """Add one chunk to dW [V, H] float32 or float64 (``total``; None starts it) and return it."""
     scaled = (hidden * scales.spread[:, None]).to(hidden.dtype)
     if total is None:
@@ -217,17 +309,24 @@ def add_weight_gradient(total: Tensor | None, e: Tensor, hidden: Tensor, index: 
         total.addmm_(e.t().to(total.dtype), scaled.to(total.dtype))
     else:
         torch.ops.aten.addmm.dtype_out(total, e.t(), scaled, torch.float32, out=total)
+    if extra is not None:
+        add_rows(total, extra.columns, extra.coefficient.t() @ hidden.to(total.dtype))
     return add_rows(total, index, hidden * scales.pull[:, None])
 
 
-def add_bias_gradient(total: Tensor | None, e: Tensor, index: Tensor, scales: RowScales) -> Tensor:
+def add_bias_gradient(
+    total: Tensor | None, e: Tensor, index: Tensor, scales: RowScales, extra: RankOne | None = None
+) -> Tensor:
     """Add one chunk to dbias [V] float32 or float64 (``total``; None starts it) and return it."""
     spread = matmul_wide(e.t(), scales.spread[:, None].to(e.dtype))[:, 0]
-    return add_rows(spread if total is None else total.add_(spread), index, scales.pull)
+    total = spread if total is None else total.add_(spread)
+    if extra is not None:
+        add_rows(total, extra.columns, extra.coefficient.sum(0))
+    return add_rows(total, index, scales.pull)
 
 
 def patch_target(e: Tensor, index: Tensor, odds: Tensor) -> None:
-    """Write ``E[i, y_i] = -S_i`` into a stored chunk [C, V], for targets ``index`` [C] in range.
+    """Write ``E[i, y_i] = -S_i`` into a stored chunk [C, V], for targets ``index`` [C] in range; no softcap.
 
     Then -a * (E @ W) and -E^T @ (a * h) hold the target's term as well, and the backward is called with ``pull`` = 0:
     -a * -S = t. It saves the row gather and the ordered sum and rounds the term to E's dtype: in bfloat16 at high
