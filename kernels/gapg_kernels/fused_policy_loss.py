@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gapg_kernels import head, reference
-from gapg_kernels.chunked_head import Chunk, ChunkedHead
+from gapg_kernels.chunked_head import ChunkedHead
 from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan, sum_dtype
-from gapg_kernels.policy_loss import DEFAULTS, STATS, PolicyLossOptions, RowLosses, row_losses
+from gapg_kernels.policy_loss import DEFAULTS, STATS, PolicyLossOptions, RowLosses, check_source, row_losses
+from gapg_kernels.policy_loss_reference import look_up
 
 
 class FusedLoss(NamedTuple):
@@ -39,12 +40,13 @@ def fused_policy_loss(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
-    rewards: Tensor,
-    group: Tensor,
-    sample: Tensor,
+    rewards: Tensor | None = None,
+    group: Tensor | None = None,
+    sample: Tensor | None = None,
     *,
     denominator: float,
     options: PolicyLossOptions = DEFAULTS,
+    advantage: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -69,6 +71,8 @@ def fused_policy_loss(
         rewards: [P, G] floats, the whole table, also of responses without rows here. NaN: no such sample.
         group, sample: [T] integers into the table, on its device: the CPU, or hidden's. A row of zero advantage goes
             through the GEMMs too: `gapg_kernels.policy_loss.rows_with_advantage` names the rows to pass on.
+        advantage: instead of rewards, advantages of one's own: [T], a token each, on hidden's device; or a table [P, G]
+            of the responses', with group and sample.
         denominator: what the sum over rows is divided by: |D| * G sequences for the sequence sum (with the defaults
             that is the paper's estimator), or the batch's number of response tokens for the token mean.
         options: see `PolicyLossOptions`.
@@ -92,12 +96,21 @@ def fused_policy_loss(
     hidden = head.follow_autocast(hidden)
     head.check_inputs("fused_policy_loss", hidden, weight, target, bias, temperature, softcap)
     head.refuse_sharded(
-        "fused_policy_loss", rewards=rewards, group=group, sample=sample, coefficient=coefficient,
+        "fused_policy_loss", rewards=rewards, group=group, sample=sample, advantage=advantage, coefficient=coefficient,
         old_logprob=old_logprob, rollout_logprob=rollout_logprob, reference_logprob=reference_logprob,
         main_grad=main_grad,
     )  # fmt: skip
-    rows = (coefficient, old_logprob, rollout_logprob, reference_logprob)
-    _check_rows(hidden.shape[0], rewards, group, sample, rows)
+    check_source("fused_policy_loss", rewards, group, sample, advantage)
+    table = rewards if advantage is None or group is None else advantage
+    if table is not None and not table.device == group.device == sample.device:  # type: ignore[union-attr]
+        raise ValueError("fused_policy_loss: the table, group and sample must be on one device")
+    rows = TokenRows(
+        target.long(), group, sample, advantage, coefficient, old_logprob, rollout_logprob, reference_logprob
+    )
+    _check_rows(hidden.shape[0], rows if advantage is None or group is None else rows._replace(advantage=None))
+    if advantage is not None and group is not None and sample is not None:
+        own = look_up(advantage.detach(), group, sample).to(sum_dtype(hidden.dtype))
+        rows = rows._replace(group=None, sample=None, advantage=own)
     head.check_main_grad("fused_policy_loss", main_grad, weight)
     if target_term not in ("exact", "patched"):
         raise ValueError(f"fused_policy_loss: target_term must be 'exact' or 'patched', not {target_term!r}")
@@ -111,20 +124,17 @@ def fused_policy_loss(
     plan.require_one_row("fused_policy_loss", grad=any(needs))
     scalars = (float(temperature), softcap, float(denominator), workspace_bytes)
     loss, stats, logprob, entropy = _Fused.apply(
-        hidden, weight, bias, target.long(), rewards, group, sample, rows, main_grad, options, scalars, needs,
-        with_entropy, target_term == "patched",
+        hidden, weight, bias, rewards, rows, main_grad, options, scalars, needs, with_entropy,
+        target_term == "patched",
     )  # fmt: skip
     return FusedLoss(loss, stats, logprob, entropy if with_entropy else None)
 
 
-def _check_rows(count: int, rewards: Tensor, group: Tensor, sample: Tensor, rows: tuple[Tensor | None, ...]) -> None:
+def _check_rows(count: int, rows: TokenRows) -> None:
     """What the chunks could not notice; `row_losses` checks the rest."""
-    names = ("group", "sample", "coefficient", "old_logprob", "rollout_logprob", "reference_logprob")
-    for name, x in zip(names, (group, sample, *rows), strict=True):
+    for name, x in rows._asdict().items():
         if x is not None and x.shape != (count,):
             raise ValueError(f"fused_policy_loss: {name} {tuple(x.shape)} must be [{count}], one entry a row of hidden")
-    if not rewards.device == group.device == sample.device:
-        raise ValueError("fused_policy_loss: rewards, group and sample must be on one device")
 
 
 class _Fused(torch.autograd.Function):
@@ -132,14 +142,14 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rewards: Tensor, group: Tensor,
-        sample: Tensor, rows: tuple[Tensor | None, ...], main_grad: Tensor | None, options: PolicyLossOptions,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rewards: Tensor | None, rows: TokenRows,
+        main_grad: Tensor | None, options: PolicyLossOptions,
         scalars: tuple[float, float | None, float, int], needs: list[bool], with_entropy: bool, patched: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         low, high = options.clip or (None, None)
         loss, stats, logprob, entropy, *gradients = _fused_op(
-            hidden, weight, bias, target, rewards, group, sample, *rows, main_grad, options.advantage, low, high,
-            options.tis_cap, options.kl, options.kl_coef, *scalars, needs, with_entropy, patched,
+            hidden, weight, bias, rewards, *rows, main_grad, options.advantage, low, high, options.tis_cap, options.kl,
+            options.kl_coef, *scalars, needs, with_entropy, patched,
         )  # fmt: skip
         ctx.save_for_backward(*gradients)
         ctx.needs, ctx.in_place = needs, main_grad is not None
@@ -156,15 +166,16 @@ class _Fused(torch.autograd.Function):
             (hidden * grad).to(hidden.dtype) if need_hidden else None,
             (weight * grad).to(weight.dtype) if need_weight and not ctx.in_place else None,
             (bias * grad).to(bias.dtype) if need_bias else None,
-            *(None,) * 11,
+            *(None,) * 8,
         )
 
 
 @torch.library.custom_op("gapg::fused_policy_loss", mutates_args=("main_grad",))
 def _fused_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rewards: Tensor, group: Tensor,
-    sample: Tensor, coefficient: Tensor | None, old_logprob: Tensor | None, rollout_logprob: Tensor | None,
-    reference_logprob: Tensor | None, main_grad: Tensor | None, advantage: str, clip_low: float | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rewards: Tensor | None, target: Tensor,
+    group: Tensor | None, sample: Tensor | None, advantage: Tensor | None, coefficient: Tensor | None,
+    old_logprob: Tensor | None, rollout_logprob: Tensor | None, reference_logprob: Tensor | None,
+    main_grad: Tensor | None, kind: str, clip_low: float | None,
     clip_high: float | None, tis_cap: float | None, kl: str, kl_coef: float, temperature: float,
     softcap: float | None, denominator: float,
     workspace_bytes: int, needs: Sequence[bool], with_entropy: bool, patched: bool,
@@ -174,9 +185,9 @@ def _fused_op(
     Every row, chunk by chunk: odds forward, row losses, row scales, the two backward GEMMs.
     """
     clip = None if clip_low is None or clip_high is None else (clip_low, clip_high)
-    options = PolicyLossOptions(advantage, clip, tis_cap, kl, kl_coef)  # type: ignore[arg-type]
-    table = rewards.to(hidden.device, non_blocking=True)
-    rows = TokenRows(target, group, sample, coefficient, old_logprob, rollout_logprob, reference_logprob)
+    options = PolicyLossOptions(kind, clip, tis_cap, kl, kl_coef)  # type: ignore[arg-type]
+    table = None if rewards is None else rewards.to(hidden.device, non_blocking=True)
+    rows = TokenRows(target, group, sample, advantage, coefficient, old_logprob, rollout_logprob, reference_logprob)
     rows = rows.to(hidden.device)
     _, _, logprob, entropy = _row_outputs(hidden, with_entropy)
     grad_hidden, _, _ = head.empty_gradients(hidden, weight, bias, [needs[0], False, False])
@@ -191,13 +202,13 @@ def _fused_op(
         logprob[at] = chunk.logprob
         if chunk.entropy is not None:
             entropy[at] = chunk.entropy
-        losses.append(part.losses(chunk, table, denominator, options))
+        losses.append(part.losses(chunk.logprob, chunk.entropy, table, denominator, options))
         if any(needs):
             by_hidden = chunked.backward_chunk(chunk, losses[-1].grad)
             if by_hidden is not None:
                 grad_hidden[at] = by_hidden
     if not losses:
-        losses.append(row_losses(logprob, table, rows.group, rows.sample, denominator=denominator))
+        losses.append(rows.losses(logprob, None, table, denominator, options))
     loss = torch.cat([chunk.loss for chunk in losses]).sum()
     return loss, _merged([chunk.stats for chunk in losses]), logprob, entropy, grad_hidden, *chunked.sums.results()
 
@@ -206,8 +217,9 @@ class TokenRows(NamedTuple):
     """What belongs to a token, [T] each; the arguments of `fused_policy_loss`."""
 
     target: Tensor
-    group: Tensor
-    sample: Tensor
+    group: Tensor | None
+    sample: Tensor | None
+    advantage: Tensor | None
     coefficient: Tensor | None
     old_logprob: Tensor | None
     rollout_logprob: Tensor | None
@@ -220,11 +232,14 @@ class TokenRows(NamedTuple):
         """On one device, without waiting for it."""
         return TokenRows(*(None if x is None else x.to(device, non_blocking=True) for x in self))  # type: ignore[arg-type]
 
-    def losses(self, chunk: Chunk, rewards: Tensor, denominator: float, options: PolicyLossOptions) -> RowLosses:
+    def losses(
+        self, logprob: Tensor, entropy: Tensor | None, rewards: Tensor | None, denominator: float,
+        options: PolicyLossOptions,
+    ) -> RowLosses:  # fmt: skip
         rows: dict[str, Any] = self._asdict()
         mask = rows.pop("target") != reference.IGNORE
         return row_losses(
-            chunk.logprob, rewards, denominator=denominator, options=options, mask=mask, entropy=chunk.entropy, **rows
+            logprob, rewards, denominator=denominator, options=options, mask=mask, entropy=entropy, **rows
         )
 
 

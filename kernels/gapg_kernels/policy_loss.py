@@ -19,6 +19,7 @@ from gapg_kernels.policy_loss_reference import (
     RowLosses,
     Rows,
     group_advantages,
+    look_up,
     plain_row_losses,
     rows_with_advantage,
 )
@@ -48,12 +49,13 @@ class PolicyLoss(NamedTuple):
 
 def row_losses(
     logprob: Tensor,
-    rewards: Tensor,
-    group: Tensor,
-    sample: Tensor,
+    rewards: Tensor | None = None,
+    group: Tensor | None = None,
+    sample: Tensor | None = None,
     *,
     denominator: float,
     options: PolicyLossOptions = DEFAULTS,
+    advantage: Tensor | None = None,
     mask: Tensor | None = None,
     coefficient: Tensor | None = None,
     old_logprob: Tensor | None = None,
@@ -69,7 +71,9 @@ def row_losses(
     Args:
         logprob: [T] float32; or float64, for checks: then everything is float64. T may be 0.
         rewards: [P, G] float32 or float64. NaN: no such sample (groups of unequal size, dropped responses).
-        group, sample: [T] int64 or int32, the row and column of ``rewards`` that a token belongs to.
+        group, sample: [T] int64 or int32, the row and column of the table that a token belongs to.
+        advantage: instead of rewards, advantages of one's own: [T], a token each; or a table [P, G] of the responses',
+            into which ``group`` and ``sample`` point. ``options.advantage`` is then without a say.
         denominator: divides the sum of losses; positive.
         options: which loss.
         mask: [T] bool. False: loss 0, grad 0, not in the statistics, whatever the other tensors hold there.
@@ -84,10 +88,10 @@ def row_losses(
         TypeError: a dtype other than these.
         ValueError: shapes or devices that do not agree; options out of range or without the tensor they need.
     """
-    rows = Rows(
-        logprob, rewards, group, sample, mask, coefficient, old_logprob, rollout_logprob, reference_logprob, entropy
-    )
-    _check_rows(rows)
+    rows = _checked(Rows(
+        logprob, rewards, group, sample, mask, coefficient, old_logprob, rollout_logprob, reference_logprob, entropy,
+        advantage,
+    ))  # fmt: skip
     _check_options(rows, denominator, options)
     with torch.no_grad():
         return _dispatch(rows, denominator, options)
@@ -95,12 +99,13 @@ def row_losses(
 
 def policy_loss(
     logprob: Tensor,
-    rewards: Tensor,
-    group: Tensor,
-    sample: Tensor,
+    rewards: Tensor | None = None,
+    group: Tensor | None = None,
+    sample: Tensor | None = None,
     *,
     denominator: float,
     options: PolicyLossOptions = DEFAULTS,
+    advantage: Tensor | None = None,
     mask: Tensor | None = None,
     coefficient: Tensor | None = None,
     old_logprob: Tensor | None = None,
@@ -112,10 +117,10 @@ def policy_loss(
 
     Arguments and errors as of `row_losses`. It is the custom op ``gapg::policy_loss``, which torch.compile keeps whole.
     """
-    rows = Rows(
-        logprob, rewards, group, sample, mask, coefficient, old_logprob, rollout_logprob, reference_logprob, entropy
-    )
-    _check_rows(rows)
+    rows = _checked(Rows(
+        logprob, rewards, group, sample, mask, coefficient, old_logprob, rollout_logprob, reference_logprob, entropy,
+        advantage,
+    ))  # fmt: skip
     _check_options(rows, denominator, options)
     loss, _, stats = _policy_loss_op(*rows, denominator, *options)
     return PolicyLoss(loss, stats)
@@ -167,16 +172,17 @@ def _dispatch(rows: Rows, denominator: float, options: PolicyLossOptions) -> Row
 
 @torch.library.custom_op("gapg::policy_loss", mutates_args=())
 def _policy_loss_op(
-    logprob: Tensor, rewards: Tensor, group: Tensor, sample: Tensor, mask: Tensor | None, coefficient: Tensor | None,
-    old_logprob: Tensor | None, rollout_logprob: Tensor | None, reference_logprob: Tensor | None,
-    entropy: Tensor | None, denominator: float, advantage: str, clip: Sequence[float] | None, tis_cap: float | None,
-    kl: str, kl_coef: float,
+    logprob: Tensor, rewards: Tensor | None, group: Tensor | None, sample: Tensor | None, mask: Tensor | None,
+    coefficient: Tensor | None, old_logprob: Tensor | None, rollout_logprob: Tensor | None,
+    reference_logprob: Tensor | None, entropy: Tensor | None, advantage: Tensor | None, denominator: float, kind: str,
+    clip: Sequence[float] | None, tis_cap: float | None, kl: str, kl_coef: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns (loss scalar, d loss / d logprob [T], stats)."""
     rows = Rows(
-        logprob, rewards, group, sample, mask, coefficient, old_logprob, rollout_logprob, reference_logprob, entropy
-    )
-    options: Any = (advantage, clip, tis_cap, kl, kl_coef)
+        logprob, rewards, group, sample, mask, coefficient, old_logprob, rollout_logprob, reference_logprob, entropy,
+        advantage,
+    )  # fmt: skip
+    options: Any = (kind, clip, tis_cap, kl, kl_coef)
     _, grad, stats = _dispatch(rows, denominator, PolicyLossOptions(*options))
     return stats[STATS.index("loss")].clone(), grad, stats
 
@@ -203,20 +209,42 @@ _policy_loss_op.register_autograd(_backward, setup_context=_setup_context)
 _INTEGERS = (torch.int64, torch.int32)
 
 
+def _checked(rows: Rows) -> Rows:
+    """The rows of a call, a table of advantages looked up."""
+    check_source("policy_loss", rows.rewards, rows.group, rows.sample, rows.advantage)
+    table = rows.advantage
+    if table is None or rows.group is None or rows.sample is None:
+        _check_rows(rows)
+        return rows
+    _check_rows(rows._replace(rewards=table, advantage=None))
+    own = look_up(table.detach(), rows.group, rows.sample).to(rows.logprob.dtype)
+    return rows._replace(group=None, sample=None, advantage=own)
+
+
+def check_source(
+    caller: str, rewards: Tensor | None, group: Tensor | None, sample: Tensor | None, advantage: Tensor | None
+) -> None:
+    """Raises ValueError unless there are either rewards or advantages, with group and sample where they are a table."""
+    if (rewards is None) == (advantage is None):
+        raise ValueError(f"{caller}: pass either rewards or advantage")
+    table = rewards is not None or (advantage is not None and advantage.dim() == 2)
+    if [group is not None, sample is not None] != [table, table]:
+        raise ValueError(
+            f"{caller}: group and sample belong to a table [P, G] of rewards or advantages, and to nothing else"
+        )
+
+
 def _check_rows(rows: Rows) -> None:
     logprob, rewards = rows.logprob, rows.rewards
     dtype, shape = logprob.dtype, logprob.shape
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"policy_loss: logprob is {dtype}; pass float32 log-probs")
-    if rewards.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"policy_loss: rewards is {rewards.dtype}; pass float32")
     if len(shape) != 1:
         raise ValueError(f"policy_loss: logprob {tuple(shape)} must be [T], one row a response token; drop the padding")
-    if rewards.dim() != 2:
-        raise ValueError(f"policy_loss: rewards {tuple(rewards.shape)} must be [P, G], one row a prompt")
-    if shape[0] and not rewards.numel():
-        raise ValueError(f"policy_loss: rewards {tuple(rewards.shape)} is empty; pass the table the rows point into")
-    kinds = {"rewards": (rewards.dtype,), "group": _INTEGERS, "sample": _INTEGERS, "mask": (torch.bool,)}
+    if rewards is not None:
+        _check_table(rewards, shape[0])
+    floats = (torch.float32, torch.float64)
+    kinds = {"rewards": floats, "group": _INTEGERS, "sample": _INTEGERS, "mask": (torch.bool,)}
     for name, x in zip(Rows._fields, rows, strict=True):
         if x is None:
             continue
@@ -227,6 +255,15 @@ def _check_rows(rows: Rows) -> None:
             raise ValueError(f"policy_loss: {name} is on {x.device}; move it to {logprob.device}, where logprob is")
         if name != "rewards" and x.shape != shape:
             raise ValueError(f"policy_loss: {name} {tuple(x.shape)} must be [{shape[0]}], one entry a row of logprob")
+
+
+def _check_table(rewards: Tensor, rows: int) -> None:
+    if rewards.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"policy_loss: rewards is {rewards.dtype}; pass float32")
+    if rewards.dim() != 2:
+        raise ValueError(f"policy_loss: rewards {tuple(rewards.shape)} must be [P, G], one row a prompt")
+    if rows and not rewards.numel():
+        raise ValueError(f"policy_loss: rewards {tuple(rewards.shape)} is empty; pass the table the rows point into")
 
 
 def _check_options(rows: Rows, denominator: float, options: PolicyLossOptions) -> None:

@@ -152,7 +152,7 @@ def _store_statistics(
 @triton.jit
 def policy_loss_kernel(
     logprob_ptr: tl.tensor,  # [T] float32
-    rewards_ptr: tl.tensor,  # [P, G], NaN: absent
+    rewards_ptr: tl.tensor,  # [P, G], NaN: absent; or None, like the next two, with the advantage given
     group_ptr: tl.tensor,  # [T] int
     sample_ptr: tl.tensor,  # [T] int
     mask_ptr: tl.tensor,  # [T] bool or None, and likewise below: [T] float32 or None
@@ -161,6 +161,7 @@ def policy_loss_kernel(
     rollout_ptr: tl.tensor,
     reference_ptr: tl.tensor,
     entropy_ptr: tl.tensor,
+    advantage_ptr: tl.tensor,  # None: made of the rewards
     loss_ptr: tl.tensor,  # [T] float32
     grad_ptr: tl.tensor,  # [T] float32
     partial_ptr: tl.tensor,  # [programs, PITCH] float32: receives each program's statistics, in the order of STATS
@@ -183,9 +184,12 @@ def policy_loss_kernel(
     keep = inside
     if mask_ptr is not None:
         keep = keep & (tl.load(mask_ptr + rows, mask=inside, other=0) != 0)
-    group = tl.load(group_ptr + rows, mask=keep, other=0)
-    sample = tl.load(sample_ptr + rows, mask=keep, other=0)
-    advantage = _advantage(rewards_ptr, group, sample, P, G, GRPO, BG)
+    if advantage_ptr is not None:
+        advantage = tl.load(advantage_ptr + rows, mask=keep, other=0.0)
+    else:
+        group = tl.load(group_ptr + rows, mask=keep, other=0)
+        sample = tl.load(sample_ptr + rows, mask=keep, other=0)
+        advantage = _advantage(rewards_ptr, group, sample, P, G, GRPO, BG)
     logprob = tl.load(logprob_ptr + rows, mask=keep, other=0.0)
     low = tl.zeros((BR,), tl.int1)
     high = low
@@ -271,7 +275,7 @@ def add_statistics_kernel(
 def fused_row_losses(rows: Rows, denominator: float, options: PolicyLossOptions) -> RowLosses:
     """`plain_row_losses` by the Triton kernels, for float32 log-probs and at least one row."""
     tensors = [None if x is None else x.contiguous() for x in rows]
-    count, (prompts, samples) = rows.logprob.shape[0], rows.rewards.shape
+    count, (prompts, samples) = rows.logprob.shape[0], (1, 1) if rows.rewards is None else rows.rewards.shape
     programs = triton.cdiv(count, ROWS)
     loss, grad = rows.logprob.new_empty(2, count)
     partial, stats = rows.logprob.new_empty(programs, PITCH), rows.logprob.new_empty(len(STATS))

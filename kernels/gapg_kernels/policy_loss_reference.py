@@ -5,6 +5,7 @@ With ``A`` the group advantage, ``lp`` the token's log-prob and ``ratio = exp(lp
 
     gapg:  A_i = (r_i - mean) n / (n - 1)  = r_i - mean of the others     (arXiv 2509.24050; RLOO, arXiv 2402.14740)
     grpo:  A_i = (r_i - mean) / (std + 1e-4), std over n - 1              (arXiv 2402.03300, as TRL computes it)
+    or an advantage of the caller's own, a token's or a response's
     w      = min(exp(base - rollout_logprob), tis_cap), a constant; base = old_logprob if given, else lp
            = 1 where rollout_logprob is NaN: an engine that gave this token no log-prob
     surrogate = A w lp                                                    without old_logprob (REINFORCE)
@@ -88,15 +89,16 @@ class Rows(NamedTuple):
     """The tensors of one call, as described at `gapg_kernels.policy_loss.row_losses`."""
 
     logprob: Tensor
-    rewards: Tensor
-    group: Tensor
-    sample: Tensor
+    rewards: Tensor | None
+    group: Tensor | None
+    sample: Tensor | None
     mask: Tensor | None = None
     coefficient: Tensor | None = None
     old_logprob: Tensor | None = None
     rollout_logprob: Tensor | None = None
     reference_logprob: Tensor | None = None
     entropy: Tensor | None = None
+    advantage: Tensor | None = None
 
 
 def group_advantages(rewards: Tensor, kind: Literal["gapg", "grpo"] = "gapg") -> Tensor:
@@ -190,10 +192,18 @@ def _penalty(gap: Tensor, kind: Literal["k2", "k3"]) -> tuple[Tensor, Tensor]:
 
 def _row_advantages(rows: Rows, options: PolicyLossOptions) -> Tensor:
     """[T]; NaN for a row that points out of the table."""
-    (prompts, samples), group, sample = rows.rewards.shape, rows.group.long(), rows.sample.long()
+    if rows.advantage is not None:
+        return rows.advantage
+    assert rows.rewards is not None and rows.group is not None and rows.sample is not None
+    table = group_advantages(rows.rewards.to(rows.logprob.dtype), options.advantage)
+    return look_up(table, rows.group, rows.sample)
+
+
+def look_up(table: Tensor, group: Tensor, sample: Tensor) -> Tensor:
+    """``table[group, sample]`` [T] of a table [P, G]; NaN for a row that points out of it."""
+    (prompts, samples), group, sample = table.shape, group.long(), sample.long()
     inside = (group >= 0) & (group < prompts) & (sample >= 0) & (sample < samples)
-    table = group_advantages(rows.rewards.to(rows.logprob.dtype), options.advantage).flatten()
-    return torch.where(inside, table[torch.where(inside, group * samples + sample, 0)], math.nan)
+    return torch.where(inside, table.flatten()[torch.where(inside, group * samples + sample, 0)], math.nan)
 
 
 def _statistics(rows: Rows, keep: Tensor, kl: Tensor | None) -> list[Tensor]:

@@ -40,7 +40,7 @@ def compiled(path: Path) -> None:
     types = pointers | {"group_ptr": "*i64", "sample_ptr": "*i64", "mask_ptr": "*i1", "denominator": "fp32"}
     types |= dict.fromkeys(("T", "P", "G"), "i32") | dict.fromkeys(("least", "most", "tis_cap", "kl_coef"), "fp32")
     optional = (
-        "mask_ptr", "coefficient_ptr", "old_ptr", "rollout_ptr", "reference_ptr", "entropy_ptr",
+        "mask_ptr", "coefficient_ptr", "old_ptr", "rollout_ptr", "reference_ptr", "entropy_ptr", "advantage_ptr",
         "least", "most", "tis_cap", "kl_coef",
     )  # fmt: skip
     figures = {}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gapg_kernels.policy_loss import DEFAULTS, PolicyLossOptions, RowLosses, row_losses
+from gapg_kernels.policy_loss import DEFAULTS, PolicyLossOptions, RowLosses, group_advantages, row_losses
 from gapg_kernels.policy_loss_reference import Rows
 
 CLIP, CAP, DENOMINATOR = (0.2, 0.28), 1.2, 37.5
@@ -149,10 +149,18 @@ def edges() -> dict[str, tuple[Rows, PolicyLossOptions]]:
         "near the reference": (base._replace(reference_logprob=close), options),
         "far apart": far_apart(("grpo", "clip", "tis", "k3", False), torch.float32),
         "far apart, k2, no old": far_apart(("gapg", "no old", "tis", "k2", False), torch.float32),
+        "advantages given": (with_own_advantages(base, options), options),
         "extremes": (extremes(), options),
         "extremes, k2, no old": (extremes()._replace(old_logprob=None), options._replace(kl="k2", clip=None)),
         "extremes, no clip, cap below 1": (extremes(), options._replace(tis_cap=0.5, clip=None)),
     }
+
+
+def with_own_advantages(rows: Rows, options: PolicyLossOptions) -> Rows:
+    """The same rows with a caller's advantages, which are those of the rewards."""
+    assert rows.rewards is not None and rows.group is not None and rows.sample is not None
+    own = group_advantages(rows.rewards, options.advantage)[rows.group, rows.sample]
+    return rows._replace(rewards=None, group=None, sample=None, advantage=own)
 
 
 def call(rows: Rows, options: PolicyLossOptions = DEFAULTS, denominator: float = DENOMINATOR) -> RowLosses:
