@@ -5,6 +5,17 @@
 chunk follow each other while E is at hand: 6THV flops always, 4THV with a frozen weight, 2THV without gradients. The
 gradients are computed in the forward call and handed out by ``backward``. The loss is that of arXiv 2509.24050; GRPO's
 advantage, clipping, truncated importance sampling and a KL penalty are options.
+
+Two prompts, two responses each, three tokens a response:
+
+>>> import torch
+>>> hidden, weight = torch.randn(12, 8, requires_grad=True), torch.randn(32, 8, requires_grad=True)
+>>> rewards, target = torch.tensor([[1.0, 0.0], [0.25, 1.0]]), torch.randint(32, (12,))
+>>> group, sample = torch.arange(12) // 6, torch.arange(12) // 3 % 2
+>>> out = fused_policy_loss(hidden, weight, target, rewards, group, sample, denominator=4)
+>>> out.loss.backward()
+>>> out.logprob.shape, weight.grad.shape
+(torch.Size([12]), torch.Size([32, 8]))
 """
 
 from __future__ import annotations

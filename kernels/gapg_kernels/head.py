@@ -52,9 +52,9 @@ def check_inputs(
         raise ValueError(f"{caller}: target {tuple(target.shape)} must be [{hidden.shape[0]}]")
     if weight.shape[0] == 0 or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(f"{caller}: weight needs at least one row, and bias must be [V]")
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"{caller}: temperature must be positive and finite, not {temperature}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{caller}: softcap must be positive and finite, or None for no softcap, not {softcap}")
 
 

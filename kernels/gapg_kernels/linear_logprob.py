@@ -5,8 +5,15 @@
 backward while E fits the workspace and 8THV when it is recomputed. The policy-gradient losses of arXiv 2509.24050 are
 sums of its result times per-token coefficients.
 
-On CUDA sm_90 in bfloat16 the forward is the Triton kernel of `gapg_kernels.odds_gemm`; everywhere else it is the plain
-reference over the device's own GEMM.
+Which forward a device gets `gapg_kernels.routes` says: a Triton kernel on CUDA in bfloat16, or the plain reference.
+
+>>> import torch
+>>> hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(32, 8, requires_grad=True)
+>>> target, advantage = torch.randint(32, (6,)), torch.randn(6)
+>>> logprob = linear_logprob(hidden, weight, target)
+>>> (-logprob * advantage).sum().backward()
+>>> logprob.shape, weight.grad.shape
+(torch.Size([6]), torch.Size([32, 8]))
 """
 
 from __future__ import annotations

@@ -2,6 +2,16 @@
 
 The formulas, and the plain PyTorch that defines them, are in `gapg_kernels.policy_loss_reference`. On CUDA in float32
 all of it is one Triton launch over the rows (`gapg_kernels.policy_loss_kernel`).
+
+>>> import torch
+>>> rewards, row = torch.tensor([[1.0, 0.0]]), torch.tensor([0, 0, 0, 0])  # one prompt, two responses
+>>> logprob = torch.tensor([-1.0, -2.0, -3.0, -4.0], requires_grad=True)  # of two tokens each
+>>> out = policy_loss(logprob, rewards, group=row, sample=torch.tensor([0, 0, 1, 1]), denominator=2)
+>>> out.loss.backward()
+>>> logprob.grad
+tensor([-0.5000, -0.5000,  0.5000,  0.5000])
+>>> summarize(out.stats)["rows"]
+4.0
 """
 
 from __future__ import annotations
