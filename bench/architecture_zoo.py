@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from gapg.model import attention
+from gapg.model.folder import set_plain
 
 Settings = dict[str, Any]
 
@@ -84,10 +85,13 @@ ZOO: dict[str, Settings] = {
     "falcon_h1": {**MAMBA, "mamba_d_ssm": 64, "lm_head_multiplier": 0.5, "key_multiplier": 0.5},
     "falcon_mamba": {"state_size": 8},
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "gemma2 (softcaps of 2)": {"model_type": "gemma2", "attn_logit_softcapping": 2.0, "final_logit_softcapping": 2.0},
     "gemma3": {"text_config": {**SIZE, "layer_types": SLIDING}, "vision_config": VISION, "mm_tokens_per_image": 4},
     "gemma3_text": {"layer_types": SLIDING},
     "gemma3n_text": {**SHARED_KEYS, "laurel_rank": 4},
+    "gemma4": {"text_config": {**SIZE, **SHARED_KEYS, "global_head_dim": 16, "final_logit_softcapping": 2.0}},
     "gemma4_text": {**SHARED_KEYS, "global_head_dim": 16},
+    "gemma4_unified": {"text_config": {**SIZE, "global_head_dim": 16, "final_logit_softcapping": 2.0}},
     "gemma4_unified_text": {"global_head_dim": 16},
     "glm4_moe": {**ROUTED},
     "glm4_moe_lite": {**ROUTED, **LATENT},
@@ -116,6 +120,7 @@ ZOO: dict[str, Settings] = {
     "lfm2_moe": {**EXPERTS, "num_experts": 4, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
     "llama (dynamic rope over 16)": {"model_type": "llama", "max_position_embeddings": 16, "rope_parameters":
         {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
+    "llama4": {"text_config": {**SIZE, **CHUNKED}, "vision_config": VISION},
     "llama4_text": CHUNKED,
     "llama4_text (chunk of 16)": {**CHUNKED, "model_type": "llama4_text", "attention_chunk_size": 16},
     "longcat_flash": {**LATENT, "num_layers": 1, "num_hidden_layers": 2, "ffn_hidden_size": 32,
@@ -151,6 +156,8 @@ ZOO: dict[str, Settings] = {
     "qwen2_moe": {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16},
     "qwen3_5": {"text_config": {**SIZE, **LINEAR}},
     "qwen3_5_text": LINEAR,
+    "qwen3_5_moe": {"text_config": {**SIZE, **LINEAR, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size":
+        16}},
     "qwen3_5_moe_text": {**LINEAR, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16},
     "qwen3_moe": {**EXPERTS, "num_experts": 4},
     "qwen3_next": {**LINEAR, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16},
@@ -169,21 +176,31 @@ ZOO: dict[str, Settings] = {
 }  # fmt: skip
 
 
+def settings(name: str) -> PreTrainedConfig:
+    """The config of `ZOO[name]` as a checkpoint would have it, noise included."""
+    sizes = {key: value for key, value in {**SIZE, **ZOO[name]}.items() if value is not LEAVE_OUT}
+    return AutoConfig.for_model(sizes.pop("model_type", name), **sizes)
+
+
 def build(name: str, implementation: str | None = None, seed: int = 0) -> PreTrainedModel:
-    """The model of `ZOO[name]` in float32, every parameter moved by noise of 0.2.
+    """The model of `ZOO[name]` as the trainer loads it. Raises ConfigError where it does not.
+
+    The attention is what the trainer loads a model with, or as named.
+    """
+    config = settings(name)
+    set_plain(config)
+    return random_model(config, implementation or attention.implementation(config), seed)
+
+
+def random_model(config: PreTrainedConfig, implementation: str, seed: int = 0) -> PreTrainedModel:
+    """In float32, every parameter moved by noise of 0.2.
 
     The noise makes weights large enough for the context to matter, and leaves no bias or gate at the zero that it
-    starts from, behind which a fault could hide. The attention is what the trainer loads a model with, or as named.
+    starts from, behind which a fault could hide.
     """
     attention.register()
-    sizes = {key: value for key, value in {**SIZE, **ZOO[name]}.items() if value is not LEAVE_OUT}
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(sizes.pop("model_type", name), **sizes)
-    for key, value in config.to_dict().items():  # as the trainer loads it
-        if isinstance(value, float) and ("drop" in key or "jitter" in key):
-            setattr(config, key, 0.0)
-    chosen = implementation or attention.implementation(config)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=chosen).float()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).float()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)

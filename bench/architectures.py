@@ -145,8 +145,10 @@ def measure(name: str) -> list[Row]:
         model, plain = build(name).train(), build(name, "eager").eval()
         plain.load_state_dict(model.state_dict())
         truth = alone(plain)
+    except ConfigError as refusal:
+        return [record.error_row(name, "refused", str(refusal))]
     except Exception as error:
-        return [record.error_row(name, "model", error)]
+        return [record.error_row(name, "not built", error)]
     with torch.no_grad():
         joined = {(e.group, e.sample): logprob for e, logprob in by_logits(plain, examples())}
     control = figure(name, "joined", logprob_difference(joined, truth[0]))
@@ -206,13 +208,14 @@ def table(found: dict[str, Any]) -> str:
 
 
 def route_of(of: dict[str, Row]) -> str:
-    return of["joined"]["route"] if "joined" in of else "not built"
+    """A model that was not compared has one row, whose name says why."""
+    return of["joined"]["route"] if "joined" in of else next(iter(of))
 
 
 def cells(name: str, of: dict[str, Row]) -> list[str]:
     route = route_of(of)
-    if route == "not built":
-        return [name, route, "", "", of["model"]["error"], ""]
+    if "joined" not in of:
+        return [name, route, "", "", of[route]["error"], ""]
     packed, attention = [of["packed"], of["shared"]], of["joined"]["attention"]
     if route == "refused":
         return [name, route, "", "", of["joined"]["reason"], attention]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -26,6 +27,8 @@ from gapg.errors import ConfigError, one_line
 FILE = "generation_config.json"
 SAMPLING_FLAGS = {"temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
 """What greedy decoding ignores."""
+NOISE = re.compile("drop|jitter")
+"""Names of settings that make training mode another function than evaluation mode, and a random one."""
 TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -57,16 +60,22 @@ def load_shape(path: str) -> PretrainedConfig:
             f"model.path={path}: its weights are quantized ({method}), and training needs plain ones: take the model "
             "that they were made from, or dequantize it and save_pretrained"
         )
-    _set_plain(config)
+    set_plain(config)
     return config
 
 
-def _set_plain(config: PretrainedConfig) -> None:
+def set_plain(config: PretrainedConfig) -> None:
+    """No dropout, dropped layers or jitter, in the config's parts too: in training mode as in evaluation mode.
+
+    Raises ConfigError for the one architecture whose noise no setting switches off.
+    """
+    if config.model_type == "phimoe":  # its router_jitter_noise is a threshold, in evaluation mode too
+        raise ConfigError("model phimoe: in training mode its routers draw experts at random; choose another model")
     for key, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
-            _set_plain(value)
-        elif isinstance(value, float) and ("drop" in key or "jitter" in key):
-            setattr(config, key, 0.0)
+            set_plain(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and NOISE.search(key):
+            setattr(config, key, type(value)(0))  # the type that the config declares: a whole number in MPT's
     config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
 
 

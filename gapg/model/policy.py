@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gapg.batches.batching import PackedBatch
 from gapg.model import attention
@@ -20,7 +20,7 @@ def response_logprobs(
     """log pi(token) at `temperature` of every response token of a batch, [R] float32, differentiable.
 
     Only the R response positions go through the LM head, and no [R, V] tensor is kept. `compute` is the type of the
-    matrix products; weights and their gradients stay float32.
+    matrix products; the gradients of weights are float32.
     """
     return head_logprobs(model, response_states(model, batch, compute), batch.target, temperature)
 
@@ -29,10 +29,8 @@ def head_logprobs(
     model: PreTrainedModel, hidden_RH: torch.Tensor, target_R: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
     """The same from last hidden states [R, H], in whose type it computes."""
-    head, compute = model.get_output_embeddings(), hidden_RH.dtype
-    bias = None if head.bias is None else head.bias.to(compute)
-    temperature = temperature / logit_scale(model)
-    return linear_logprob(hidden_RH, head.weight.to(compute), target_R, bias=bias, temperature=temperature)
+    head = model.get_output_embeddings()
+    return linear_logprob(hidden_RH, head.weight, target_R, bias=head.bias, **logit_arguments(model, temperature))
 
 
 def response_loss(
@@ -58,19 +56,19 @@ def response_loss(
     weight, main_grad = head.weight, None
     if weight.requires_grad:
         if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
+            weight.grad = torch.zeros_like(weight, dtype=torch.float32)
         main_grad = weight.grad
     return fused_policy_loss(
         response_states(model, batch, compute),
-        weight.detach().to(compute),
+        weight.detach(),
         batch.target,
         rewards_PG,
         batch.group,
         batch.sample,
         denominator=denominator,
         options=options,
-        bias=None if head.bias is None else head.bias.to(compute),
-        temperature=temperature / logit_scale(model),
+        bias=head.bias,
+        **logit_arguments(model, temperature),
         coefficient=batch.weight,
         old_logprob=old_logprob,
         rollout_logprob=batch.rollout_logprob,
@@ -80,9 +78,22 @@ def response_loss(
     )
 
 
-def logit_scale(model: PreTrainedModel) -> float:
-    """What the model multiplies its head's logits with; the head's temperature takes it in. 1 for most."""
+class LogitMap(NamedTuple):
+    """What a model makes of the products u of its head: ``softcap * tanh(scale * u / softcap)``."""
+
+    scale: float
+    softcap: float | None
+    """None: ``scale * u``"""
+
+
+def logit_map(model: PreTrainedModel) -> LogitMap:
+    """By the settings that the architectures of transformers have for it; `choose_route` checks the outcome."""
     config = model.config.get_text_config()
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+    return LogitMap(_scale(config), next((cap for name in caps if (cap := getattr(config, name, None))), None))
+
+
+def _scale(config: PreTrainedConfig) -> float:
     if scaling := getattr(config, "logits_scaling", None):  # the Granites divide by it
         return float(scaling if config.model_type == "hyperclovax" else 1 / scaling)
     if width := getattr(config, "logits_mup_width_multiplier", None):
@@ -91,6 +102,15 @@ def logit_scale(model: PreTrainedModel) -> float:
         if isinstance(scale := getattr(config, name, None), float):
             return scale
     return 1.0
+
+
+def logit_arguments(model: PreTrainedModel, temperature: float) -> dict[str, Any]:
+    """Temperature t and softcap c as `gapg_kernels` has them, with the scale s in both: c' = c / s and t' = t / s.
+
+    For ``c tanh(s u / c) / t = c' tanh(u / c') / t'``.
+    """
+    scale, softcap = logit_map(model)
+    return {"temperature": temperature / scale, "softcap": None if softcap is None else softcap / scale}
 
 
 def response_states(model: PreTrainedModel, batch: PackedBatch, compute: torch.dtype) -> torch.Tensor:

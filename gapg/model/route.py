@@ -19,9 +19,10 @@ from gapg.errors import ConfigError, one_line
 from gapg.model import attention
 from gapg.model.finite import is_finite
 from gapg.model.policy import body, head_logprobs, response_states
+from gapg_kernels import flash
 
 LONGEST_PROBE = 4160
-"""Tokens, more than the usual window of 4096; one beyond it is compared with the longest sequence, but not tried."""
+"""Tokens, more than the usual window of 4096; what a model does beyond them is not tried."""
 
 BORDER = re.compile("window(?!_layers)|attention_chunk|index_|max_position")
 """Names of settings that are a number of tokens, beyond which a model computes something else."""
@@ -52,9 +53,9 @@ def choose_route(model: PreTrainedModel, pack: Literal["auto"] | bool = "auto", 
     Several sequences of unlike lengths are tried, packed in two orders, with and without a shared prompt, against the
     model's own logits, a sequence at a time: those of transformers' "eager" attention in evaluation mode, as the policy
     samples. Recurrent, convolutional and linear-attention layers carry state from one packed sequence into the next;
-    attention may need what the packed kernels lack (a short sliding window, sinks). Padded rows go through
-    transformers' own attention for the model, "sdpa" or "eager", which it is set to for good. Says so, once, where it
-    pads.
+    attention may need what the packed kernels lack (softcapped scores, sinks, heads over 256 in 16-bit types on CUDA).
+    Padded rows go through transformers' own attention for the model, "sdpa" or "eager", which it is set to for good.
+    Says so, once, where it pads.
 
     Args:
         model: on its device, before adapters are added.
@@ -66,8 +67,9 @@ def choose_route(model: PreTrainedModel, pack: Literal["auto"] | bool = "auto", 
     name, before = model.config.model_type, model.config._attn_implementation
     probes, refusals = _probes(model, longest), list[ConfigError]()
     plain = attention.implementation(model.config) == "eager"  # for good: its attention cannot be exchanged
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)  # sdpa leaves it out in silence
     packed = [] if pack is False else ["eager" if plain else attention.NAME]
-    padded = [] if pack is True else ["eager"] if plain else ["sdpa", "eager"]
+    padded = [] if pack is True else ["eager"] if plain or capped else ["sdpa", "eager"]
     for implementation, pads in [*((name, False) for name in packed), *((name, True) for name in padded)]:
         try:
             model.set_attn_implementation(implementation)
@@ -128,7 +130,21 @@ def _probes(model: PreTrainedModel, longest: int | None) -> list[_Probe]:
             f"model.path={model.name_or_path}: its weights or hidden states overflow float32, or are all 0, so the "
             "file is damaged or its training diverged; choose another checkpoint"
         )
+    _check_training_mode(model, probes[1])
     return probes
+
+
+def _check_training_mode(model: PreTrainedModel, probe: _Probe) -> None:
+    with _own_attention(model):
+        model.train()
+        logprob, _ = _own_rows(model, probe.example)
+    gap = (logprob - probe.logprob).abs()
+    if not (gap <= TOLERANCE * (1 + probe.logprob.abs())).all():
+        raise ConfigError(
+            f"model {model.config.model_type}: in training mode it computes something else than in evaluation mode, as "
+            "with dropout or noise in its routers, so what is trained would not be what sampled: set those to 0 in its "
+            f"config (log-probs differ by {float(gap.max()):.0e} nats)"
+        )
 
 
 @contextmanager
@@ -202,7 +218,7 @@ def _layouts(examples: list[Example], device: torch.device, padded: bool, longes
         return
     for order in (examples, examples[::-1]):
         batch = one_batch(order, device)
-        # the attention compares the longest sequence with the model's window
+        # a run's longest sequence decides whether a window is looked at, so it does here
         yield replace(batch, max_length=max(batch.max_length, longest or 0))
         yield one_batch(order, device, share=True)
 
@@ -215,6 +231,8 @@ def _compare(model: PreTrainedModel, batch: PackedBatch, probes: list[_Probe]) -
         if batch.padded
         else "layers carry state along a row"
     )
+    if not batch.padded and flash.has_flash(model.device):
+        response_states(model, batch, torch.bfloat16)  # whose kernels lack head sizes that float32's have
     hidden_RH = response_states(model, batch, torch.float32)
     logprob_R = head_logprobs(model, hidden_RH, batch.target)
     for probe in probes:
@@ -230,6 +248,6 @@ def _compare(model: PreTrainedModel, batch: PackedBatch, probes: list[_Probe]) -
         gap = (logprob_R[rows] - probe.logprob).abs()
         if not (gap <= TOLERANCE * (1 + probe.logprob.abs())).all():
             raise ConfigError(
-                f"model {name}: its logits are not its last hidden states times its LM head, as with softcapping or a "
-                f"layer between, which is not supported (log-probs differ by {float(gap.max()):.0e} nats)"
+                f"model {name}: its logits are not its last hidden states times its LM head, scaled and softcapped, as "
+                f"with a layer between, which is not supported (log-probs differ by {float(gap.max()):.0e} nats)"
             )

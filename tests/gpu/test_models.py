@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Lfm2Config, LlamaConfig, PreTrainedModel, Qwen3_5TextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Lfm2Config,
+    LlamaConfig,
+    NanoChatConfig,
+    PreTrainedModel,
+    Qwen3_5TextConfig,
+)
 
 from gapg.model import attention
 
@@ -24,6 +32,9 @@ SIZE: dict[str, Any] = dict(
 LINEAR = dict(linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4)
 MODELS = {
     "llama": (LlamaConfig, {}, True),
+    "llama, heads of 512": (LlamaConfig, {"head_dim": 512}, False),
+    "nanochat": (NanoChatConfig, {"final_logit_softcapping": 1.5}, True),
+    "gemma2": (Gemma2Config, {"final_logit_softcapping": 1.5}, False),
     "lfm2": (Lfm2Config, {"layer_types": ["conv", "full_attention"]}, False),
     "qwen3.5": (Qwen3_5TextConfig, {"layer_types": ["linear_attention", "full_attention"], **LINEAR}, False),
 }
@@ -34,7 +45,7 @@ def make(name: str) -> PreTrainedModel:
     attention.register()
     torch.manual_seed(0)
     kind, settings, _ = MODELS[name]
-    model = AutoModelForCausalLM.from_config(kind(**SIZE, **settings), attn_implementation=attention.NAME)
+    model = AutoModelForCausalLM.from_config(kind(**{**SIZE, **settings}), attn_implementation=attention.NAME)
     return model.cuda().train()
 
 

@@ -15,7 +15,6 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     OPTConfig,
-    PhimoeConfig,
     PreTrainedTokenizerBase,
 )
 
@@ -253,7 +252,6 @@ def test_what_cannot_be_saved_is_known_before_the_first_step(
     [
         (GPT2Config, {"resid_pdrop": 0.3, "attn_pdrop": 0.3, "embd_pdrop": 0.3, "n_positions": 64}),
         (OPTConfig, {"dropout": 0.3, "layerdrop": 0.5, "ffn_dim": 64, "word_embed_proj_dim": 32}),
-        (PhimoeConfig, {"router_jitter_noise": 0.5, "input_jitter_noise": 0.5}),
         (DbrxConfig, {"d_model": 32, "attn_config": DBRX_ATTENTION, "ffn_config": DBRX_EXPERTS}),
     ],
 )

@@ -85,10 +85,10 @@ def graded() -> tuple[list[Example], torch.Tensor]:
     return found, torch.tensor([[1.0, 0.0, 0.3], [0.3, 1.0, 0.0], [0.0, 0.0, 1.0]])
 
 
-def own_logprobs(model: PreTrainedModel, example: Example) -> torch.Tensor:
+def own_logprobs(model: PreTrainedModel, example: Example, temperature: float = 1.0) -> torch.Tensor:
     """By the model's own logits of this sequence alone."""
     ids = torch.tensor([[*example.prompt_ids, *example.response_ids]])
-    logprob = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0], -1)
+    logprob = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0] / temperature, -1)
     at = torch.arange(len(example.prompt_ids) - 1, ids.shape[1] - 1)
     return logprob[at, torch.tensor(example.response_ids)]
 

@@ -176,6 +176,16 @@ def test_in_bfloat16_the_heads_gradient_is_summed_unrounded(make_model: Callable
     assert 0 < (got - want).norm() < 0.05 * want.norm()
 
 
+def test_in_bfloat16_that_of_log_probs_is_not_rounded_either(
+    make_model: Callable[..., PreTrainedModel],
+) -> None:
+    model = make_model(seed=6, vocab_size=VOCAB)
+    (batch,) = packed_batches(random_examples(6), 4000, CPU)
+    response_logprobs(model, batch, compute=torch.bfloat16).sum().backward()
+    got = model.get_output_embeddings().weight.grad
+    assert (got.bfloat16().float() != got).any()
+
+
 def test_bfloat16_compute_keeps_float32_gradients(make_model: Callable[..., PreTrainedModel]) -> None:
     model = make_model(seed=6, vocab_size=VOCAB)
     (batch,) = packed_batches(random_examples(6), 4000, CPU)
