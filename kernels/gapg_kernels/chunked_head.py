@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from gapg_kernels import head, reference, routes
-from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan, pitch, sum_dtype
+from gapg_kernels.chunks import ChunkPlan, pitch, sum_dtype, workspace_for
 from gapg_kernels.reference import RankOne, RowOdds
 
 
@@ -62,7 +62,7 @@ class ChunkedHead:
         needs: whether gradients of hidden, weight and bias are wanted. With none, E is not stored.
         main_grad: [V, H] float32, contiguous, receives d(weight) (+=, unrounded).
         patch_target: store the target's own term in E, rounded like E, instead of adding it in float32.
-        workspace_bytes: limit for E and the scratch of a chunk, which `chunks` keeps to.
+        workspace_bytes: limit for E and the scratch of a chunk, which `chunks` keeps to; as in `linear_logprob`.
 
     Raises:
         TypeError, ValueError: as `linear_logprob`; for mask_columns that are no ids or all of them; for a main_grad of
@@ -81,11 +81,13 @@ class ChunkedHead:
         needs: Sequence[bool] = (True, True, True),
         main_grad: Tensor | None = None,
         patch_target: bool = False,
-        workspace_bytes: int = DEFAULT_WORKSPACE,
+        workspace_bytes: int | None = None,
     ) -> None:
         head.check_main_grad("ChunkedHead", main_grad, weight)
-        self.master, self.bias, self.temperature, self.softcap = weight, bias, temperature, softcap
-        self.entropy, self.needs, self.workspace = entropy, [*needs[:2], needs[2] and bias is not None], workspace_bytes
+        self.master, self.bias, self.temperature = weight, bias, float(temperature)
+        self.softcap = None if softcap is None else float(softcap)
+        self.entropy, self.needs = entropy, [*needs[:2], needs[2] and bias is not None]
+        self.workspace = workspace_for(weight.device, workspace_bytes)
         self.patch_target = patch_target
         self.columns, self._masked_bias = _mask(weight, bias, mask_columns)
         self._weight: Tensor | None = None
@@ -141,12 +143,17 @@ class ChunkedHead:
             d loss / d hidden [C, H], or None where ``needs`` says so.
 
         Raises:
-            ValueError: a later chunk has taken the buffer; a gradient by the entropy with a softcap.
+            ValueError: called twice, or after a later chunk has taken the buffer; a gradient by the entropy with a
+                softcap.
         """
         if chunk.e is None or chunk is not self._last:
-            raise ValueError("backward_chunk: E holds the last chunk only, and none where needs is all False")
+            raise ValueError(
+                "backward_chunk: E is kept from a chunk's forward to its backward, until the next forward, and where "
+                "needs is not all False; call it once, before the next forward_chunk"
+            )
         if grad_entropy is not None and self.softcap:
             raise ValueError("backward_chunk: with a softcap the entropy has no gradient; pass entropy.detach()")
+        self._last = None  # what follows may change E
         odds, target = chunk.odds, chunk.target
         with torch.no_grad(), head.without_autocast(chunk.hidden.device):
             index, _ = reference.safe_targets(target, chunk.e.shape[1])

@@ -11,11 +11,27 @@ import torch
 from torch import Tensor
 
 DEFAULT_WORKSPACE = 2 << 30
+"""Bytes, where the caller names none and the device has twice as much to spare."""
+
 PITCH = 64
 """E's rows are this many elements apart or a multiple of it: an odd V would break TMA stores and slow the GEMMs."""
 
 SUM_TILE = 128
 """The narrowest vocabulary tile whose partial sums the kernels keep, one a row and tile."""
+
+
+def workspace_for(device: torch.device, given: int | None) -> int:
+    """The bytes that the caller names; else 2 GiB, but at most half of what a CUDA device has free.
+
+    Chunks then depend on what else is on the device, and with them the order in which d(weight) is summed. In a graph
+    that is being compiled it is 2 GiB: what is free then says nothing about later.
+    """
+    if given is not None:
+        return given
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.compiler.is_compiling():
+        return DEFAULT_WORKSPACE
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(DEFAULT_WORKSPACE, (torch.cuda.mem_get_info(device)[0] + cached) // 2)
 
 
 class ChunkPlan(NamedTuple):

@@ -1,9 +1,9 @@
 """The control: the forward of the fused head as a cuBLAS GEMM and one single-read pass that turns logits into odds.
 
 It is the route of CUDA devices the fused GEMM is not compiled for and of float32 inputs, and what `odds_gemm` has to
-beat. Four launches and a GEMM per chunk of C rows: the target logits, logits [C, V] in float32, one pass that reads
-them once and leaves E and one partial sum per (row, column block), the sums in block order, the repair. No atomics, no
-host sync. A row's bits may depend on its batch, because cuBLAS chooses its algorithm by the shape.
+beat. A GEMM and the launches around it per chunk of C rows: the target logits, logits [C, V] in float32, one pass that
+reads them once and leaves E and one partial sum per (row, column block), the sums in block order, the repair's. No
+atomics, no host sync. A row's bits may depend on its batch, because cuBLAS chooses its algorithm by the shape.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-call"
@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gapg_kernels.elementwise import LOG2E, capped, exponent_of, moment_of, odds_at
 from gapg_kernels.reference import RowOdds, matmul_wide
-from gapg_kernels.row_kernels import LOG2E, finish_rows, moment_of, new_partials, odds_of, target_logits
+from gapg_kernels.row_kernels import finish_rows, new_partials, target_logits
 
 BLOCK, WARPS = 4096, 8
 """Columns a program takes: 16 KiB of logits, 4 loads of 16 bytes a thread in flight. Not timed on a card yet."""
@@ -23,8 +24,8 @@ BLOCK, WARPS = 4096, 8
 
 @triton.jit
 def odds_pass_kernel(
-    logits_ptr: tl.tensor,  # [C, V] float32 with row pitch, before bias and temperature
-    e_ptr: tl.tensor,  # [C, V] with row pitch, may be the logits; or None: forward only
+    logits_ptr: tl.tensor,  # [C, V] float32 with row pitch, before bias, softcap and temperature
+    e_ptr: tl.tensor,  # [C, V] with row pitch, may be the logits: receives E times the slope; or None: forward only
     bias_ptr: tl.tensor,  # [V] or None
     target_ptr: tl.tensor,  # [C] int64
     logit_ptr: tl.tensor,  # [C] float32: the target logits
@@ -35,6 +36,7 @@ def odds_pass_kernel(
     logits_pitch: tl.tensor,
     e_pitch: tl.tensor,
     scale: tl.tensor,  # log2(e) / temperature
+    cap: tl.tensor,  # the softcap, or None
     BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)  # C * V passes 2^31
@@ -44,10 +46,14 @@ def odds_pass_kernel(
     logits = tl.load(logits_ptr + row * logits_pitch + cols, mask=inside, other=0.0)
     if bias_ptr is not None:
         logits += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    e, d = odds_of(logits, tl.load(logit_ptr + row), scale)
-    e = tl.where(inside & (cols != tl.load(target_ptr + row)), e, 0.0)
+    slope = 1.0
+    if cap is not None:
+        logits, slope = capped(logits, cap)
+    d = exponent_of(logits, tl.load(logit_ptr + row), scale)
+    d = tl.where(inside & (cols != tl.load(target_ptr + row)), d, float("-inf"))
+    e = odds_at(d)
     if e_ptr is not None:
-        tl.store(e_ptr + row * e_pitch + cols, e.to(e_ptr.dtype.element_ty), mask=inside)
+        tl.store(e_ptr + row * e_pitch + cols, (e * slope).to(e_ptr.dtype.element_ty), mask=inside)
     place = block.to(tl.int64) * C + row
     tl.store(partial_ptr + place, tl.sum(e, 0))
     if moment_ptr is not None:
@@ -69,11 +75,13 @@ def cublas_odds(
     Args:
         hidden: [C, H] bfloat16 or float32, contiguous.
         weight: [V, H], hidden's dtype, contiguous.
-        bias: [V] or None.
+        bias: [V] or None; -inf takes a column out, with a softcap too.
         target: [C] int64.
         temperature: divides the logits.
-        store: [C, V] of hidden's dtype, any row pitch; receives E, made in place for float32. None: forward only.
+        store: [C, V] of hidden's dtype, any row pitch; receives E, with a softcap times its slope; float32 in place.
+            None: forward only.
         entropy: also return each row's entropy; error as that of `odds_gemm.fused_odds`.
+        softcap: logits become ``softcap * tanh(logit / softcap)``, before the temperature.
 
     Besides ``store`` it holds the logits, 4 bytes a row and column, unless float32 logits become E in place.
     """
@@ -84,10 +92,11 @@ def cublas_odds(
         logits = matmul_wide(hidden, weight.t())
     blocks = triton.cdiv(vocab, BLOCK)
     with torch.cuda.device_of(hidden):  # Triton launches on the current device, wherever the tensors are
-        logit = target_logits(hidden, weight, bias, target)
+        at = target_logits(hidden, weight, bias, target, softcap)
         partial, moment = new_partials(hidden, blocks, entropy)
         odds_pass_kernel[(rows, blocks)](
-            logits, store, bias, target, logit, partial, moment, rows, vocab,
-            logits.stride(0), 0 if store is None else store.stride(0), LOG2E / temperature, BLOCK, num_warps=WARPS,
+            logits, store, bias, target, at.logit, partial, moment, rows, vocab,
+            logits.stride(0), 0 if store is None else store.stride(0), LOG2E / temperature, softcap, BLOCK,
+            num_warps=WARPS,
         )  # fmt: skip
-        return finish_rows(hidden, weight, bias, target, temperature, store, logit, partial, moment)
+        return finish_rows(hidden, weight, bias, target, temperature, store, at, partial, moment, softcap)

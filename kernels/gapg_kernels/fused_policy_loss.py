@@ -29,7 +29,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from gapg_kernels import head, reference
 from gapg_kernels.chunked_head import ChunkedHead
-from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan, sum_dtype
+from gapg_kernels.chunks import ChunkPlan, sum_dtype, workspace_for
 from gapg_kernels.policy_loss import DEFAULTS, STATS, PolicyLossOptions, RowLosses, check_source, row_losses
 from gapg_kernels.policy_loss_reference import look_up
 
@@ -68,7 +68,7 @@ def fused_policy_loss(
     with_entropy: bool = False,
     main_grad: Tensor | None = None,
     target_term: Literal["exact", "patched"] = "exact",
-    workspace_bytes: int = DEFAULT_WORKSPACE,
+    workspace_bytes: int | None = None,
 ) -> FusedLoss:
     """The policy loss of T response tokens, its gradients already computed when it returns.
 
@@ -131,9 +131,10 @@ def fused_policy_loss(
         grad and (weight.requires_grad or main_grad is not None),
         grad and bias is not None and bias.requires_grad,
     ]
-    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=False, entropy=with_entropy, softcap=softcap)
+    workspace = workspace_for(hidden.device, workspace_bytes)
+    plan = ChunkPlan.of(hidden, weight, workspace, kernel=False, entropy=with_entropy, softcap=softcap)
     plan.require_one_row("fused_policy_loss", grad=any(needs))
-    scalars = (float(temperature), softcap, float(denominator), workspace_bytes)
+    scalars = (float(temperature), softcap, float(denominator), workspace)
     loss, stats, logprob, entropy = _Fused.apply(
         hidden, weight, bias, rewards, rows, main_grad, options, scalars, needs, with_entropy,
         target_term == "patched",

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gapg_kernels import head, reference, routes
-from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan, pitch, sum_dtype
+from gapg_kernels.chunks import ChunkPlan, pitch, sum_dtype, workspace_for
 from gapg_kernels.reference import RowOdds
 
 
@@ -40,7 +40,7 @@ def linear_logprob(
     temperature: float = 1.0,
     softcap: float | None = None,
     return_entropy: Literal[False] = False,
-    workspace_bytes: int = DEFAULT_WORKSPACE,
+    workspace_bytes: int | None = None,
 ) -> Tensor: ...
 
 
@@ -54,7 +54,7 @@ def linear_logprob(
     temperature: float = 1.0,
     softcap: float | None = None,
     return_entropy: Literal[True],
-    workspace_bytes: int = DEFAULT_WORKSPACE,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -67,7 +67,7 @@ def linear_logprob(
     temperature: float = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
-    workspace_bytes: int = DEFAULT_WORKSPACE,
+    workspace_bytes: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``log_softmax((hidden @ weight^T + bias) / temperature)[t, target[t]]`` for every row t.
 
@@ -75,8 +75,10 @@ def linear_logprob(
     The result and the gradients are the same bits from run to run.
 
     Args:
-        hidden: [T, H] bfloat16 or float32. T may be 0. (float64 too, for gradcheck: then everything is float64.)
-        weight: [V, H], hidden's dtype. Any V. Of a sharded weight (FSDP2) give
+        hidden: [T, H] bfloat16 or float32; under autocast in its type, as for `torch.nn.functional.linear`. T may be 0.
+            (float64 too, for gradcheck: then everything is float64.)
+        weight: [V, H], hidden's dtype, any V; or float32 under bfloat16 hidden: a master, of which one rounded copy is
+            made, and whose gradient is not rounded. Of a sharded weight (FSDP2) give
             ``weight.full_tensor(grad_placements=[Partial("avg")])`` where ranks average gradients, as FSDP does, or
             ``[Partial()]`` where they add them: plain ``full_tensor()`` would drop the other ranks' gradients.
         target: [T] int64 (or int32) token ids. -100 masks a row: log-prob 0, no gradient. Any other id outside
@@ -85,15 +87,17 @@ def linear_logprob(
         temperature: divides the logits; positive.
         softcap: logits become ``softcap * tanh(logit / softcap)`` before the temperature; None: no.
         return_entropy: also give the entropy of every row's distribution over the vocabulary.
-        workspace_bytes: limit for E and the scratch of a chunk. Inputs, gradients and the float32 sum of dW are not
-            counted, nor float32 copies of bfloat16 factors on a CPU, which has no 16-bit GEMM with a wide result.
+        workspace_bytes: limit for E and the scratch of a chunk; None: 2 GiB, but at most half of what a CUDA device has
+            free (only then do bits depend on what else is there). Inputs, gradients, the float32 sum of dW and a master
+            weight's copy are not counted, nor float32 copies of bfloat16 factors on a CPU, which has no 16-bit GEMM
+            with a wide result.
 
     Returns:
         [T] float32 log-probs, all sums in float32; with ``return_entropy`` also [T] float32 entropies in nats, 0 where
-        the row is masked, through which no gradient flows.
+        the row is masked. A gradient by the entropy costs one read and one write of E more; see `linear_loss`.
 
     Raises:
-        TypeError: float16 or mixed dtypes; non-integer targets; a DTensor.
+        TypeError: float16, or dtypes that do not go together; non-integer targets; a DTensor.
         ValueError: shapes that do not agree; a temperature that is not positive; a workspace under one row.
     """
     hidden = head.follow_autocast(hidden)
@@ -102,12 +106,13 @@ def linear_logprob(
         hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     # The larger need: whether E is kept then never depends on the device, and a compiler can trace it.
-    plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=False, entropy=return_entropy, softcap=softcap)
+    workspace = workspace_for(hidden.device, workspace_bytes)
+    plan = ChunkPlan.of(hidden, weight, workspace, kernel=False, entropy=return_entropy, softcap=softcap)
     plan.require_one_row("linear_logprob", grad=grad)
     keep = grad and (plan.with_copy() if return_entropy else plan).fits(hidden.shape[0])
     logprob: Tensor
     logprob, entropy, *_ = _forward_op(
-        hidden, weight, target.long(), bias, float(temperature), softcap, workspace_bytes, keep, return_entropy
+        hidden, weight, target.long(), bias, float(temperature), softcap, workspace, keep, return_entropy
     )
     return (logprob, entropy) if return_entropy else logprob
 

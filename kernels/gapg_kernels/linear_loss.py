@@ -25,12 +25,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gapg_kernels import head
 from gapg_kernels.chunked_head import Chunk, ChunkedHead
-from gapg_kernels.chunks import DEFAULT_WORKSPACE, sum_dtype
+from gapg_kernels.chunks import sum_dtype
 
 Loss = Callable[..., Tensor]
+GIVEN = ("logprob", "entropy", "log_odds", "cuts")
+"""What a loss may be given besides its rows."""
 
 
 class LinearLoss(NamedTuple):
@@ -60,7 +63,7 @@ def linear_loss(
     entropy: bool = False,
     mask_columns: Sequence[int] = (),
     main_grad: Tensor | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE,
+    workspace_bytes: int | None = None,
 ) -> LinearLoss:
     """The sum of ``loss`` over chunks of rows, its gradients already computed when it returns.
 
@@ -98,6 +101,10 @@ def linear_loss(
             stretch between cuts that does not fit the workspace (it says what it needs); a loss that is no scalar,
             does not depend on what it is given, or depends on another tensor that requires a gradient.
     """
+    if torch.compiler.is_dynamo_compiling():  # where a graph may break, it does here, and this is not seen
+        raise RuntimeError(
+            "linear_loss: it cannot be part of a graph; compile the loss, or call it outside of the graph"
+        )
     hidden = head.follow_autocast(hidden)
     rows = dict(rows or {})
     head.check_inputs("linear_loss", hidden, weight, target, bias, temperature, softcap)
@@ -120,6 +127,8 @@ def linear_loss(
 def _check_rows(hidden: Tensor, rows: Mapping[str, Tensor], cuts: Sequence[int] | None) -> None:
     count = hidden.shape[0]
     for name, x in rows.items():
+        if name in GIVEN:
+            raise ValueError(f"linear_loss: rows[{name!r}] has the name of what the loss is given; call it otherwise")
         if x.dim() == 0 or x.shape[0] != count:
             raise ValueError(
                 f"linear_loss: rows[{name!r}] {tuple(x.shape)} must be [{count}, ...], one entry a row of hidden"
@@ -178,6 +187,7 @@ class _Loss(torch.autograd.Function):
         return total, logprob, entropy, log_odds
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.in_place:  # d(weight) is already in main_grad, for a gradient of 1; to look would wait for the device
             grad = torch.where(grad == 1, grad, torch.nan)

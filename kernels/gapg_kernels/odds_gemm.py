@@ -1,19 +1,18 @@
 """The Triton forward of the fused head: a GEMM whose epilogue turns logits into odds, so no [T, V] logits exist.
 
-Four launches per chunk of C rows, without a host sync between them: the target logits (a dot product a row), the
-GEMM with the odds epilogue and one partial sum per (row, vocabulary tile), the sums in tile order with the log-probs,
-and the repair of rows whose target is more than about 82 nats below the rest. No atomics and a tile shape that does
-not depend on C: the same row gives the same bits in any batch. The formulas stand in `gapg_kernels.reference`.
+A chunk of C rows takes, without a host sync between the launches: the target logits (a dot product a row), the GEMM
+with the odds epilogue and one partial sum per (row, vocabulary tile), the sums in tile order with the log-probs, and
+the repair of rows whose target is more than about 82 nats below the rest. No atomics and a tile shape that does not
+depend on C: the same row gives the same bits in any batch. The formulas stand in `gapg_kernels.reference`.
 
-It runs on CUDA devices of compute capability 9.0 in bfloat16. Other CUDA devices, and float32, take
-`cublas_odds.cublas_odds`.
+One kernel serves every card: TMA moves its tiles where there is one, threads with cp.async elsewhere. It runs in
+bfloat16 on the cards of `tiles.TILES`; `routes` says what the others take.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-call"
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
@@ -21,91 +20,105 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gapg_kernels.elementwise import LOG2E, capped, exponent_of, moment_of, odds_at
 from gapg_kernels.reference import RowOdds
-from gapg_kernels.row_kernels import LOG2E, finish_rows, moment_of, new_partials, odds_of, target_logits
-
-
-class Tile(NamedTuple):
-    """One GEMM configuration: BM rows, BN vocabulary columns and BK of H a tile, GROUP row tiles to a column tile, and
-    how many programs run on a multiprocessor at the same time."""
-
-    bm: int
-    bn: int
-    bk: int
-    group: int
-    warps: int
-    stages: int
-    programs: int
-
-
-NARROW_VOCAB = 2048
-TILES = {
-    "wide": Tile(bm=128, bn=256, bk=64, group=16, warps=8, stages=4, programs=1),
-    "narrow": Tile(bm=128, bn=128, bk=64, group=16, warps=8, stages=4, programs=1),
-    "pair": Tile(bm=128, bn=128, bk=64, group=16, warps=4, stages=3, programs=2),
-}
-"""The fixed table for sm_90; `tile_for` chooses by V. None of it has been timed on a card yet: `bench/tiles.py` does.
-
-wide: the largest tile whose float32 accumulator fits the registers of two warpgroups; four stages of 48 KiB leave
-    room for half of E's tile, which the epilogue therefore makes in two halves, and not for a fifth stage.
-    128 * 16 rows and 256 columns for each of 132 programs are nearly a square, which reads the least from memory:
-    with groups of 8 the weight is read twice as often. The group's hidden states, 16 MiB at H = 4,096, fit L2.
-narrow: a vocabulary of up to 2,048 has at most 8 wide tiles, so that most of the 132 processors would stand idle
-    below 2,048 rows, and one of 128 or less would waste half of each.
-pair: two programs share a multiprocessor, which leaves each 256 registers a thread and 113 KiB of shared memory, and
-    the epilogue of one hides behind the products of the other. On the wide tile the tensor cores wait for it:
-    888 instructions a thread, 128 of them exponentials (bench/results/sass); those alone keep their unit busy for 2,048
-    cycles, beside 32,768 of products at H = 2,048. It may lose all the same: a tile reads (BM + BN) / (BM BN) bytes a
-    flop from L2, at 790 TFLOP/s 12.3 TB/s where the wide tile asks for 9.3, and bench/roofline.py predicts that this
-    weighs more. Nothing chooses it until a card says so.
-H changes the length of the inner loop only, so it does not choose.
-"""
-
-
-def tile_for(vocab: int) -> Tile:
-    """The configuration for V. It must not depend on C: a row's bits would depend on its batch."""
-    return TILES["narrow" if vocab <= NARROW_VOCAB else "wide"]
+from gapg_kernels.row_kernels import finish_rows, new_partials, target_logits
+from gapg_kernels.tiles import HOPPER, Capability, Tile, part_of, tile_for
 
 
 @triton.jit
-def _half(
-    acc: tl.tensor, bias_ptr: tl.tensor, logit: tl.tensor, target: tl.tensor, first: tl.tensor, V: tl.tensor,
-    scale: tl.tensor, edge: tl.tensor, BN: tl.constexpr, ENTROPY: tl.constexpr,
+def _load(
+    x: tl.tensor, row: tl.tensor, k: tl.tensor, rows: tl.tensor, H: tl.tensor, BR: tl.constexpr, BK: tl.constexpr,
+    TMA: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """E [BM, BN] of the columns from ``first``, its row sums, and those of E d (with the entropy; else the same)."""
-    cols = first + tl.arange(0, BN)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
-    e, d = odds_of(acc, logit[:, None], scale)
-    if edge:
-        e = tl.where((cols[None, :] != target[:, None]) & (cols < V)[None, :], e, 0.0)
-    total = tl.sum(e, 1)
-    if ENTROPY:
-        return e, total, tl.sum(moment_of(e, d), 1)
+    """The block [BR, BK] at (row, k) of a matrix [rows, H], zeros beyond it."""
+    if TMA:
+        return x.load([row, k])
     else:
-        return e, total, total
+        at, ks = tl.arange(0, BR), k + tl.arange(0, BK)
+        first = x + tl.cast(row, tl.int64) * H  # from there 32 bits reach every element of the block
+        mask = (row + at < rows)[:, None] & (ks < H)[None, :]
+        return tl.load(first + (at[:, None] * H + ks[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
+def _store(
+    x: tl.tensor, block: tl.tensor, row: tl.tensor, col: tl.tensor, C: tl.tensor, V: tl.tensor, pitch: tl.tensor,
+    BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write the block [BM, BN] at (row, col) of a matrix [C, V], and nothing beyond it."""
+    if TMA:
+        x.store([row, col], block.to(x.dtype))
+    else:
+        rows, cols = tl.arange(0, BM), tl.arange(0, BN)
+        first = x + tl.cast(row, tl.int64) * pitch + col
+        mask = (row + rows < C)[:, None] & (col + cols < V)[None, :]
+        tl.store(first + (rows[:, None] * pitch + cols[None, :]), block.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _odds(
+    acc: tl.tensor, e_out: tl.tensor, bias_ptr: tl.tensor, logit: tl.tensor, target: tl.tensor, edge: tl.tensor,
+    row: tl.tensor, col: tl.tensor, C: tl.tensor, V: tl.tensor, pitch: tl.tensor, scale: tl.tensor, cap: tl.tensor,
+    BM: tl.constexpr, BN: tl.constexpr, PART: tl.constexpr, TMA: tl.constexpr, ENTROPY: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The epilogue: from the products [BM, BN] at (row, col) to E, PART columns at a time, which is stored, with a
+    softcap times its slope. The row sums of E itself, and of E d (with the entropy; else the same)."""
+    if BN > PART:
+        HALF: tl.constexpr = BN // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, HALF)), (0, 2, 1)))
+        total, moment = _odds(
+            left, e_out, bias_ptr, logit, target, edge, row, col, C, V, pitch, scale, cap,
+            BM, HALF, PART, TMA, ENTROPY,
+        )  # fmt: skip
+        more, more_moment = _odds(
+            right, e_out, bias_ptr, logit, target, edge, row, col + HALF, C, V, pitch, scale, cap,
+            BM, HALF, PART, TMA, ENTROPY,
+        )  # fmt: skip
+        return total + more, moment + more_moment
+    else:
+        cols = col + tl.arange(0, BN)
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
+        if cap is not None:
+            acc, slope = capped(acc, cap)
+        d = exponent_of(acc, logit[:, None], scale)
+        if edge:  # here rather than on E, which would be one more register an element
+            d = tl.where((cols[None, :] != target[:, None]) & (cols < V)[None, :], d, float("-inf"))
+        e = odds_at(d)
+        total = tl.sum(e, 1)
+        moment = tl.sum(moment_of(e, d), 1) if ENTROPY else total
+        if e_out is not None:
+            if cap is not None:
+                e *= slope
+            _store(e_out, e, row, col, C, V, pitch, BM, BN, TMA)
+        return total, moment
+
+
+# A C of 1, or one that 16 divides, would be compiled by itself, and its code might add a row up in another order.
+@triton.jit(do_not_specialize=["C"])
 def odds_gemm_kernel(
-    hidden_desc: tl.tensor_descriptor,  # [C, H] in blocks [BM, BK]
-    weight_desc: tl.tensor_descriptor,  # [V, H] in blocks [BN, BK]
-    e_desc: tl.tensor_descriptor,  # [C, V] in blocks [BM, BN / 2], or None: forward only
+    hidden: tl.tensor,  # [C, H]: with TMA a descriptor of blocks [BM, BK], else a pointer
+    weight: tl.tensor,  # [V, H], likewise, [BN, BK]
+    e: tl.tensor,  # [C, V], likewise, [BM, PART]; or None: forward only
     bias_ptr: tl.tensor,  # [V] or None
     target_ptr: tl.tensor,  # [C] int64
-    logit_ptr: tl.tensor,  # [C] float32: the target logits
+    logit_ptr: tl.tensor,  # [C] float32: the target logits, after the softcap
     partial_ptr: tl.tensor,  # [ceil(V / BN), C] float32: receives each tile's row sums of E
     moment_ptr: tl.tensor,  # the same for E d, or None: no entropy
     C: tl.tensor,
     V: tl.tensor,
     H: tl.tensor,
+    pitch: tl.tensor,  # of E's rows, without TMA
     scale: tl.tensor,  # log2(e) / temperature
+    cap: tl.tensor,  # the softcap, or None
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
+    PART: tl.constexpr,
+    TMA: tl.constexpr,
 ) -> None:
-    HALF: tl.constexpr = BN // 2
     ENTROPY: tl.constexpr = moment_ptr is not None
     tiles_m = tl.cdiv(C, BM)
     tiles_n = tl.cdiv(V, BN)
@@ -125,8 +138,8 @@ def odds_gemm_kernel(
             group_m = tl.minimum(tiles_m - first_m, GROUP)
             row = (first_m + tile % (GROUP * tiles_n) % group_m) * BM
             col = tile % (GROUP * tiles_n) // group_m * BN
-        h = hidden_desc.load([row, step * BK])  # beyond H and V the descriptors read zeros
-        w = weight_desc.load([col, step * BK])
+        h = _load(hidden, row, step * BK, C, H, BM, BK, TMA)
+        w = _load(weight, col, step * BK, V, H, BN, BK, TMA)
         acc = tl.dot(h, w.T, acc)
         if step == steps - 1:
             rows = row + tl.arange(0, BM)
@@ -135,17 +148,13 @@ def odds_gemm_kernel(
             # Few tiles hold a target of their 128 rows, one a row ends V: the others skip two comparisons and a
             # select an element.
             edge = (tl.max(((target >= col) & (target < col + BN)).to(tl.int32), 0) > 0) | (col + BN > V)
-            left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, HALF)), (0, 2, 1)))
-            e, total, moment = _half(left, bias_ptr, logit, target, col, V, scale, edge, HALF, ENTROPY)
-            if e_desc is not None:
-                e_desc.store([row, col], e.to(e_desc.dtype))
-            e, more, more_moment = _half(right, bias_ptr, logit, target, col + HALF, V, scale, edge, HALF, ENTROPY)
-            if e_desc is not None:
-                e_desc.store([row, col + HALF], e.to(e_desc.dtype))
+            total, moment = _odds(
+                acc, e, bias_ptr, logit, target, edge, row, col, C, V, pitch, scale, cap, BM, BN, PART, TMA, ENTROPY
+            )
             place = (col // BN).to(tl.int64) * C + rows
-            tl.store(partial_ptr + place, total + more, mask=rows < C)
+            tl.store(partial_ptr + place, total, mask=rows < C)
             if ENTROPY:
-                tl.store(moment_ptr + place, moment + more_moment, mask=rows < C)
+                tl.store(moment_ptr + place, moment, mask=rows < C)
             acc = tl.zeros((BM, BN), tl.float32)
 
 
@@ -165,30 +174,32 @@ def fused_odds(
     Args:
         hidden: [C, H] bfloat16, contiguous, H a multiple of 8.
         weight: [V, H] bfloat16, contiguous.
-        bias: [V] or None.
+        bias: [V] or None. -inf takes a column out.
         target: [C] int64.
         temperature: divides the logits.
-        store: [C, V] bfloat16 with a row pitch of a multiple of 8 elements, receives E. None: forward only.
+        store: [C, V] bfloat16 with a row pitch of a multiple of 8 elements, receives E, with a softcap times its slope.
+            None: forward only.
         entropy: also return each row's entropy. Its absolute error is at most 1e-6 * (1 + nats between the target
             and the best token), as it is a difference of two numbers of that size; repaired rows are exact.
-        tile: the GEMM's configuration. None: `tile_for`'s.
+        softcap: logits become ``softcap * tanh(logit / softcap)``, before the temperature.
+        tile: the GEMM's configuration. None: what `tile_for` has for this card.
     """
     (rows, width), vocab = hidden.shape, weight.shape[0]
-    tile = tile_for(vocab) if tile is None else tile
-    tiles = triton.cdiv(vocab, tile.bn)
+    tile = tile_for(vocab, _capability(hidden.device)) if tile is None else tile
+    tiles, part = triton.cdiv(vocab, tile.bn), part_of(tile, softcap)
     hidden, weight = _aligned(hidden), _aligned(weight)
     grid = min(tile.programs * _multiprocessors(hidden.device), triton.cdiv(rows, tile.bm) * tiles)
+    operands = (hidden, [tile.bm, tile.bk]), (weight, [tile.bn, tile.bk]), (store, [tile.bm, part])
     with torch.cuda.device_of(hidden):  # Triton launches on the current device, wherever the tensors are
-        logit = target_logits(hidden, weight, bias, target)
+        at = target_logits(hidden, weight, bias, target, softcap)
         partial, moment = new_partials(hidden, tiles, entropy)
         odds_gemm_kernel[(grid,)](
-            TensorDescriptor.from_tensor(hidden, [tile.bm, tile.bk]),
-            TensorDescriptor.from_tensor(weight, [tile.bn, tile.bk]),
-            None if store is None else TensorDescriptor.from_tensor(store, [tile.bm, tile.bn // 2]),
-            bias, target, logit, partial, moment, rows, vocab, width, LOG2E / temperature,
-            tile.bm, tile.bn, tile.bk, tile.group, num_warps=tile.warps, num_stages=tile.stages,
+            *(TensorDescriptor.from_tensor(x, block) if tile.tma and x is not None else x for x, block in operands),
+            bias, target, at.logit, partial, moment, rows, vocab, width, 0 if store is None else store.stride(0),
+            LOG2E / temperature, softcap or None, tile.bm, tile.bn, tile.bk, tile.group, part, tile.tma,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        return finish_rows(hidden, weight, bias, target, temperature, store, logit, partial, moment)
+        return finish_rows(hidden, weight, bias, target, temperature, store, at, partial, moment, softcap)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -201,3 +212,11 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":  # the interpreter: few, but enough to divide the tiles unevenly
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _capability(device: torch.device) -> Capability:
+    """Where there is no card, in the interpreter and on the meta device, that of an H100."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+TILES = HOPPER  # goes when roofline.py, gpu_report.py and test_roofline.py import `tiles`

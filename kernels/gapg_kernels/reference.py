@@ -37,8 +37,9 @@ REPAIR_GAP = 118 * 0.6931471805599453
 """Nats between the largest logit and the target's above which a row takes ``b = gap``: E would pass 2^60."""
 
 
-ENTROPY_BLOCK = 1 << 22
-"""Elements whose shifted logits are held a second time while the entropy is summed; 16 MiB of float32."""
+ENTROPY_BLOCK = 1 << 18
+"""Elements that the passes of entropy and softcap hold a second time, and a third; 1 MiB of float32, which a processor
+keeps in its cache."""
 
 
 class RowOdds(NamedTuple):
@@ -266,7 +267,8 @@ def entropy_scales(
     assert rows.entropy is not None
     given = (grad, grad_entropy, torch.zeros_like(grad) if others is None else others)
     c, k, by_lse = (torch.where(target == IGNORE, 0.0, x) * (1.0 / temperature) for x in given)
-    total, pull = rows.odds + rows.unit, c * rows.odds - (by_lse + k * (rows.logprob + rows.entropy)) * rows.unit
+    above = torch.where(rows.unit > 0, rows.logprob + rows.entropy, 0.0)  # a log-prob of -inf times p_y = 0 is 0
+    total, pull = rows.odds + rows.unit, c * rows.odds - (by_lse + k * above) * rows.unit
     c = c + by_lse
     if e.is_cuda:
         from gapg_kernels.entropy_gradient import spread_entropy  # triton is imported only where it runs

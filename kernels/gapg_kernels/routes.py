@@ -1,4 +1,4 @@
-"""Which forward of the fused head a device gets, and why."""
+"""Which forward of the fused head given tensors or a device get, and why."""
 
 from __future__ import annotations
 
@@ -9,22 +9,15 @@ from torch import Tensor
 
 from gapg_kernels import reference
 from gapg_kernels.reference import RowOdds
-
-KERNEL_CAPABILITY = (9, 0)
-"""The CUDA architecture the Triton kernels are compiled and checked for."""
+from gapg_kernels.tiles import TILES, Capability
 
 Route = Callable[[Tensor, Tensor, Tensor | None, Tensor, float, Tensor | None, bool, float | None], RowOdds]
 """(hidden, weight, bias, target, temperature, store, entropy, softcap), as in `reference.plain_odds`."""
 
 
 def uses_kernel(hidden: Tensor) -> bool:
-    """Whether the Triton forward runs: bfloat16 on a CUDA device of compute capability 9.0, H a multiple of 16."""
-    return (
-        hidden.is_cuda
-        and hidden.dtype == torch.bfloat16
-        and hidden.shape[1] % 16 == 0
-        and torch.cuda.get_device_capability(hidden.device) == KERNEL_CAPABILITY
-    )
+    """Whether the fused GEMM runs: bfloat16 on a CUDA card of `tiles.TILES`, H a multiple of 16."""
+    return _obstacle(hidden.device, hidden.dtype, hidden.shape[-1]) is None
 
 
 def route(hidden: Tensor) -> Route:
@@ -40,12 +33,46 @@ def route(hidden: Tensor) -> Route:
     return reference.plain_odds
 
 
-def describe(device: torch.device | str) -> str:
-    """Which forward the fused heads take on this device, and why, in one line."""
-    device = torch.device(device)
+def describe(where: torch.device | str | Tensor, weight: Tensor | None = None) -> str:
+    """Which forward the fused heads take, and why, in one line: for hidden [T, H], with its weight [V, H] if given, or
+    on a device for bfloat16."""
+    if isinstance(where, Tensor):
+        device, dtype, width = where.device, where.dtype, where.shape[-1]
+    else:
+        device, dtype, width = torch.device(where), torch.bfloat16, 16
+    other = dtype if weight is None else weight.dtype
+    if torch.float16 in (dtype, other):
+        return "refused: float16 is too narrow for the odds form; pass bfloat16 or float32"
+    if dtype != other and (dtype, other) != (torch.bfloat16, torch.float32):
+        return f"refused: hidden is {_name(dtype)} and weight {_name(other)}; pass hidden.to(weight.dtype)"
+    obstacle = _obstacle(device, dtype, width)
+    if obstacle is None:
+        card = _sm(torch.cuda.get_device_capability(device))
+        line = f"Triton GEMM with odds epilogue (bfloat16 on {card}: compiled for it, not timed on a card yet)"
+    elif device.type == "cuda" and dtype != torch.float64:
+        line = f"cuBLAS and one Triton pass in odds form ({obstacle})"
+    else:
+        line = f"plain PyTorch in odds form ({obstacle})"
+    return line if dtype == other else f"{line}; the float32 weight is rounded to bfloat16 for it"
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """Why the fused GEMM does not take hidden states of this kind and width H; None: it does."""
     if device.type != "cuda":
-        return f"plain PyTorch in odds form (the Triton kernels need CUDA; this is {device.type})"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) != KERNEL_CAPABILITY:
-        return f"cuBLAS and one Triton pass in odds form (the fused GEMM is for sm_90; this is sm_{major}{minor})"
-    return "Triton GEMM with odds epilogue (sm_90) for bfloat16; cuBLAS and one Triton pass for float32"
+        return f"the Triton kernels need CUDA; this is {device.type}"
+    if dtype != torch.bfloat16:
+        return f"the fused GEMM is for bfloat16; this is {_name(dtype)}"
+    if width % 16:
+        return f"the fused GEMM needs an H that is a multiple of 16; this is {width}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability not in TILES:
+        return f"the fused GEMM is for {', '.join(map(_sm, TILES))}; this is {_sm(capability)}"
+    return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _sm(capability: Capability) -> str:
+    return f"sm_{capability[0]}{capability[1]}"
