@@ -36,6 +36,7 @@ lint: .venv/.full
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p gapg -p gapg_kernels -p gapg_rollout -p gapg_packing
+	$(BIN)/mypy kernels/hub.py examples/*.py
 	cd bench && ../$(BIN)/mypy --config-file ../pyproject.toml --explicit-package-bases .
 	$(BIN)/lint-imports
 

@@ -17,6 +17,7 @@ LEAVES = set(HOMES) - {"gapg"}
 LIGHT = {
     "gapg",
     *("gapg.batches", "gapg.batches.batching", "gapg.batches.sharing", "gapg.budget", "gapg.data", "gapg.errors"),
+    *("gapg.integrations", "gapg.integrations.verl"),
     *("gapg.files", "gapg.filtering", "gapg.jsonl", "gapg.judge", "gapg.optim", "gapg.reward", "gapg.seeding"),
     *("gapg.tasks", "gapg.tasks.arithmetic", "gapg.tasks.base", "gapg.tasks.demonstrations"),
     *("gapg_rollout", "gapg_rollout.records", "gapg_rollout.text"),

@@ -1,0 +1,1 @@
+"""GAPG's parts inside other trainers."""
