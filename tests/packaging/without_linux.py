@@ -34,8 +34,15 @@ import gapg_packing
 import gapg_rollout
 
 GONE = ("triton", "fcntl", "resource", "vllm")
-ELSEWHERE = {"odds_gemm", "cublas_odds", "row_kernels", "policy_loss_kernel", "_mathworker"}
+ELSEWHERE = {
+    "odds_gemm", "cublas_odds", "row_kernels", "elementwise", "repair", "entropy_gradient", "policy_loss_kernel",
+    "_mathworker",
+}  # fmt: skip
 """Triton's kernels, imported where they run, which is Linux; and a script that is a process of its own."""
+
+
+TRL = "gapg.integrations.trl"
+"""Imports the package trl, which looks for vllm; whoever asks for it has trl."""
 
 
 class Without:
@@ -63,7 +70,10 @@ def modules() -> list[str]:
     found = []
     for package in (gapg, gapg_kernels, gapg_packing, gapg_rollout):
         names = (module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."))
-        found += [name for name in names if "vllm" not in name and name.rpartition(".")[2] not in ELSEWHERE]
+        found += [
+            name for name in names
+            if "vllm" not in name and name != TRL and name.rpartition(".")[2] not in ELSEWHERE
+        ]  # fmt: skip
     return found
 
 
