@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a GPU decides, in three stages of at most 7, 7 and 6 minutes, each a command of its own; see bench/GPU.md.
+# What a GPU decides, in three stages of at most 7 minutes each, each a command of its own; see bench/GPU.md.
 #
 #   bench/gpu.sh A              # is it right, which tile wins, the head beside bare cuBLAS
 #   bench/gpu.sh B              # a whole update at 1.5B, saving by saving, beside TRL and Liger; the shared prompt
@@ -152,6 +152,7 @@ stage_C() {
     --impl "gapg fused_policy_loss,main_grad,linear_logprob,cce,verl,TRL" --output "$out/peers"
   step cutlass 115 "$python" bench/heads.py "${peers[@]}" --case train,forward \
     --impl "gapg fused_policy_loss,main_grad,linear_logprob,Liger scaled,Liger cross entropy (CuTe),quack" --output "$out/cutlass"
+  step attention 60 "$python" bench/attention.py --seconds 3 --output "$out/attention"
   local profiler
   profiler=$(command -v ncu || ls /usr/local/cuda/bin/ncu 2>/dev/null)
   if [ -n "$dry" ]; then

@@ -34,6 +34,7 @@ RECORDS = {
     "shared": "shared_prompt/{}.json",
     "peers": "peers/kernels-{}.json",
     "cutlass": "cutlass/kernels-{}.json",
+    "attention": "attention/{}.json",
 }
 """What the stages leave, by device: A the first three, B the next two, C the rest."""
 HEADS = ("kernels", "tiles", "peers", "cutlass")
@@ -106,6 +107,7 @@ def page(results: Results) -> str:
         ("Errors", _errors(results.rows("errors"))),
         ("One update", _update(results)),
         ("One prompt for its responses", _values(results.rows("shared"))),
+        ("Attention", _values(results.rows("attention"))),
         ("What failed", _failed(results)),
         ("Steps", _table(("stage", "step", "seconds", "at most", ""), results.steps, right=(2, 3))),
     ):

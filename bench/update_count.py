@@ -137,14 +137,14 @@ def _one_and_two(case: Case, name: str, batch: Any) -> tuple[Run, Run]:
 
 def run_layers(case: Case, layers: int, name: str, batch: Any) -> Run:
     """Counts one micro-batch of an implementation through so many layers, on CUDA's route."""
-    loss, kind = (_loss_of_ours, attention.NAME) if name in OURS else (updates.PEERS[name], "sdpa")
+    loss, kind = (loss_of_ours, attention.NAME) if name in OURS else (updates.PEERS[name], "sdpa")
     shape = type(case.model)(**{**case.model.to_dict(), "num_hidden_layers": layers, "layer_types": None})
-    on_cuda = mock.patch.multiple(flash, has_flash=lambda device: True, best=lambda device, head_dim: flash.ATEN)
+    on_cuda = mock.patch.object(flash, "has_flash", lambda device: True)
     with on_cuda, torch.random.fork_rng(devices=[]), FakeTensorMode() as fakes:
         model = AutoModelForCausalLM.from_config(shape, attn_implementation=kind, dtype=torch.float32).train()
         for p in model.parameters():
             p.grad = torch.empty_like(p)
-        fake = _faked(batch, fakes.from_tensor)
+        fake = faked(batch, fakes.from_tensor)
         with FlopCounterMode(display=False, custom_mapping=_NOT_COUNTED) as counter, _Live() as live:
             with torch.autocast("cpu", torch.bfloat16, enabled=not isinstance(fake, PackedBatch)):
                 out = loss(model, fake)
@@ -153,7 +153,7 @@ def run_layers(case: Case, layers: int, name: str, batch: Any) -> Run:
     return Run(sum(n for op, n in flops.items() if not any(x in str(op) for x in ATTENTION)), tuple(live.peaks))
 
 
-def _faked(batch: Any, fake: Callable[[Tensor], Tensor]) -> Any:
+def faked(batch: Any, fake: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, updates.Padded):
         return batch.tensors(fake)
     found = {f.name: fake(x) for f in fields(batch) if isinstance(x := getattr(batch, f.name), Tensor)}
@@ -162,7 +162,7 @@ def _faked(batch: Any, fake: Callable[[Tensor], Tensor]) -> Any:
     return replace(batch, **found)
 
 
-def _loss_of_ours(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+def loss_of_ours(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     options = PolicyLossOptions()
     return response_loss(model, batch, torch.empty(1, 2), 1.0, options, compute=torch.bfloat16).loss
 

@@ -18,6 +18,7 @@ from gapg.config import RunConfig
 from gapg.config_sections import WarmStartConfig
 from gapg.console import Display, say
 from gapg.data import split_validation
+from gapg.deterministic import use_deterministic_algorithms
 from gapg.errors import ConfigError
 from gapg.judge import parse
 from gapg.model.endings import opens_think
@@ -41,6 +42,8 @@ def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTraine
     """
     settings = config.warm_start
     assert settings is not None
+    if config.deterministic:
+        use_deterministic_algorithms()
     last = checkpoint.latest(folder)
     begin = int(last.name.removeprefix("step-")) if last else 0
     if last and begin >= settings.steps:
@@ -49,7 +52,7 @@ def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTraine
     if last:
         say(f"resuming the warm start from step {begin}")
     model, packed = _load(config, folder, last, tokenizer)
-    optimizer = make_optimizer(model, settings.optim)
+    optimizer = make_optimizer(model, settings.optim, config.model.parameters)
     if last:
         checkpoint.restore_optimizer(last, model, optimizer)
     compute = getattr(torch, config.model.dtype)

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gapg_kernels.shared_prompt_attention import SharedPrompts
-from gapg_kernels.shared_prompt_attention import share as share_layout
+from gapg_kernels.shared_layout import SharedPrompts, share_prompts
 from gapg_packing.pack import Int64s, PackedArrays, lay_out, pack
 
 
@@ -126,7 +125,7 @@ def _lay_out(
         arrays = lay_out(tokens, offsets, prompts, rows.weight, members, groups if share else None)
         shared = None
         if arrays.cu_responses is not None:
-            shared = share_layout(arrays.cu_seqlens, arrays.cu_prompts, arrays.cu_responses, device)
+            shared = share_prompts(arrays.cu_seqlens, arrays.cu_prompts, arrays.cu_responses, device)
         places = to(arrays.input_ids), to(arrays.position_ids), to(arrays.cu_seqlens), arrays.max_length
         index, target, weight, logprob, group, sample = map(to, rows.of(arrays))
         batches.append(

@@ -12,11 +12,12 @@ transformers' own "sdpa", padding masks included. The backends for packed rows:
 
 | device, dtype                    | backend                                                                         |
 |----------------------------------|---------------------------------------------------------------------------------|
-| CUDA sm_80+, bfloat16 or float16 | flash-attn 4, 3 or 2, the first that is installed and fits; else PyTorch's own   |
-| meta, bfloat16 or float16        | PyTorch's own FlashAttention: shapes and counted work of the real route         |
+| CUDA sm_80+, bfloat16 or float16 | PyTorch's FlashAttention: 4 or 3 where `activate` found one that works, else 2   |
+| meta, bfloat16 or float16        | PyTorch's FlashAttention: shapes and counted work of the real route             |
 | CPU; CUDA in float32 or older    | scaled_dot_product_attention, sequences of equal length batched                 |
 
 The last is right everywhere, but on CUDA it waits for the device and is slow where lengths differ: use bfloat16.
+A layer's sliding window is kept, packed and shared, and costs nothing where no sequence outgrows it.
 The type that counts is autocast's where that is on, for packed rows as for scaled_dot_product_attention itself:
 under autocast a float32 model's rotary embedding makes float32 queries and keys, but its projection 16-bit values.
 """
@@ -25,13 +26,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch.nn.attention import current_flash_attention_impl
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from gapg.console import say_once
 from gapg_kernels import equal_lengths, flash
-from gapg_kernels.shared_prompt_attention import SharedPrompts, shared_prompt_attention
+from gapg_kernels.shared_layout import SharedPrompts
+from gapg_kernels.shared_prompt_attention import shared_prompt_attention
 
 NAME = "gapg_varlen"
 
@@ -80,11 +84,23 @@ def shared_arguments(layout: SharedPrompts) -> dict[str, Any]:
     return {"attention_mask": mask, "shared_prompts": layout}
 
 
+def activate(model: torch.nn.Module, device: torch.device) -> None:
+    """Gives PyTorch, for this process, the newest FlashAttention that works with the model's head sizes on the device.
+
+    Says so, once, where that is not the one that PyTorch brings.
+    """
+    sizes = {size for m in model.modules() if isinstance(size := getattr(m, "head_dim", None), int)}
+    if sizes and flash.has_flash(device) and all(size <= 256 and size % 8 == 0 for size in sizes):
+        chosen = flash.activate(device, sizes)
+        if current_flash_attention_impl():
+            say_once(f"attention: {chosen}")
+
+
 def describe(device: torch.device | str) -> str:
-    """Which backend packed rows get on this device, and why, in one line."""
+    """Which backend packed rows get on this device, and why, in one line; on CUDA it is then active."""
     device = torch.device(device)
     if device.type == "cpu":
-        return "PyTorch's FlashAttention for CPUs, sequences of equal length batched (flash-attn needs CUDA)"
+        return "PyTorch's FlashAttention for CPUs, sequences of equal length batched (FlashAttention 2 to 4 need CUDA)"
     if device.type == "meta":
         return "PyTorch's FlashAttention, shapes only (meta device)"
     fallback = "scaled_dot_product_attention, sequences of equal length batched"
@@ -92,9 +108,10 @@ def describe(device: torch.device | str) -> str:
         return f"{fallback} (there is no varlen kernel for {device.type})"
     if not flash.has_flash(device):
         return f"{fallback} (FlashAttention needs sm_80 or newer)"
-    return f"{flash.describe(device)}; in float32 {fallback}"
+    return f"{flash.activate(device, [128])}; in float32 {fallback}"
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled layer is two: up to here, and from here on
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -119,14 +136,14 @@ def attention_forward(
         cu_seq_lens_q: [sequences + 1] int32; given, the row is packed. cu_seq_lens_k must be the same, or None.
         max_length_q: the longest sequence; the CUDA kernels need it, the CPU does not.
         shared_prompts: given, the row is packed as it says, and cu_seq_lens_q must not be given.
+        kwargs: of them sliding_window: a token sees no more than so many, itself and those before it.
 
     Returns:
         ([B, T, Hq, D], None).
 
     Raises:
-        ValueError: the model asks for something the kernels cannot do (dropout, a sliding window shorter than a
-            sequence, softcapping, sinks, position biases, head sizes), or the row is not packed as promised; the fix
-            is named.
+        ValueError: the model asks for something the kernels cannot do (dropout, softcapping, sinks, position biases,
+            head sizes), or the row is not packed as promised; the fix is named.
     """
     _refuse_variants(kwargs)
     if cu_seq_lens_q is None and shared_prompts is None:
@@ -141,16 +158,15 @@ def attention_forward(
     if dropout > 0:
         raise ValueError(f"packed attention has no dropout, but got {dropout}: set attention_dropout=0.0 in the config")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    window = kwargs.get("sliding_window")
     if shared_prompts is not None:
         if cu_seq_lens_q is not None:
             raise ValueError("a row has either cu_seq_lens_q or shared_prompts: pass shared_arguments(...) alone")
-        _check_window(kwargs.get("sliding_window"), shared_prompts.max_sequence)
-        return shared_prompt_attention(q, k, v, shared_prompts, scaling)[None], None
+        return shared_prompt_attention(q, k, v, shared_prompts, scaling, window)[None], None
     assert cu_seq_lens_q is not None
     if cu_seq_lens_k is not None and cu_seq_lens_k.shape != cu_seq_lens_q.shape:
         raise ValueError("cu_seq_lens_k must equal cu_seq_lens_q: packed attention is self-attention")
-    _check_window(kwargs.get("sliding_window"), max_length_q)
-    return packed_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling)[None], None
+    return packed_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling, window)[None], None
 
 
 def packed_attention(
@@ -160,6 +176,7 @@ def packed_attention(
     cu_seqlens: torch.Tensor,
     max_length: int | None = None,
     scale: float | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Causal attention of each packed sequence, tokens cu_seqlens[b] to cu_seqlens[b + 1], to itself; differentiable.
 
@@ -169,6 +186,7 @@ def packed_attention(
         cu_seqlens: [B + 1] int32 on q's device, from 0 to T.
         max_length: the longest sequence; needed on CUDA and meta.
         scale: of the scores; D ** -0.5 by default.
+        window: each token sees no more than so many, itself and those before it; 1 or more, all by default.
 
     Returns:
         [T, Hq, D] in the type of q, k and v; autocast's where that is on for the device.
@@ -178,15 +196,20 @@ def packed_attention(
             cu_seqlens of another type or total.
     """
     q, k, v = flash.one_type(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if window is not None and max_length is not None and max_length <= window:
+        window = None
     if cu_seqlens.dtype != torch.int32:
         raise ValueError(f"cu_seqlens must be int32, not {cu_seqlens.dtype}: pass cu_seqlens.int()")
-    if q.device.type == "meta" or (q.dtype in flash.HALVES and flash.has_flash(q.device)):
+    if q.device.type == "meta" or flash.takes(q):
         if q.dtype not in flash.HALVES:  # only on meta, which must not accept what CUDA would send the other way
             raise ValueError(f"FlashAttention needs bfloat16 or float16, not {q.dtype}: compute in bfloat16")
         if max_length is None:
             raise ValueError("packed attention on CUDA needs max_length_q: pass packed_arguments(...)")
-        lengths = flash.Lengths(cu_seqlens, cu_seqlens, max_length, max_length, causal=True)
-        return flash.packed(q, k, v, lengths, q.shape[-1] ** -0.5 if scale is None else scale)
+        lengths = flash.Lengths(cu_seqlens, cu_seqlens, max_length, max_length, causal=True, window=window)
+        return flash.packed(q, k, v, lengths, scale)
+    if window is not None:
+        return equal_lengths.banded(q, k, v, cu := cu_seqlens.tolist(), cu, window, scale)
     return _grouped(q, k, v, equal_lengths.plan(tuple(cu_seqlens.tolist()), q.shape[0], q.device), scale)
 
 
@@ -233,18 +256,7 @@ def _mask(**arguments: Any) -> torch.Tensor | _DeferredMask | None:
 def _refuse_variants(kwargs: dict[str, Any]) -> None:
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise ValueError(
-                f"{NAME} cannot do the model's {name}: choose a model without it, or load it with another "
-                "attn_implementation and do not pack"
-            )
-
-
-def _check_window(window: int | None, longest: int | None) -> None:
-    if window is not None and (longest is None or longest > window):
-        raise ValueError(
-            f"sequences of up to {longest} tokens do not fit the model's sliding window of {window}, which packed "
-            'attention cannot do: shorten the sequences, or set config.layer_types to all "full_attention"'
-        )
+            raise ValueError(f"{NAME} cannot do the model's {name}: use transformers' eager attention, and do not pack")
 
 
 def _check_row(

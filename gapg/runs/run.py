@@ -15,6 +15,7 @@ from gapg.build import fitting_prompts, make_controller, make_engine, make_oracl
 from gapg.config import RunConfig
 from gapg.console import say
 from gapg.data import PromptQueue, split_validation
+from gapg.deterministic import use_deterministic_algorithms
 from gapg.errors import ConfigError
 from gapg.files import sync, writing
 from gapg.judge import Judge
@@ -22,6 +23,7 @@ from gapg.model import lora
 from gapg.model.endings import opens_think
 from gapg.model.load import load_model, load_tokenizer
 from gapg.model.memory import announce
+from gapg.model.precision import round_parameters
 from gapg.model.route import choose_route
 from gapg.optim import learning_rate, make_optimizer
 from gapg.reward import RewardFunction
@@ -104,6 +106,8 @@ def build_run(
     Raises ConfigError and Stopped.
     """
     stop.look()
+    if config.deterministic:
+        use_deterministic_algorithms()
     root = folder / "checkpoints"
     last = checkpoint.latest(root)
     # the adapters of a LoRA run continue on the weights that it began with: its checkpoints' are merged
@@ -119,7 +123,7 @@ def build_run(
         lora.add_adapters(model, config.model.lora, config.seed)
     announce(model, config, model.device)
     checkpoint.check_saves(root, model, tokenizer)
-    optimizer = make_optimizer(model, config.optim)
+    optimizer = make_optimizer(model, config.optim, config.model.parameters)
     oracle = make_oracle(config, task, folder)
     prompts = fitting_prompts(config, task, tokenizer, "train")
     train, validation = split_validation(prompts, config.eval.problems, config.seed)
@@ -212,7 +216,10 @@ def _reference(
     path = config.model.path if model_path is None else str(model_path)
     frozen = load_model(config.model.model_copy(update={"path": path}), tokenizer, config.seed)
     frozen.set_attn_implementation(model.config._attn_implementation)
-    return frozen.eval().requires_grad_(False)
+    frozen.eval().requires_grad_(False)
+    if config.model.parameters == "bfloat16":
+        round_parameters(frozen)
+    return frozen
 
 
 Validate = Callable[[Run], dict[str, float]]

@@ -14,7 +14,8 @@ from gapg_kernels.policy_loss import (
     summarize,
 )
 from gapg_kernels.routes import describe
-from gapg_kernels.shared_prompt_attention import SharedPrompts, share, shared_prompt_attention
+from gapg_kernels.shared_layout import SharedPrompts, share_prompts
+from gapg_kernels.shared_prompt_attention import shared_prompt_attention
 
 __all__ = [
     "Chunk",
@@ -32,7 +33,7 @@ __all__ = [
     "linear_loss",
     "policy_loss",
     "rows_with_advantage",
-    "share",
+    "share_prompts",
     "shared_prompt_attention",
     "summarize",
 ]

@@ -5,7 +5,8 @@
         out, lse = forward(q, k, v, causal, scale)
 
 On the CPU `forward` and `backward` are PyTorch's FlashAttention for CPUs, which groups heads, takes every head size and
-returns the log-sum-exp; elsewhere they are plain PyTorch, right for every type and device.
+returns the log-sum-exp; elsewhere they are plain PyTorch, right for every type and device. Within a sliding window
+there is `banded`, a call for each sequence: those that a window cuts are long, and seldom of equal length.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from gapg_kernels.chunks import sum_dtype
 
@@ -65,9 +67,7 @@ class Plan(NamedTuple):
 @lru_cache(maxsize=64)  # keyed by the values, so every layer of a micro-batch finds it, and nothing can go stale
 def plan(cu_seqlens: tuple[int, ...], tokens: int, device: torch.device) -> Plan:
     """Raises ValueError when cu_seqlens does not rise from 0 to the number of tokens."""
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or any(b < a for a, b in pairwise(cu_seqlens)):
-        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}: got {list(cu_seqlens)[:8]}…")
-    lengths = torch.tensor(cu_seqlens).diff()
+    lengths = torch.tensor(_checked(cu_seqlens, tokens)).diff()
     by_length = torch.argsort(lengths, stable=True)
     sorted_lengths = lengths[by_length]
     shift = torch.tensor(cu_seqlens)[by_length] - (sorted_lengths.cumsum(0) - sorted_lengths)
@@ -124,6 +124,35 @@ def plain_backward(
         dk = (ds.mT @ q.to(p.dtype)).view(shape).sum(2)
         dv = (p.mT @ wide_grad).view(shape).sum(2)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def banded(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Sequence[int], cu_k: Sequence[int], window: int, scale: float
+) -> Tensor:
+    """Causal attention within a sliding window, one sequence after the other; differentiable.
+
+    Args:
+        q: [Tq, Hq, D] packed; query i of a sequence's n sees the last `window` of its keys 0..i + m - n of m.
+        k, v: [Tk, Hkv, D]; query head h reads key head h // (Hq // Hkv).
+        cu_q: where each sequence's queries start, and Tq; cu_k likewise.
+
+    Raises ValueError when one of them does not rise from 0 to the number of tokens.
+    """
+    counts = [[b - a for a, b in pairwise(_checked(cu, len(x)))] for cu, x in ((cu_q, q), (cu_k, k))]
+    outs = [q[:0]]
+    for query, key, value in zip(q.split(counts[0]), k.split(counts[1]), v.split(counts[1]), strict=True):
+        last = len(key) - len(query)
+        seen = torch.ones(len(query), len(key), dtype=torch.bool, device=q.device).tril(last).triu(last - window + 1)
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+        out = scaled_dot_product_attention(query, key, value, seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+def _checked(cu_seqlens: Sequence[int], tokens: int) -> Sequence[int]:
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or any(b < a for a, b in pairwise(cu_seqlens)):
+        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}: got {list(cu_seqlens)[:8]}…")
+    return cu_seqlens
 
 
 def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:

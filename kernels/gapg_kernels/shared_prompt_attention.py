@@ -1,7 +1,11 @@
 """Causal attention of packed responses that share one copy of their prompt.
 
-    layout = share(cu_segments, cu_prompts, cu_responses, device)
-    out = shared_prompt_attention(q, k, v, layout)
+>>> import torch
+>>> from gapg_kernels.shared_layout import share_prompts
+>>> layout = share_prompts([0, 2, 3, 5], cu_prompts=[0, 2], cu_responses=[0, 3])  # a prompt of 2, responses of 1 and 2
+>>> q, k, v = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
+>>> shared_prompt_attention(q, k, v, layout).shape
+torch.Size([5, 4, 8])
 
 G responses to one prompt of P tokens are a row of P + sum(R) tokens, not G * P + sum(R). All prompts of the row come
 first, then all responses, in the order of their prompts; so that no piece of it needs a gather:
@@ -16,10 +20,11 @@ backward, called with the merged out and lse, gives its part of the gradient (as
 arXiv 2310.01889); the parts add up. Positions (rotary, learned) are the caller's: a response's start at its prompt's
 length.
 
-On CUDA in 16 bits steps 1 and 2 are one launch each of the FlashAttention that `gapg_kernels.flash` chooses, forward
-and backward. On the CPU step 1 is a call of PyTorch's FlashAttention for each distinct length, and step 2 one for each
-prompt. Anything else goes the CPU's way in plain PyTorch, waits for the device, and holds heads * responses of a
-prompt * prompt.
+On CUDA in 16 bits steps 1 and 2 are one launch each of FlashAttention (`gapg_kernels.flash`), forward and backward. On
+the CPU step 1 is a call of PyTorch's FlashAttention for each distinct length, and step 2 one for each prompt. Anything
+else goes the CPU's way in plain PyTorch, waits for the device, and holds heads * responses of a prompt * prompt.
+
+Within a sliding window `gapg_kernels.windowed_prompts` does it.
 """
 
 from __future__ import annotations
@@ -33,81 +38,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from gapg_kernels import equal_lengths, flash
+from gapg_kernels import equal_lengths, flash, windowed_prompts
 from gapg_kernels.chunks import sum_dtype
-from gapg_kernels.flash import Lengths, Varlen
-
-
-class SharedPrompts(NamedTuple):
-    """Where the prompts and responses of a packed row are. Made by `share`, which checks it."""
-
-    cu_segments: Tensor
-    """[prompts + responses + 1] int32: where each segment starts, all prompts before all responses; and T"""
-    cu_prompts: Tensor
-    """[prompts + 1] int32: where each prompt starts, and the number of prompt tokens"""
-    cu_responses: Tensor
-    """[prompts + 1] int32: where each prompt's responses start, counted from the first response token; and R"""
-    tokens: int
-    """T"""
-    prompt_tokens: int
-    max_segment: int
-    max_prompt: int
-    max_responses: int
-    """the most response tokens of one prompt"""
-    max_sequence: int
-    """the longest prompt with its longest response: what a sliding window must cover"""
-
-
-def share(
-    cu_segments: Any, cu_prompts: Any, cu_responses: Any, device: torch.device | str | None = None
-) -> SharedPrompts:
-    """Checks the arrays of a packed row, measures them on the host, and moves them to the device.
-
-    Args:
-        cu_segments: [prompts + responses + 1] integers in host memory, each prompt's and then each response's start,
-            and the number of tokens. The responses of prompt p lie before those of prompt p + 1.
-        cu_prompts: [prompts + 1] each prompt's start, and the number of prompt tokens: how cu_segments begins.
-        cu_responses: [prompts + 1] where each prompt's responses start, counted from the first response token.
-        device: of the queries; the CPU by default.
-
-    Raises:
-        ValueError: a prompt of no tokens, which has no log-sum-exp to merge; arrays that contradict each other.
-    """
-    segments, prompts, responses = (torch.as_tensor(x).cpu().long() for x in (cu_segments, cu_prompts, cu_responses))
-    count, total = len(prompts) - 1, int(prompts[-1])
-    if not torch.equal(segments[: count + 1], prompts) or len(responses) != count + 1 or int(prompts[0]) != 0:
-        raise ValueError("cu_segments must begin with cu_prompts, from 0 on, and cu_responses be as long as cu_prompts")
-    if bool((prompts.diff() < 1).any()):
-        raise ValueError("a prompt of no tokens cannot be shared: give it at least one token (such as bos)")
-    starts = segments[count:] - total
-    if bool((segments.diff() < 0).any()) or not torch.equal(responses, responses.sort().values):
-        raise ValueError("cu_segments and cu_responses must not fall")
-    if int(responses[0]) != 0 or responses[-1] != starts[-1] or not bool(torch.isin(responses, starts).all()):
-        raise ValueError("cu_responses must run from 0 to the number of response tokens, along starts of responses")
-    owner = torch.bucketize(starts[:-1], responses, right=True).clamp_max(count) - 1
-    sequences = torch.cat([prompts.diff(), prompts.diff()[owner] + starts.diff()])
-
-    def longest(lengths: Tensor) -> int:
-        return int(lengths.max()) if len(lengths) else 0
-
-    def put(x: Tensor) -> Tensor:
-        return x.to(torch.int32).to(device or "cpu")
-
-    return SharedPrompts(
-        cu_segments=put(segments),
-        cu_prompts=put(prompts),
-        cu_responses=put(responses),
-        tokens=int(segments[-1]),
-        prompt_tokens=total,
-        max_segment=longest(segments.diff()),
-        max_prompt=longest(prompts.diff()),
-        max_responses=longest(responses.diff()),
-        max_sequence=longest(sequences),
-    )
+from gapg_kernels.flash import Lengths
+from gapg_kernels.shared_layout import SharedPrompts
 
 
 def shared_prompt_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: SharedPrompts, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, layout: SharedPrompts, scale: float | None = None, window: int | None = None
 ) -> Tensor:
     """Causal attention of each prompt to itself, and of each response to its prompt and itself; differentiable.
 
@@ -118,6 +56,7 @@ def shared_prompt_attention(
         k, v: [T, Hkv, D]; query head h reads key head h // (Hq // Hkv).
         layout: on q's device.
         scale: of the scores; D ** -0.5 by default.
+        window: each token sees no more than so many, itself and those before it; 1 or more, all by default.
 
     Returns:
         [T, Hq, D], contiguous, in the type of q, k and v; autocast's where that is on for the device.
@@ -134,6 +73,8 @@ def shared_prompt_attention(
     if q.dtype in flash.HALVES and q.device.type in ("cuda", "meta"):
         flash.check_head_dim(q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if window is not None and window < layout.max_sequence:
+        return windowed_prompts.attention(q, k, v, layout, scale, window)
     cu = layout.cu_segments, layout.cu_prompts, layout.cu_responses
     sizes = layout.prompt_tokens, layout.max_segment, layout.max_prompt, layout.max_responses
     out: Tensor
@@ -160,8 +101,8 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor]:
     """Returns (out [T, Hq, D], lse [Hq, T])."""
     pieces = Pieces(cu_segments, cu_prompts, cu_responses, prompt_tokens, max_segment, max_prompt, max_responses)
-    if _has_varlen(q):
-        return varlen_forward(flash.best(q.device, q.shape[-1]), q, k, v, pieces, scale)
+    if flash.takes(q):
+        return varlen_forward(q, k, v, pieces, scale)
     return grouped_forward(q, k, v, pieces, scale)
 
 
@@ -188,8 +129,8 @@ def _backward_op(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     pieces = Pieces(cu_segments, cu_prompts, cu_responses, prompt_tokens, max_segment, max_prompt, max_responses)
-    if _has_varlen(q):
-        return varlen_backward(flash.best(q.device, q.shape[-1]), grad, q, k, v, out, lse, pieces, scale)
+    if flash.takes(q):
+        return varlen_backward(grad, q, k, v, out, lse, pieces, scale)
     return grouped_backward(grad, q, k, v, out, lse, pieces, scale)
 
 
@@ -228,18 +169,11 @@ class Pieces(NamedTuple):
 
     @property
     def own(self) -> Lengths:
-        longest = max(2, self.max_segment)  # see cross
-        return Lengths(self.cu_segments, self.cu_segments, longest, longest, causal=True)
+        return Lengths(self.cu_segments, self.cu_segments, self.max_segment, self.max_segment, causal=True)
 
     @property
     def cross(self) -> Lengths:
-        # With max_q = 1 and grouped heads, flash-attn 2 and PyTorch take a route that has one query in every entry
-        # for granted; a prompt without responses has none.
-        return Lengths(self.cu_responses, self.cu_prompts, max(2, self.max_responses), self.max_prompt, causal=False)
-
-
-def _has_varlen(q: Tensor) -> bool:
-    return q.dtype in flash.HALVES and flash.has_flash(q.device)
+        return Lengths(self.cu_responses, self.cu_prompts, self.max_responses, self.max_prompt, causal=False)
 
 
 def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
@@ -252,35 +186,25 @@ def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
 # --- CUDA ------------------------------------------------------------------------------------------------------------
 
 
-def varlen_forward(
-    backend: Varlen, q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Steps 1 to 3 by two launches of a FlashAttention; never waits for the device."""
+def varlen_forward(q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, scale: float) -> tuple[Tensor, Tensor]:
+    """Steps 1 to 3 by two launches of FlashAttention; never waits for the device."""
     at = pieces.prompt_tokens
-    out, lse = backend.forward(q, k, v, pieces.own, scale)
+    out, lse = flash.forward(q, k, v, pieces.own, scale)
     if at < q.shape[0]:
-        _merge(out[at:], lse[:, at:], *backend.forward(q[at:], k[:at], v[:at], pieces.cross, scale))
+        _merge(out[at:], lse[:, at:], *flash.forward(q[at:], k[:at], v[:at], pieces.cross, scale))
     return out.contiguous(), lse
 
 
 def varlen_backward(
-    backend: Varlen,
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    pieces: Pieces,
-    scale: float,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pieces: Pieces, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d(q), d(k), d(v) by two launches; out and lse are the merged ones."""
     at = pieces.prompt_tokens
     grad = grad.contiguous()
-    dq, dk, dv = backend.backward(grad, q, k, v, out, lse, pieces.own, scale)
+    dq, dk, dv = flash.backward(grad, q, k, v, out, lse, pieces.own, scale)
     if at < q.shape[0]:
         rows = lse[:, at:].contiguous()  # the kernels take its rows to be R apart
-        cross = backend.backward(grad[at:], q[at:], k[:at], v[:at], out[at:], rows, pieces.cross, scale)
+        cross = flash.backward(grad[at:], q[at:], k[:at], v[:at], out[at:], rows, pieces.cross, scale)
         for whole, part in zip((dq[at:], dk[:at], dv[:at]), cross, strict=True):
             whole += part
     return dq, dk, dv

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from gapg.batches.sharing import RATES, ModelShape, saving, shape_of
 from gapg.model import attention
-from gapg_kernels.shared_prompt_attention import share
+from gapg_kernels.shared_layout import share_prompts
 
 Groups = list[tuple[int, list[int]]]
 
@@ -60,7 +60,9 @@ def test_its_flops_are_those_that_run() -> None:
     assert (what.tokens_unshared, what.tokens_saved) == (30 * 3 + 7 + 46, 60)
     tokens = what.tokens_unshared - what.tokens_saved
     prompts, responses = [p for p, _ in groups], [r for _, rs in groups for r in rs]
-    layout = share(cumulative(prompts + responses), cumulative(prompts), cumulative([sum(r) for _, r in groups]))
+    layout = share_prompts(
+        cumulative(prompts + responses), cumulative(prompts), cumulative([sum(r) for _, r in groups])
+    )
     products, pairs = counted(policy, tokens, attention.shared_arguments(layout))
     assert products == 6 * shape.weights * tokens
     # PyTorch counts masked pairs too: the whole square of each segment

@@ -24,7 +24,6 @@ from gapg.model import lora
 from gapg.model.policy import response_loss
 from gapg.optim import make_optimizer
 from gapg.update import policy_update, with_gradient
-from gapg_kernels import flash
 from gapg_kernels.policy_loss import PolicyLossOptions
 from gapg_kernels.shared_prompt_attention import Pieces, varlen_backward, varlen_forward
 from tests.cuda_route.real_sizes import (
@@ -237,7 +236,7 @@ def run_again(call: Call, forward: bool) -> Operators:
     given, (*pieces, scale) = call.args[:count], call.args[count:]
     run: Any = varlen_forward if forward else varlen_backward
     with torch.no_grad(), Operators() as inner:
-        results = run(flash.ATEN, *given, Pieces(*pieces), scale)
+        results = run(*given, Pieces(*pieces), scale)
     described = [[(x.dtype, x.shape, x.is_contiguous()) for x in tensors(xs)] for xs in (results, call.result)]
     assert described[0] == described[1]
     return inner
@@ -258,13 +257,14 @@ def check(
 
     heads = operators.calls["gapg.fused_policy_loss"]
     assert len(heads) == micro_batches and sum(len(call.args[0]) for call in heads) == rows
-    for call in heads:
-        states, weight, bias, target, rewards, *_ = call.args
-        main_grad = call.args[11]
-        assert {states.dtype, weight.dtype, call.result[4].dtype} == {HALF} and bias is None
+    schema = torch.ops.gapg.fused_policy_loss.default._schema.arguments
+    given = [dict(zip((x.name for x in schema), call.args, strict=False)) for call in heads]
+    for call, named in zip(heads, given, strict=True):
+        states, weight, target, main_grad = (named[x] for x in ("hidden", "weight", "target", "main_grad"))
+        assert {states.dtype, call.result[4].dtype} == {HALF} and named["bias"] is None
         assert weight.shape == main_grad.shape == (VOCAB, hidden) and states.shape == (len(target), hidden)
-        assert (target.dtype, rewards.dtype, main_grad.dtype) == (torch.int64, FULL, FULL)
-        assert main_grad is heads[0].args[11]  # all micro-batches add to one gradient
+        assert {weight.dtype, named["rewards"].dtype, main_grad.dtype} == {FULL} and target.dtype == torch.int64
+        assert main_grad is given[0]["main_grad"]  # all micro-batches add to one gradient
 
     layer, layers = layer_weights(config), config.num_hidden_layers
     expected = 6 * layers * sum(layer.values()) * tokens

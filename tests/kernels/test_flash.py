@@ -1,215 +1,142 @@
-"""The choice among FlashAttentions, and that each is called as its source says: no GPU runs here.
+"""Which FlashAttention is chosen, by implementations that PyTorch activates on the CPU; no GPU runs here."""
 
-The packages' functions below have the parameters of flash-attention's sources (2.8.4, and hopper/ and flash_attn/cute/
-of August 2026) and compute what those document, on the CPU; so a wrong keyword, a swapped argument or a dropped result
-shows, and a wrong reading of the source does not.
-"""
-
-import sys
-from collections.abc import Iterator
-from types import ModuleType
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch.nn.attention import _registry, activate_flash_attention_impl, current_flash_attention_impl
 
 from gapg_kernels import flash
-from gapg_kernels.flash import Lengths, Varlen
-from tests.kernels.flash_on_cpu import FLASH_ON_CPU
+from tests.kernels import flash_on_cpu
+from tests.kernels.flash_on_cpu import backward, forward
 
-
-def fa2_forward(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-    window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False, block_table=None,
-    leftpad_k=None, seqused_k=None, zero_tensors=False, num_splits=0,
-) -> Any:  # fmt: skip
-    assert (dropout_p, window_size_left, window_size_right, softcap, return_softmax) == (0.0, -1, -1, 0.0, False)
-    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
-    return *FLASH_ON_CPU.forward(q, k, v, lengths, softmax_scale), None, None
-
-
-def fa2_backward(
-    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-    softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
-    zero_tensors=False,
-) -> Any:  # fmt: skip
-    assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0.0, -1, -1, 0.0, None)
-    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
-    fill((dq, dk, dv), FLASH_ON_CPU.backward(dout, q, k, v, out, softmax_lse, lengths, softmax_scale))
-    return torch.empty(0)
-
-
-def fa3_forward(
-    q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None, cu_seqlens_k_new=None,
-    seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None, page_table=None, kv_batch_idx=None,
-    leftpad_k=None, rotary_cos=None, rotary_sin=None, seqlens_rotary=None, q_descale=None, k_descale=None,
-    v_descale=None, softmax_scale=None, causal=False, window_size_left=-1, window_size_right=-1, attention_chunk=0,
-    softcap=0.0, rotary_interleaved=True, scheduler_metadata=None, num_splits=1, pack_gqa=None, sm_margin=0,
-) -> Any:  # fmt: skip
-    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
-    return *FLASH_ON_CPU.forward(q, k, v, lengths, softmax_scale), torch.tensor([]), torch.tensor([])
-
-
-def fa3_backward(
-    dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
-    max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
-    window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0,
-) -> Any:  # fmt: skip
-    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal)
-    fill((dq, dk, dv), FLASH_ON_CPU.backward(dout, q, k, v, out, softmax_lse, lengths, softmax_scale))
-    return torch.empty(0)
-
-
-def fa4_forward(
-    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None,
-    max_seqlen_k=None, min_seqlen_k=None, page_table=None, softmax_scale=None, causal=False, softcap=None,
-    window_size_left=None, window_size_right=None, learnable_sink=None, num_splits=1, pack_gqa=None, return_lse=False,
-    out=None, lse=None,
-) -> Any:  # fmt: skip
-    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
-    found, found_lse = FLASH_ON_CPU.forward(q, k, v, lengths, softmax_scale)
-    return found, found_lse if return_lse else None, None, None
-
-
-def fa4_backward(
-    q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
-    window_size_right=None, m_block_size=64, n_block_size=128, num_threads=256, pack_gqa=False, cu_seqlens_q=None,
-    cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None, deterministic=False,
-    dq=None, dk=None, dv=None,
-) -> Any:  # fmt: skip
-    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
-    return FLASH_ON_CPU.backward(dout, q, k, v, out, lse, lengths, softmax_scale)
-
-
-def fill(buffers: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
-    for buffer, value in zip(buffers, values, strict=True):
-        buffer.copy_(value)
-
-
-MODULES: dict[str, dict[str, dict[str, Any]]] = {
-    "flash-attn 4": {
-        "flash_attn": {},
-        "flash_attn.cute": {"__version__": "4.0.0"},
-        "flash_attn.cute.interface": {"_flash_attn_fwd": fa4_forward, "_flash_attn_bwd": fa4_backward},
-    },
-    "flash-attn 3": {
-        "flash_attn_interface": {"_flash_attn_forward": fa3_forward, "_flash_attn_backward": fa3_backward}
-    },
-    "flash-attn 2.8.4": {
-        "flash_attn": {"__version__": "2.8.4"},
-        "flash_attn.flash_attn_interface": {
-            "_flash_attn_varlen_forward": fa2_forward,
-            "_flash_attn_varlen_backward": fa2_backward,
-        },
-    },
-}
-
-
-def install(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
-    for name in (n for modules in MODULES.values() for n in modules):
-        monkeypatch.setitem(sys.modules, name, None)
-    for package in packages:
-        for name, contents in MODULES[package].items():
-            module = sys.modules.get(name) or ModuleType(name)
-            vars(module).update(contents)
-            monkeypatch.setitem(sys.modules, name, module)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
-    flash.installed.cache_clear()
-    yield
-    flash.installed.cache_clear()
+def fa2() -> Iterator[None]:
+    """The CPU has PyTorch's own; whatever a test activates is gone after it."""
+    with flash_on_cpu.kernels():
+        yield
+        if current_flash_attention_impl():
+            _registry.restore_flash_attention_impl()
 
 
-@pytest.mark.parametrize("package", MODULES)
-@pytest.mark.parametrize("causal", [True, False])
-def test_each_package_is_called_as_its_source_says(package: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, package)
-    (backend,) = [b for b in flash.installed() if isinstance(b, Varlen)]
-    assert backend.name.startswith(package)
-    cu = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
-    lengths = Lengths(cu, cu if causal else torch.tensor([0, 2, 8, 9], dtype=torch.int32), 5, 6, causal)
-    q, grad = (torch.randn(9, 4, 8).bfloat16() for _ in range(2))
-    k, v = (torch.randn(9, 2, 8).bfloat16() for _ in range(2))
+class Activated:
+    """What PyTorch keeps of an active implementation."""
 
-    def outcome(varlen: Varlen) -> tuple[Tensor, ...]:
-        out, lse = varlen.forward(q, k, v, lengths, 0.3)
-        return out, lse, *varlen.backward(grad, q, k, v, out, lse, lengths, 0.3)
+    def __init__(self, forward: Any, backward: Any) -> None:
+        self.library = torch.library.Library("aten", "IMPL")
+        self.library.impl("_flash_attention_forward", forward, "CPU", allow_override=True)
+        self.library.impl("_flash_attention_backward", backward, "CPU", allow_override=True)
 
-    for got, expected in zip(outcome(backend), outcome(FLASH_ON_CPU), strict=True):
-        assert torch.equal(got, expected)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    monkeypatch.setattr(flash, "best", lambda device, head_dim: backend)
-    out = flash.packed(*leaves, lengths, 0.3)
-    grads = torch.autograd.grad(out, leaves, grad)
-    assert all(torch.equal(a, b) for a, b in zip(grads, outcome(FLASH_ON_CPU)[2:], strict=True))
+    def remove(self) -> None:
+        self.library._destroy()
 
 
-def test_flash_attn_4_is_called_on_the_device_of_its_tensors(
-    current: list[Tensor], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def offer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`offer(name, forward, backward)`: PyTorch can activate this from now on."""
+
+    def add(name: str, forward: Any = forward, backward: Any = backward) -> None:
+        monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, name, lambda: Activated(forward, backward))
+
+    return add
+
+
+def test_without_packages_it_is_pytorchs_own_and_says_why() -> None:
+    line = flash.activate(CPU, [64])
+    assert current_flash_attention_impl() is None
+    assert line.startswith("PyTorch's FA2 (FA4: No module named 'flash_attn") and "; FA3: No module named" in line
+
+
+def test_the_newest_that_works_is_active_and_reaches_the_operators(offer: Callable[..., None]) -> None:
+    calls: list[tuple[int, int | None]] = []
+
+    def noted(q: Any, *args: Any, window_size_left: int | None = None, **keywords: Any) -> Any:
+        calls.append((q.shape[-1], window_size_left))
+        return forward(q, *args, window_size_left=window_size_left, **keywords)
+
+    offer("FA4", noted)
+    offer("FA3")
+    assert flash.activate(CPU, [64, 128]) == "FA4" == current_flash_attention_impl()
+    assert calls == [(size, left) for size in (64, 128) for left in (None, None, 39)]
+    q, cu = torch.randn(4, 2, 8).bfloat16(), torch.tensor([0, 4], dtype=torch.int32)
+    flash.packed(q, q, q, flash.Lengths(cu, cu, 4, 4, True), 0.3)
+    assert len(calls) == 7
+    assert flash.activate(CPU, [64]) == "FA4, which was active before" and len(calls) == 7
+
+
+def blind_to_windows(
+    *args: Any, window_size_left: int | None = None, window_size_right: int | None = None, **rest: Any
+) -> Any:
+    return forward(*args, **rest)
+
+
+def blind_to_the_merged_lse(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *rest: Any, **keywords: Any) -> Any:
+    *where, _seed, _unused = rest
+    own = forward(q, k, v, *where, False, **keywords)[1]
+    return backward(grad, q, k, v, out, own, *rest, **keywords)
+
+
+def of_another_version(*args: Any, **keywords: Any) -> Any:
+    out, lse = forward(*args, **keywords)[:5]  # too many values to unpack
+    return out, lse
+
+
+def of_nan(*args: Any, **keywords: Any) -> Any:
+    out, *rest = forward(*args, **keywords)
+    return out * torch.nan, *rest
+
+
+@pytest.mark.parametrize(
+    ("functions", "reason"),
+    [
+        ({"forward": blind_to_windows}, "off what FA2 computes"),
+        ({"forward": of_nan}, "with heads of 64 it is nan off what FA2 computes"),
+        ({"backward": blind_to_the_merged_lse}, "off what FA2 computes"),
+        ({"forward": of_another_version}, "too many values to unpack"),
+    ],
+)
+def test_one_that_computes_something_else_or_fails_is_left(
+    functions: dict[str, Any], reason: str, offer: Callable[..., None]
 ) -> None:
-    """It asks for the current device's architecture."""
-    seen: list[Tensor] = []
+    offer("FA4", **functions)
+    offer("FA3")
+    line = flash.activate(CPU, [64])
+    assert line.startswith("FA3 (FA4: ") and reason in line and "\n" not in line
+    assert current_flash_attention_impl() == "FA3"
+    _registry.restore_flash_attention_impl()
+    offer("FA3", **functions)
+    assert reason in flash.activate(CPU, [64]) and current_flash_attention_impl() is None
+    assert all(x.isfinite().all() for x in flash._trial(CPU, 64))  # PyTorch's own is back
+
+
+def test_one_that_somebody_activated_stays(offer: Callable[..., None]) -> None:
+    offer("FA4")
+    offer("FA3")
+    activate_flash_attention_impl("FA3")
+    assert flash.activate(CPU, [64]) == "FA3, which was active before"
+
+
+def test_it_is_called_on_the_device_of_its_tensors(current: list[torch.Tensor], offer: Callable[..., None]) -> None:
+    """FA4 asks for the current device's architecture."""
+    seen: list[torch.Tensor] = []
 
     def noted(function: Any) -> Any:
         return lambda *args, **keywords: seen.append(current[-1]) or function(*args, **keywords)
 
-    install(monkeypatch, FA4)
-    for name in ("_flash_attn_fwd", "_flash_attn_bwd"):
-        module = sys.modules["flash_attn.cute.interface"]
-        monkeypatch.setattr(module, name, noted(getattr(module, name)))
-    backend, q, cu = flash.installed()[0], torch.randn(4, 2, 8).bfloat16(), torch.tensor([0, 4], dtype=torch.int32)
-    assert isinstance(backend, Varlen)
-    out, lse = backend.forward(q, q, q, Lengths(cu, cu, 4, 4, True), 0.3)
-    backend.backward(out, q, q, q, out, lse, Lengths(cu, cu, 4, 4, True), 0.3)
+    offer("FA4", noted(forward), noted(backward))
+    activate_flash_attention_impl("FA4")
+    q, cu = torch.randn(4, 2, 8).bfloat16(), torch.tensor([0, 4], dtype=torch.int32)
+    out, lse = flash.forward(q, q, q, flash.Lengths(cu, cu, 4, 4, True), 0.3)
+    flash.backward(out, q, q, q, out, lse, flash.Lengths(cu, cu, 4, 4, True), 0.3)
     assert len(seen) == 2 and all(x is q for x in seen) and not current
 
 
-FA4, FA3, FA2 = MODULES
-NOT_4, NOT_3, NOT_2 = "flash-attn 4: ", "flash-attn 3: ", "flash-attn: "
-UNFIT_4, UNFIT_3 = "cute 4.0.0) does not fit this GPU", "flash-attn 3 does not fit this GPU"
-
-
-@pytest.mark.parametrize(
-    ("packages", "capability", "head_dim", "chosen", "reasons"),
-    [
-        ([FA4, FA3, FA2], (9, 0), 128, FA4, []),
-        ([FA4, FA3, FA2], (9, 0), 256, FA4, []),
-        ([FA4], (10, 0), 128, FA4, []),
-        ([FA4, FA3, FA2], (10, 0), 256, FA2, [UNFIT_4, UNFIT_3]),
-        ([FA4, FA2], (8, 0), 64, FA2, [UNFIT_4, NOT_3]),
-        ([FA3, FA2], (9, 0), 64, FA3, [NOT_4]),
-        ([FA4, FA3], (8, 9), 64, "PyTorch FlashAttention", [UNFIT_4, UNFIT_3, NOT_2]),
-        ([], (9, 0), 64, "PyTorch FlashAttention", [NOT_4, NOT_3, NOT_2]),
-    ],
-)
-def test_the_first_that_is_installed_and_fits(
-    packages: list[str],
-    capability: tuple[int, int],
-    head_dim: int,
-    chosen: str,
-    reasons: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    install(monkeypatch, *packages)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    device = torch.device("cuda")
-    assert flash.best(device, head_dim).name.startswith(chosen)
-    line = flash.describe(device, head_dim)
-    assert line.startswith(chosen) and "\n" not in line
-    assert [r for r in (NOT_4, UNFIT_4, NOT_3, UNFIT_3, NOT_2) if r in line] == reasons
-
-
-def test_an_old_flash_attn_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "flash-attn 2.8.4")
-    monkeypatch.setattr(sys.modules["flash_attn"], "__version__", "2.7.4.post1")
-    assert flash.installed()[-1] == "flash-attn: version 2.7.4.post1 is older than 2.8"
-
-
-def test_elsewhere_pytorchs_own() -> None:
-    assert flash.best(torch.device("meta"), 64) is flash.ATEN
-    for head_dim in (264, 20):
-        with pytest.raises(ValueError, match=f"at most 256, not {head_dim}: compute in float32"):
-            flash.best(torch.device("meta"), head_dim)
+@pytest.mark.parametrize("head_dim", [264, 20])
+def test_head_sizes_that_no_flash_attention_has(head_dim: int) -> None:
+    q, cu = torch.empty(4, 2, head_dim, dtype=torch.bfloat16, device="meta"), torch.empty(2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"at most 256, not {head_dim}: compute in float32"):
+        flash.packed(q, q, q, flash.Lengths(cu, cu, 4, 4, True), 0.3)

@@ -27,7 +27,7 @@ def test_every_name_is_a_function_or_a_class_that_says_what_it_is() -> None:
 
 
 EXAMPLES = {"linear_logprob", "linear_loss", "chunked_head", "module", "fused_policy_loss", "policy_loss"}
-EXAMPLES |= {"shared_prompt_attention"}
+EXAMPLES |= {"shared_layout", "shared_prompt_attention"}
 
 
 @pytest.mark.parametrize("name", sorted(m.name for m in pkgutil.iter_modules(gapg_kernels.__path__)))

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from itertools import accumulate
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,16 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from gapg_kernels import equal_lengths, flash
+from gapg_kernels.shared_layout import SharedPrompts, share_prompts
 from gapg_kernels.shared_prompt_attention import (
     Pieces,
-    SharedPrompts,
-    share,
     shared_prompt_attention,
     varlen_backward,
     varlen_forward,
 )
 from tests.kernels.counting import beyond_torch_2_11
-from tests.kernels.flash_on_cpu import FLASH_ON_CPU
+from tests.kernels.flash_on_cpu import flash_on_cpu
 
 Groups = list[tuple[int, list[int]]]
 """Each prompt's length and those of its responses."""
@@ -38,10 +38,12 @@ def cumulative(lengths: list[int]) -> Tensor:
 
 def layout_of(groups: Groups, device: str = "cpu") -> SharedPrompts:
     prompts, responses = [p for p, _ in groups], [r for _, rs in groups for r in rs]
-    return share(cumulative(prompts + responses), cumulative(prompts), cumulative([sum(r) for _, r in groups]), device)
+    return share_prompts(
+        cumulative(prompts + responses), cumulative(prompts), cumulative([sum(r) for _, r in groups]), device
+    )
 
 
-def definition(q: Tensor, k: Tensor, v: Tensor, groups: Groups, scale: float) -> Tensor:
+def definition(q: Tensor, k: Tensor, v: Tensor, groups: Groups, scale: float, window: int | None) -> Tensor:
     """Each prompt, and each response with a prompt of its own: causal attention of that sequence alone."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     segments = torch.arange(len(q)).split([p for p, _ in groups] + [r for _, rs in groups for r in rs])
@@ -52,6 +54,8 @@ def definition(q: Tensor, k: Tensor, v: Tensor, groups: Groups, scale: float) ->
         keys = torch.cat([owner, segment])
         scores = torch.einsum("qhd,khd->hqk", q[segment], k[keys]) * scale
         allowed = torch.ones(len(segment), len(keys)).tril(len(owner)).bool()
+        if window is not None:
+            allowed = allowed.triu(len(owner) - window + 1)
         outs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~allowed, -torch.inf).softmax(-1), v[keys]))
     return torch.cat(outs)
 
@@ -64,15 +68,19 @@ def inputs(tokens: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtyp
     return [x.to(dtype).transpose(0, 1) for x in made]
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, groups: Groups, scale: float) -> list[Tensor]:
+def exact(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, groups: Groups, scale: float, window: int | None = None
+) -> list[Tensor]:
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    out = definition(*leaves, groups, scale)
+    out = definition(*leaves, groups, scale, window)
     return [out, *torch.autograd.grad(out, leaves, grad.double())]
 
 
-def ours(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, layout: SharedPrompts, scale: float | None) -> list[Tensor]:
+def ours(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, layout: SharedPrompts, scale: float | None, window: int | None = None
+) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = shared_prompt_attention(*leaves, layout, scale)
+    out = shared_prompt_attention(*leaves, layout, scale, window)
     assert out.is_contiguous()
     return [out, *torch.autograd.grad(out, leaves, grad)]
 
@@ -192,7 +200,7 @@ def test_arrays_that_contradict_each_other(
     segments: list[int], prompts: list[int], responses: list[int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        share(segments, prompts, responses)
+        share_prompts(segments, prompts, responses)
 
 
 def test_shapes_that_do_not_fit() -> None:
@@ -222,15 +230,52 @@ def pieces_of(layout: SharedPrompts) -> Pieces:
 @example([(3, [1]), (2, [])], (4, 2))  # at most one query an entry, and an entry of none
 @example([(1, [1, 0])], (4, 2))
 def test_the_cuda_route_on_a_flash_attention_of_the_cpu(groups: Groups, heads: tuple[int, int]) -> None:
-    """Every call within the kernels' contract (FLASH_ON_CPU checks it), and the result is right."""
+    """Every call within the kernels' contract, which they check there, and the result is right."""
     layout = layout_of(groups)
-    q, k, v, grad = inputs(layout.tokens, heads, 8, torch.bfloat16)
-    pieces = pieces_of(layout)
-    out, lse = varlen_forward(FLASH_ON_CPU, q, k, v, pieces, 0.3)
-    assert out.is_contiguous() and out.dtype == torch.bfloat16
-    assert (lse.dtype, lse.shape) == (torch.float32, (heads[0], layout.tokens))
-    got = [out, *varlen_backward(FLASH_ON_CPU, grad, q, k, v, out, lse, pieces, 0.3)]
-    assert_close(got, exact(q, k, v, grad, groups, 0.3), 1.5e-2)
+    values = inputs(layout.tokens, heads, 8, torch.bfloat16)
+    with flash_on_cpu():
+        got = ours(*values, layout, 0.3)
+    assert {x.dtype for x in got} == {torch.bfloat16}
+    assert_close(got, exact(*values, groups, 0.3), 1.5e-2)
+
+
+@settings(max_examples=40)
+@given(st.lists(group, min_size=1, max_size=4), st.integers(1, 14), st.sampled_from([(2, 2), (4, 2)]))
+@example([(9, [5, 0, 3]), (4, []), (7, [6])], 5, (4, 2))
+def test_within_a_window_both_routes_are_the_definition(groups: Groups, window: int, heads: tuple[int, int]) -> None:
+    layout = layout_of(groups)
+    values = inputs(layout.tokens, heads, 8, torch.float64)
+    assert_close(ours(*values, layout, 0.3, window), exact(*values, groups, 0.3, window), 1e-13)
+    halves = [x.bfloat16() for x in values]
+    with flash_on_cpu():
+        got = ours(*halves, layout, 0.3, window)
+    assert {x.dtype for x in got} == {torch.bfloat16}
+    assert_close(got, exact(*halves, groups, 0.3, window), 1.5e-2)
+
+
+def test_a_window_that_covers_every_sequence_changes_no_bit() -> None:
+    layout = layout_of(GROUPS)
+    values = inputs(layout.tokens, (4, 2), 8, torch.float32)
+    whole, covered, cut = (ours(*values, layout, None, w) for w in (None, layout.max_sequence, layout.max_sequence - 1))
+    assert all(torch.equal(a, b) for a, b in zip(whole, covered, strict=True)) and not torch.equal(whole[0], cut[0])
+
+
+def test_within_a_window_it_is_one_launch_each_way_that_waits_for_nothing() -> None:
+    """At real sizes, on fake tensors, which raise where the route would wait for the device."""
+    groups, window = [(1024, [256] * 8)] * 4, 512
+    layout = layout_of(groups)
+    with FakeTensorMode() as mode, mock.patch.object(flash, "has_flash", lambda device: True), Operators() as operators:
+        on_device = layout._replace(**{x: mode.from_tensor(getattr(layout, x)) for x in layout._fields[:3]})
+        q, k, v = (torch.empty(layout.tokens, n, 128, dtype=torch.bfloat16, requires_grad=True) for n in (12, 2, 2))
+        shared_prompt_attention(q, k, v, on_device, window=window).sum().backward()
+    assert q.grad is not None and k.grad is not None and k.grad.dtype == torch.bfloat16
+    keys = layout.tokens + 32 * (window - 1)
+    (forward,), (backward,) = (operators.calls[f"aten._flash_attention_{way}"] for way in ("forward", "backward"))
+    assert [x.shape for x in forward[0][:3]] == [(layout.tokens, 12, 128), (keys, 2, 128), (keys, 2, 128)]
+    assert [x.shape for x in forward[0][3:5]] == [(37,), (37,)] and forward[0][5:9] == (1024, 1280, 0.0, True)
+    assert backward[0][8:12] == (1024, 1280, 0.0, True)
+    added = [args[0].dtype for args, _ in operators.calls["aten.index_add"]]
+    assert added == [torch.float32] * 2  # every copy's gradient, before any is rounded
 
 
 class Operators(TorchDispatchMode):
@@ -257,8 +302,8 @@ def test_pytorchs_flash_attention_gets_two_launches_each_way() -> None:
         sizes = (prompts * (1 + responses), prompts, prompts)
         cu = [torch.empty(n + 1, dtype=torch.int32) for n in sizes]
         pieces = Pieces(*cu, at, p, p, responses * r)
-        out, lse = varlen_forward(flash.ATEN, q, k, v, pieces, 0.1)
-        grads = varlen_backward(flash.ATEN, grad, q, k, v, out, lse, pieces, 0.1)
+        out, lse = varlen_forward(q, k, v, pieces, 0.1)
+        grads = varlen_backward(grad, q, k, v, out, lse, pieces, 0.1)
     assert (out.dtype, out.shape, lse.dtype, lse.shape) == (q.dtype, q.shape, torch.float32, (12, tokens))
     assert [(g.dtype, g.shape) for g in grads] == [(x.dtype, x.shape) for x in (q, k, v)]
     rows = tokens - at
@@ -306,19 +351,13 @@ def test_counted_work() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
-def test_on_a_gpu_every_backend_equals_the_definition(heads: tuple[int, int], head_dim: int) -> None:
+def test_on_a_gpu_it_is_its_definition(heads: tuple[int, int], head_dim: int) -> None:
     groups: Groups = [(300, [200, 1, 77]), (1, [130]), (129, [64] * 8), (40, [])]
     layout = layout_of(groups, "cuda")
     values = inputs(layout.tokens, heads, head_dim, torch.bfloat16)
-    expected = exact(*values, groups, head_dim**-0.5)
-    q, k, v, grad = (x.cuda() for x in values)
-    device = q.device
-    capability = torch.cuda.get_device_capability(device)
-    for backend in [*flash.installed(), flash.ATEN]:
-        if isinstance(backend, str) or not backend.fits(capability, head_dim):
-            continue
-        out, lse = varlen_forward(backend, q, k, v, pieces_of(layout), head_dim**-0.5)
-        grads = varlen_backward(backend, grad, q, k, v, out, lse, pieces_of(layout), head_dim**-0.5)
-        assert_close([x.cpu() for x in (out, *grads)], expected, 1e-2)
-    full = [x.cpu() for x in ours(*(x.float() for x in (q, k, v, grad)), layout, None)]
-    assert_close(full, expected, 1e-5)
+    on_gpu = [x.cuda() for x in values]
+    for window in (None, 100):
+        expected = exact(*values, groups, head_dim**-0.5, window)
+        assert_close([x.cpu() for x in ours(*on_gpu, layout, None, window)], expected, 1e-2)
+        full = ours(*(x.float() for x in on_gpu), layout, None, window)
+        assert_close([x.cpu() for x in full], expected, 1e-5)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import _registry, current_flash_attention_impl
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -19,6 +20,8 @@ from transformers import (
 
 from gapg.model import attention
 from gapg_kernels import equal_lengths
+from tests.kernels.flash_on_cpu import backward, flash_on_cpu, forward
+from tests.kernels.test_flash import Activated
 
 attention.register()
 attention.register()  # must change nothing
@@ -293,23 +296,29 @@ def test_packed_rows_are_one_row_without_a_cache() -> None:
         model(**{**batch, "past_key_values": cache, "use_cache": True})
 
 
-def test_a_sliding_window_is_refused_only_when_a_sequence_outgrows_it() -> None:
-    def sliding(window: int) -> PreTrainedModel:
-        kinds = ["sliding_attention", "full_attention"]
-        config = Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=window, layer_types=kinds)
-        return build(config, attention.NAME)
-
-    batch = packed(LENGTHS)
-    model = sliding(max(LENGTHS))
-    assert error(model(**batch).logits, one_by_one(model, batch)) < 1e-6
-    with pytest.raises(ValueError, match=r"sliding window of 8.*shorten the sequences"):
-        sliding(8)(**batch)
-
-
 def test_describe_says_which_backend_and_why() -> None:
-    assert "flash-attn needs CUDA" in attention.describe("cpu")
+    assert "FlashAttention 2 to 4 need CUDA" in attention.describe("cpu")
     assert "meta" in attention.describe(torch.device("meta"))
     assert "no varlen kernel for mps" in attention.describe("mps")
+
+
+@pytest.mark.usefixtures("nothing_said")
+def test_a_model_activates_what_works_with_its_head_sizes_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build(CONFIGS["llama"], attention.NAME)
+    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA4", lambda: Activated(forward, backward))
+    attention.activate(model, torch.device("cpu"))
+    assert current_flash_attention_impl() is None  # this device has none
+    with flash_on_cpu():
+        try:
+            attention.activate(model, torch.device("cpu"))
+            assert current_flash_attention_impl() == "FA4" and "attention: FA4" in capsys.readouterr().err
+        finally:
+            _registry.restore_flash_attention_impl()
+        model.model.layers[0].self_attn.head_dim = 20  # which none has
+        attention.activate(model, torch.device("cpu"))
+    assert current_flash_attention_impl() is None
 
 
 @pytest.mark.gpu
