@@ -2,6 +2,7 @@
 
     python bench/heads.py                       # on this machine's GPU, or small shapes on the CPU
     python bench/heads.py --shape 8192,4096,128256 --case train,forward --impl gapg,quack   # yours, beside one peer
+    python bench/heads.py --case train,low --workspace 256 --name small     # ours in 256 MiB, into small-*.json
     python bench/heads.py --only-errors         # errors over a ladder of entropies, without timing
     python bench/heads.py --table docs/benchmarks.md    # the committed errors between that file's markers, no run
 
@@ -62,7 +63,8 @@ FORWARDS = {
 
 @dataclass(frozen=True)
 class Case:
-    """``nats``: None for random logits. ``zero``: every second prompt has advantage 0. ``cold``: L2 is emptied."""
+    """``nats``: None for random logits. ``zero``: every second prompt has advantage 0. ``cold``: L2 is emptied.
+    ``low``: bfloat16 on a CPU too, where nobody trains in 16 bits."""
 
     shape: Shape
     nats: float | None = None
@@ -70,11 +72,12 @@ class Case:
     trained: bool = True
     cold: bool = False
     forward: bool = False
+    low: bool = False
 
     def __str__(self) -> str:
         parts = ["random" if self.nats is None else f"{self.nats} nats"]
         parts += ["half the rows zero"] * self.zero + ["frozen weight"] * (not self.trained)
-        parts += ["cold L2"] * self.cold + ["forward only"] * self.forward
+        parts += ["cold L2"] * self.cold + ["forward only"] * self.forward + ["bfloat16"] * self.low
         return f"{self.shape} {', '.join(parts)}"
 
     @property
@@ -84,7 +87,7 @@ class Case:
 
     def predicted_as(self, impl: str, peer: Peer | None) -> str | None:
         """The name in `roofline` of what a peer, or without one the bare products, does in this case."""
-        if self.nats is not None or self.cold:
+        if self.nats is not None or self.cold or self.low:
             return None
         if self.forward:
             return FORWARDS.get(impl)
@@ -105,6 +108,7 @@ CASES: dict[str, dict[str, Any]] = {
     "zero": {"zero": True},
     "frozen": {"trained": False},
     "cold": {"cold": True},
+    "low": {"low": True},
 }
 """What `--case` names."""
 
@@ -112,12 +116,12 @@ CASES: dict[str, dict[str, Any]] = {
 def cases(shapes: Sequence[Shape], names: Sequence[str]) -> list[Case]:
     """What is timed: the named cases at every shape; by default all of them at the first, train and forward at others.
 
-    (An empty L2 means nothing on a CPU, so there the default leaves it out.)
+    (An empty L2 means nothing on a CPU, nor bfloat16 on a card that always has it: there the default leaves them out.)
     """
     first, *others = shapes or ([CPU_SHAPE] if DEVICE == "cpu" else [*SHAPES[1:], SHAPES[0]])
     if names:
         return [Case(shape, **CASES[name]) for shape in (first, *others) for name in names]
-    everything = [name for name in CASES if name != "cold" or DEVICE == "cuda"]
+    everything = [name for name in CASES if name not in ("cold", "low") or (DEVICE == "cuda" and name == "cold")]
     found = [Case(first, **CASES[name]) for name in everything]
     return found + [Case(shape, **CASES[name]) for shape in others for name in ("train", "forward")]
 
@@ -127,7 +131,7 @@ def cases(shapes: Sequence[Shape], names: Sequence[str]) -> list[Case]:
 
 def measure(case: Case, chosen: Sequence[Peer]) -> list[Row]:
     """Errors, peak memory and times of every peer, and of the bare products."""
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # nobody trains a head in 16 bits on a CPU
+    dtype = torch.bfloat16 if DEVICE == "cuda" or case.low else torch.float32
     problem = problems.make(*case.shape, dtype=dtype, device=DEVICE, nats=case.nats, zero_groups=case.zero)
     name, rows, truths = str(case), list[Row](), dict[str, Truth]()
     timed: dict[str, Callable[[], object]] = {heads_report.FLOOR: bare(problem, case)}
@@ -294,6 +298,8 @@ def ladder(peers: Sequence[Peer], shape: Shape, path: Path) -> list[Row]:
 def arguments() -> argparse.Namespace:
     parser = record.parser(__doc__, "kernels")
     everyone = {peer.name: peer for peer in [*losses.PEERS, losses.DESIGN]}
+    parser.add_argument("--name", default="kernels", help="of the record of times, NAME-cpu.json or NAME-cuda.json")
+    parser.add_argument("--workspace", type=int, default=2048, metavar="MIB", help="what ours may take for [T, V]")
     parser.add_argument("--shape", type=Shape.of, action="append", metavar="T,H,V", help="repeatable")
     parser.add_argument("--case", type=record.pick(CASES), metavar="NAMES", help=f"of {', '.join(CASES)}")
     parser.add_argument("--impl", type=record.pick(everyone), metavar="NAMES", help="parts of names, as in gapg,eager")
@@ -306,6 +312,7 @@ def arguments() -> argparse.Namespace:
             record.draw_between(given.table, heads_report.MARKERS, text)
         parser.exit()
     usual = [peer.name for peer in losses.PEERS] + [losses.DESIGN.name] * given.only_errors
+    everyone |= {peer.name: peer for peer in losses.ours(given.workspace << 20)}
     given.peers = [everyone[name] for name in given.impl or usual]
     return given
 
@@ -319,7 +326,7 @@ def main() -> None:
         rows = ladder(given.peers, shape, given.output / f"errors-{DEVICE}.json")
         print(heads_report.error_table(rows))
         sys.exit(heads_report.ours_failed(rows))
-    path = given.output / f"kernels-{DEVICE}.json"
+    path = given.output / f"{given.name}-{DEVICE}.json"
     rows = ceilings() if DEVICE == "cuda" else []
     try:
         for case in cases(given.shape or [], given.case or []):

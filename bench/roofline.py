@@ -25,7 +25,7 @@ import torch
 import record
 import roofline_report
 from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan
-from gapg_kernels.odds_gemm import TILES
+from gapg_kernels.tiles import TILES
 from roofline_designs import (
     BARE,
     BARE_FORWARD,
@@ -100,7 +100,7 @@ def own_gemm(head: Head, shape: Shape, rows: int, card: Card) -> tuple[Range, Ra
     """
     if head.tile is None:
         return Range(0.0, 0.0), Range(0.0, 0.0)
-    tile = TILES[head.tile]
+    tile = TILES[9, 0][head.tile]
     tiles = head.forwards * -(-rows // tile.bm) * -(-shape.vocab // tile.bn)
     products = head.forwards * 2 * rows * shape.hidden * shape.vocab / card.gemm_flops
     read = tiles * (tile.bm + tile.bn) * shape.hidden * 2

@@ -96,7 +96,7 @@ class Head:
     name: str
     gemms: int
     tile: str | None = None
-    """of our own GEMM, in `gapg_kernels.odds_gemm.TILES`. None: cuBLAS or clusters with multicast, whose L2 traffic
+    """of our own GEMM, in `gapg_kernels.tiles.TILES`. None: cuBLAS or clusters with multicast, whose L2 traffic
     is in the rate of their products, and so is an epilogue where the rate is of that very kernel"""
     forwards: int = 1
     """products that our own GEMM makes"""

@@ -1,4 +1,4 @@
-"""Which tile of the fused GEMM is the fastest at a shape: every tile of the table beside a bare product, in one run.
+"""Which tile of the fused GEMM is the fastest at a shape: every tile of this card beside a bare product, in one run.
 
     python bench/tiles.py                                            # (16384, 2048, 151936) on this machine's GPU
     python bench/tiles.py --shape 4096,896,151936 --shape 8192,4096,128256   # yours
@@ -6,9 +6,9 @@
 Two cases a shape: forward only, and with E stored for a backward; each for the first chunk of rows that the default
 workspace gives. `torch.mm` is the same product in bfloat16 into a tensor that is there already. A tile's time includes
 the small launches before and after its GEMM. Errors are the worst log-prob's and E's against float64; a tile whose
-error is too large is not timed. The kernels are for compute capability 9.0; on a CPU they run in Triton's interpreter,
-in float32, where a time says nothing about a GPU's. The exit code is 1 where no tile ran. To make a winner the choice
-for its V, change `gapg_kernels.odds_gemm.tile_for`.
+error is too large is not timed. On a CPU an H100's tiles run in Triton's interpreter, in float32, where a time says
+nothing about a GPU's. The exit code is 1 where no tile ran. To make a winner the choice for its card and V, change
+`gapg_kernels.tiles`; a tile to be tried goes into its table, too.
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ import heads_report
 import problems
 import record
 from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan, pitch
-from gapg_kernels.odds_gemm import TILES, fused_odds, tile_for
+from gapg_kernels.odds_gemm import fused_odds
 from gapg_kernels.reference import RowOdds
-from gapg_kernels.routes import KERNEL_CAPABILITY
+from gapg_kernels.tiles import TILES, tile_for
 from problems import Problem
 from record import Row
 from roofline_designs import Shape
 
 DEVICE: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+CARD = torch.cuda.get_device_capability() if DEVICE == "cuda" else (9, 0)
+HERE = TILES.get(CARD, {})
 DEFAULT_SHAPE = {"cuda": Shape(16_384, 2_048, 151_936), "cpu": Shape(160, 80, 600)}
 ROUNDS = {"cuda": 20, "cpu": 1}
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}  # the interpreter's bfloat16 products are wrong
@@ -104,7 +106,7 @@ def check(chunk: Chunk, want: Tensor) -> tuple[dict[str, Callable[[], object]], 
     rounding = 8 * 2**-23 * max(x.abs().item() for x in logits.aminmax())
     allowed = {"logprob_error": max(LOGPROB[DEVICE], rounding), "e_error": E_ROUNDING[DEVICE] + rounding}
     rows: list[Row] = []
-    for name, tile in TILES.items():
+    for name, tile in HERE.items():
         run = functools.partial(fused_odds, chunk.hidden, chunk.weight, None, chunk.target, 1.0, chunk.e, tile=tile)
         try:
             if chunk.e is not None:
@@ -155,8 +157,8 @@ def timings(chunk: Chunk, runs: Mapping[str, Callable[[], object]], rounds: int)
 
 def winner(vocab: int, rows: list[Row]) -> str:
     """Of one case: the fastest tile, and the one that a call takes."""
-    times = {row["impl"]: row["median"] for row in rows if row.get("metric") == "time" and row["impl"] in TILES}
-    chosen = next(name for name, tile in TILES.items() if tile == tile_for(vocab))
+    times = {row["impl"]: row["median"] for row in rows if row.get("metric") == "time" and row["impl"] in HERE}
+    chosen = next(name for name, tile in HERE.items() if tile == tile_for(vocab, CARD))
     return f"{min(times, key=times.__getitem__)} wins; {chosen} is what a call takes" if times else "no tile ran"
 
 
@@ -169,11 +171,11 @@ def main() -> None:
         parser.error("--shape: the fused GEMM takes an H that is a multiple of 16")
     warnings.filterwarnings("ignore", module=r"triton\.runtime\.interpreter")  # 0 / 0 that a select then drops
     shapes, path = given.shape or [DEFAULT_SHAPE[DEVICE]], given.output / f"tiles-{DEVICE}.json"
-    if DEVICE == "cuda" and (capability := torch.cuda.get_device_capability()) != KERNEL_CAPABILITY:
-        ours, this = (".".join(map(str, version)) for version in (KERNEL_CAPABILITY, capability))
-        reason = f"the tiles are for compute capability {ours}; this card's is {this}"
+    if not HERE:
+        *ours, this = (".".join(map(str, version)) for version in (*TILES, CARD))
+        reason = f"the tiles are for compute capability {', '.join(ours)}; this card's is {this}"
         cases = [name_of(shape, store) for shape in shapes for store in (False, True)]
-        record.write("tiles", [record.error_row(case, name, reason) for case in cases for name in TILES], path)
+        record.write("tiles", [record.error_row(case, "wide", reason) for case in cases], path)
         print(reason)
         return
     rows: list[Row] = []
@@ -188,7 +190,7 @@ def main() -> None:
             rows += found
             record.write("tiles", rows, path)
             print(heads_report.table(chunk.case, found), winner(shape.vocab, found), sep="\n", flush=True)
-    if not any(row["impl"] in TILES and row.get("metric") == "time" for row in rows):
+    if not any(row["impl"] in HERE and row.get("metric") == "time" for row in rows):
         sys.exit("bench/tiles.py: no tile ran; the record says why")
 
 

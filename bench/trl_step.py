@@ -23,7 +23,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 import heads
 import record
@@ -112,7 +113,9 @@ def steps(case: Case, device: str) -> tuple[PreTrainedModel, dict[str, Step]]:
     model, inputs = case.model(device), case.batch(device)
     tokenizer = Countdown(max_number=8, max_target=30).tokenizer()
     made: dict[str, Step] = {}
-    for name, kind, switches in [(STOCK, GRPOTrainer, {}), *((n, FusedLogprobs, s) for n, s in SWITCHES.items())]:
+    kinds: dict[str, tuple[Any, dict[str, bool]]] = {STOCK: (GRPOTrainer, {})}
+    kinds |= {name: (FusedLogprobs, switches) for name, switches in SWITCHES.items()}
+    for name, (kind, switches) in kinds.items():
         model.__dict__.pop("forward", None)  # the head of the trainer before
         with tempfile.TemporaryDirectory() as folder:
             trainer = kind(
@@ -151,7 +154,7 @@ def measure(case: Case, device: str, rounds: int, seconds: float | None = None) 
     for name, step in made.items():
         step()
         tokens[name] = [float(counted.pop())]
-        gradient = torch.cat([p.grad.flatten().float() for p in model.parameters()])
+        gradient = torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
         stock = gradient if name == STOCK else stock
         apart[name] = [float((gradient - stock).norm() / stock.norm())]
         del gradient

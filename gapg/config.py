@@ -40,7 +40,7 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """All that is random in the run follows from it."""
     deterministic: bool = False
-    """On a GPU an update gives the same bits again, at some cost in time; an operator that cannot ends the run, by name.
+    """On a GPU an update gives the same bits again, at some cost in time; an operator that cannot do so ends the run.
     A CPU does so anyway. What vLLM samples is not covered."""
     steps: Whole = 200
     """Optimizer steps of the policy gradient (0: the warm start alone)."""

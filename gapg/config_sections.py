@@ -84,19 +84,31 @@ class ModelConfig(Section):
     """A Hugging Face folder or hub name. Leave empty to make `llama` from scratch."""
     llama: LlamaConfig = LlamaConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the model computes in. Weights and optimizer are float32 always: bfloat16 weights lose small updates."""
+    """What the model computes in. The optimizer's weights and moments are float32 always: no small update is lost."""
+    parameters: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: so is what moves between layers, and the optimizer has float32 masters; needs `dtype: bfloat16`."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
     lora: LoraConfig | None = None
     """Train adapters (`--model.lora.rank 16`), which want a larger `optim.lr`; checkpoints hold merged weights."""
-    liger: bool = False
-    """RMSNorm, SwiGLU and RoPE by liger-kernel's Triton kernels; needs a GPU."""
+    liger: Literal["auto"] | bool = "auto"
+    """RMSNorm, SwiGLU and RoPE by liger-kernel's Triton kernels; `auto`: on a GPU, where they compute the same."""
+    compile: bool = False
+    """torch.compile of the decoder layers, without Liger's kernels: the first steps take minutes."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> ModelConfig:
+        if self.parameters == "bfloat16" and self.dtype == "float32":
+            raise ValueError("model.parameters=bfloat16: the model computes in float32; set model.dtype=bfloat16 too")
+        if self.compile and self.liger is True:
+            raise ValueError("model.compile=true compiles what model.liger=true replaces: set one of them to false")
+        return self
 
     @model_validator(mode="after")
     def _installed(self) -> ModelConfig:
         if self.lora is not None and find_spec("peft") is None:
             raise ValueError("model.lora: peft is not installed; pip install 'gapg[lora]'")
-        if self.liger and find_spec("liger_kernel") is None:
+        if self.liger is True and find_spec("liger_kernel") is None:
             raise ValueError("model.liger=true: liger-kernel is not installed; pip install 'gapg[liger]'")
         return self
 
@@ -118,6 +130,8 @@ class OptimConfig(Section):
     """Part of the run after which the learning rate starts to fall."""
     final_lr: Fraction01 = 0.1
     """Learning rate at the last step, as a part of `lr`."""
+    offload: bool = False
+    """AdamW's moments and weights of its own in the machine's memory, and its step on the CPU: slower, needs a GPU."""
 
     @field_validator("weight_decay")
     @classmethod

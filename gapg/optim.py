@@ -1,20 +1,104 @@
-"""AdamW with one learning-rate schedule: linear warm-up, flat, linear fall."""
+"""AdamW with one learning-rate schedule: linear warm-up, flat, linear fall; its weights and moments are float32.
+
+A bfloat16 weight has 8 bits: an update below 1/512 of it would round to nothing. So the optimizer of a model with
+bfloat16 parameters keeps masters, the same weights in float32 (arXiv 1710.03740): it steps those, and each parameter is
+its master, rounded.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
+
+from gapg.errors import ConfigError
+from gapg.model.precision import adapter_tensors, round_parameters
 
 if TYPE_CHECKING:
     from gapg.config_sections import OptimConfig
 
+MASTER = "master"
+"""The slot of a parameter's master in the state of `MasterAdamW`."""
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW over every trainable parameter."""
+
+def make_optimizer(
+    model: nn.Module, config: OptimConfig, parameters: Literal["float32", "bfloat16"] = "float32"
+) -> torch.optim.Optimizer:
+    """Fused AdamW over every trainable parameter of a float32 model.
+
+    With bfloat16 parameters its masters are the weights as they are now, and the model's are then rounded
+    (`gapg.model.precision`); adapters stay float32 and are their own masters.
+
+    Raises ConfigError: `config.offload` for a model that is not on a GPU.
+    """
     params = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(params, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    if config.offload and any(p.device.type == "cpu" for p in params):
+        raise ConfigError(
+            "optim.offload=true: the model is on the CPU, so AdamW's state is in the machine's memory already; set "
+            "optim.offload=false"
+        )
+    rounded = parameters == "bfloat16"
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.offload or (rounded and not adapter_tensors(model)):
+        optimizer: torch.optim.Optimizer = MasterAdamW(params, **options, offload=config.offload)
+    else:
+        optimizer = torch.optim.AdamW(params, **options, fused=True)
+    if rounded:
+        round_parameters(model)
+    return optimizer
+
+
+class MasterAdamW(torch.optim.Optimizer):
+    """Fused AdamW (arXiv 1711.05101) over float32 masters; after a step each parameter is its master, rounded.
+
+    `state[p]` has `master`, `exp_avg` and `exp_avg_sq`, float32 in p's shape, and `step`, [] float32, from the first
+    moment on. Gradients are to be float32. A step is skipped where `found_inf`, [] float32 on their device, is not 0.
+
+    Args:
+        params: whose values now are the masters'.
+        offload: the state lies in the machine's memory, and the CPU does the step, one parameter after the other: only
+            gradients and new values travel. Such a step waits for the device.
+    """
+
+    found_inf: torch.Tensor
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float, *,
+        offload: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        self.offload = offload
+        for p in (p for group in self.param_groups for p in group["params"]):
+            master = p.detach().to("cpu" if offload else p.device, torch.float32, copy=True)
+            self.state[p] = {
+                "step": torch.zeros((), device=master.device),
+                MASTER: master,
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        if self.offload:  # a copy that does not wait would be read before it is there
+            self.found_inf = self.found_inf.cpu()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for part in [[p] for p in params] if self.offload else [params]:
+                self._step(part, group)
+
+    def _step(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+        slots = {key: [self.state[p][key] for p in params] for key in ("step", MASTER, "exp_avg", "exp_avg_sq")}
+        masters, (beta1, beta2) = slots[MASTER], group["betas"]
+        grads = [p.grad.to(m.device) for p, m in zip(params, masters, strict=True) if p.grad is not None]
+        adamw(
+            masters, grads, slots["exp_avg"], slots["exp_avg_sq"], [], slots["step"], fused=True,
+            found_inf=self.found_inf, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+            weight_decay=group["weight_decay"], eps=1e-8,
+        )  # fmt: skip
+        torch._foreach_copy_(list[torch.Tensor](params), masters)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

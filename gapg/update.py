@@ -13,11 +13,13 @@ from gapg.batches import sharing
 from gapg.batches.batching import Example, PackedBatch, packed_batches
 from gapg.config import RunConfig
 from gapg.errors import ConfigError
+from gapg.model.compiled import within_limit
 from gapg.model.policy import response_logprobs, response_loss
 from gapg.optim import clip_and_step, learning_rate
 from gapg_kernels.policy_loss import PolicyLossOptions, group_advantages, summarize
 
 
+@within_limit()
 def policy_update(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
@@ -46,7 +48,7 @@ def policy_update(
         loss's statistics, token counts.
 
     Raises:
-        ConfigError: `loss.tis_cap` without the engine's log-probs.
+        ConfigError: `loss.tis_cap` without the engine's log-probs; layers that are compiled again and again.
     """
     loss, device = config.loss, model.device
     if loss.tis_cap and any(len(e.rollout_logprobs) != len(e.response_ids) for e in examples):
@@ -88,7 +90,7 @@ def policy_update(
                 gaps.append(torch.where(given, gap, -1.0).max())
         for param in model.parameters():
             if param.requires_grad and param.grad is None:  # every advantage was zero: a step with a zero gradient
-                param.grad = torch.zeros_like(param)
+                param.grad = torch.zeros_like(param, dtype=torch.float32)
         norms.append(float(clip_and_step(optimizer, lr, config.optim.grad_clip, total)))
     taken = [norm for norm in norms if math.isfinite(norm)]
     gap_seen = float(torch.stack(gaps).max()) if gaps else 0.0

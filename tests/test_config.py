@@ -310,7 +310,8 @@ def test_the_command_line_forms() -> None:
 
 def test_only_a_truth_value_stands_bare() -> None:
     bare = {
-        *("model.gradient_checkpointing", "model.liger", "loss.entropy", "update.skip_zero_advantage", "update.pack"),
+        *("model.gradient_checkpointing", "model.liger", "model.compile", "optim.offload", "warm_start.optim.offload"),
+        *("deterministic", "loss.entropy", "update.skip_zero_advantage", "update.pack"),
         *("update.response_positions", "budget.filter", "budget.controller", "tensorboard", "wandb"),
     }
     for key in keys(RunConfig):

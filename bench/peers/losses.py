@@ -132,10 +132,28 @@ def bare_packages(*names: str) -> None:
 # --- ours ------------------------------------------------------------------------------------------------------------
 
 
-def _linear_logprob() -> LogProb:
+def _linear_logprob(workspace: int) -> LogProb:
     from gapg_kernels.linear_logprob import linear_logprob
 
-    return linear_logprob
+    return functools.partial(linear_logprob, workspace_bytes=workspace)
+
+
+def _linear_loss(problem: Problem, trained: bool, *, workspace: int) -> Run:
+    """GRPO on its own samples, as a user writes it: the clipped ratio is 1, so its gradient is the coefficient."""
+    from gapg_kernels.linear_loss import linear_loss
+
+    hidden, weight = leaves(problem, trained)
+    rows = {"advantage": -problem.coefficient()}
+
+    def grpo(logprob: Tensor, advantage: Tensor) -> Tensor:
+        ratio = (logprob - logprob.detach()).exp()
+        return -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum()
+
+    def run() -> Outcome:
+        found = linear_loss(hidden, weight, problem.target, grpo, rows=rows, workspace_bytes=workspace)
+        return outcome(found.logprob, found.loss, hidden, weight)
+
+    return run
 
 
 def _fused(problem: Problem, trained: bool, *, summed: bool = False, **options: Any) -> Run:
@@ -305,17 +323,26 @@ def _liger_grpo(problem: Problem, trained: bool) -> Run:
     return lambda: outcome(None, loss(rows, weight, target, mask, advantages)[0], hidden, weight)
 
 
-PEERS = [
-    Peer("gapg fused_policy_loss", _fused, predicted_as="ours"),
-    Peer("gapg fused_policy_loss, patched", functools.partial(_fused, target_term="patched")),
-    Peer("gapg fused_policy_loss, main_grad", functools.partial(_fused, summed=True), trained_only=True),
-    by_logprob("gapg linear_logprob", _linear_logprob),
-    Peer(
-        "gapg control: cuBLAS + one pass",
-        lambda problem, trained: _without_the_fused_gemm(_fused(problem, trained)),
-        lambda: _without_the_fused_gemm(_linear_logprob()),
-        predicted_as="control: cuBLAS + one pass",
-    ),
+def ours(workspace: int = 2 << 30) -> list[Peer]:
+    """Ours, each within ``workspace`` bytes for what is [T, V]."""
+    fused = functools.partial(_fused, workspace_bytes=workspace)
+    logprob = functools.partial(_linear_logprob, workspace)
+    return [
+        Peer("gapg fused_policy_loss", fused, predicted_as="ours"),
+        Peer("gapg fused_policy_loss, patched", functools.partial(fused, target_term="patched")),
+        Peer("gapg fused_policy_loss, main_grad", functools.partial(fused, summed=True), trained_only=True),
+        Peer("gapg linear_loss", functools.partial(_linear_loss, workspace=workspace)),
+        by_logprob("gapg linear_logprob", logprob),
+        Peer(
+            "gapg control: cuBLAS + one pass",
+            lambda problem, trained: _without_the_fused_gemm(fused(problem, trained)),
+            lambda: _without_the_fused_gemm(logprob()),
+            predicted_as="control: cuBLAS + one pass",
+        ),
+    ]
+
+
+OTHERS = [
     by_logprob("PyTorch eager", lambda: _eager),
     by_logprob("PyTorch eager, 16-bit softmax", lambda: _eager_half),
     by_logprob("PyTorch torch.compile", _compiled),
@@ -332,6 +359,7 @@ PEERS = [
     by_sum("quack chunked cross entropy", _quack(), predicted_as="quack, scaled exp"),
     by_sum("quack chunked cross entropy, 8192 rows", _quack(chunk_size=8192)),
 ]
+PEERS = [*ours(), *OTHERS]
 """In the order they are reported."""
 
 DESIGN = by_logprob("16-bit logits + fp32 log-sum-exp", lambda: StoredLogits.apply)

@@ -6,8 +6,9 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -22,8 +23,10 @@ from transformers import (
 )
 
 from gapg.config_sections import ModelConfig
+from gapg.console import say
 from gapg.errors import ConfigError, one_line
 from gapg.model import attention, lora
+from gapg.model.compiled import compile_layers
 from gapg.model.folder import check_folder, check_loaded, generation_config, load_shape
 from gapg.seeding import derive
 from gapg.tasks import call_member
@@ -80,7 +83,7 @@ def end_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]
 
 def check_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """What can be known before the weights are loaded. Raises ConfigError."""
-    if config.liger and not torch.cuda.is_available():
+    if config.liger is True and not torch.cuda.is_available():
         raise ConfigError(
             "model.liger=true: liger-kernel needs a CUDA device, and there is none; set model.liger=false"
         )
@@ -134,13 +137,25 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.to(device())  # type: ignore[arg-type]
-    if config.liger:
-        apply_liger(model)
+    attention.activate(model, device())
+    if config.compile:
+        compile_layers(model)
+    elif config.liger is True or (config.liger and torch.cuda.is_available() and find_spec("liger_kernel")):
+        apply_liger(model, config.liger)
     return model.train()
 
 
+def apply_liger(model: PreTrainedModel, setting: Literal["auto"] | bool) -> None:
+    """Puts liger-kernel's layers in the model. Where that cannot be, "auto" says why, and True raises ConfigError."""
+    if (reason := _patch(model)) is None:
+        return
+    if setting is True:
+        raise ConfigError(f"model.liger=true: {reason}; set model.liger=false")
+    say(f"model.liger=auto: {reason}, so its layers are transformers' own")
+
+
 @torch.no_grad()
-def apply_liger(model: PreTrainedModel) -> None:
+def _patch(model: PreTrainedModel) -> str | None:
     """Puts liger-kernel's RMSNorm, SwiGLU and RoPE in the model, through liger's own function for its architecture.
 
     Its losses stay off. RoPE is a function of transformers' module: from here on every model of this architecture in
@@ -148,7 +163,7 @@ def apply_liger(model: PreTrainedModel) -> None:
     activation, say), hence the comparison of a few logits. Proven without a GPU, in Triton's interpreter: the choice
     of functions and one float32 step; 16-bit types are liger's own affair.
 
-    Raises ConfigError where liger does not know the architecture, or computes something else.
+    Returns why not, with the model as it was, where liger does not know the architecture or computes something else.
     """
     from liger_kernel.transformers.monkey_patch import (
         MODEL_TYPE_TO_APPLY_LIGER_FN,
@@ -157,17 +172,26 @@ def apply_liger(model: PreTrainedModel) -> None:
 
     name = model.config.model_type
     if name not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise ConfigError(f"model.liger=true: liger-kernel has nothing for {name!r} models; set model.liger=false")
+        return f"liger-kernel has nothing for {name!r} models"
     ids = torch.arange(3, 11, device=model.device)[None] % model.config.get_text_config().vocab_size
     plain = model(input_ids=ids, use_cache=False).logits
     module = sys.modules[type(model).__module__]
-    classes = {key: value for key, value in vars(module).items() if isinstance(value, type)}
-    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
-    for key, value in classes.items():  # liger's, meant for models made later, would drop the biases of an MLP
-        setattr(module, key, value)
-    change = (model(input_ids=ids, use_cache=False).logits - plain).abs().max()
-    if not change <= 1e-2 * plain.abs().max():
-        raise ConfigError(f"model.liger=true: changes what this {name!r} model computes; set model.liger=false")
+    before = dict(vars(module))
+    layers = {m: {**vars(m), "_modules": dict(m._modules)} for m in model.modules()}
+    try:
+        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+        change = (model(input_ids=ids, use_cache=False).logits - plain).abs().max()
+        reason = (
+            None if change <= 1e-2 * plain.abs().max() else f"liger-kernel changes what this {name!r} model computes"
+        )
+    except Exception as error:  # liger's own, of any kind
+        reason = f"liger-kernel does not take this {name!r} model: {one_line(error)}"
+    # liger's classes, meant for models made later, would drop the biases of an MLP; its functions stay
+    vars(module).update({k: v for k, v in before.items() if reason or isinstance(v, type)})
+    for m, state in layers.items() if reason else ():
+        vars(m).clear()
+        vars(m).update(state)
+    return reason
 
 
 @contextmanager

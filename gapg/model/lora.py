@@ -18,10 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from gapg.config_sections import LoraConfig
 from gapg.errors import ConfigError, one_line
+from gapg.model.precision import ADAPTER
 from gapg.seeding import derive
-
-ADAPTER = "default"
-"""peft's own name for an only adapter; part of the adapters' parameter names."""
 
 
 def target_layers(model: PreTrainedModel, config: LoraConfig) -> list[str]:
@@ -65,12 +63,6 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
         raise ConfigError(f"model.lora: peft does not take this {model.config.model_type}: {one_line(error)}") from None
     for name in names:
         model.get_submodule(name).register_state_dict_post_hook(_merge)
-
-
-def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapters' parameters under their names in `model`, as they are; empty for a model without adapters."""
-    marks = (f".lora_A.{ADAPTER}.", f".lora_B.{ADAPTER}.")
-    return {name: p.detach() for name, p in model.named_parameters() if any(mark in name for mark in marks)}
 
 
 def frozen_twin(model: PreTrainedModel) -> PreTrainedModel:

@@ -57,6 +57,8 @@ def plan_table(plan: MemoryPlan) -> Table:
     for name, size in plan.parts.items():
         table.add_row(name, size_text(size))
     table.add_row("total", _of_capacity(plan), style="bold")
+    if plan.offloaded:
+        table.add_row("in the machine's memory", size_text(plan.offloaded))
     return table
 
 
@@ -66,6 +68,11 @@ def _of_capacity(plan: MemoryPlan) -> str:
 
 def check(plan: MemoryPlan, model: PreTrainedModel, config: RunConfig, device: torch.device) -> None:
     """Raises ConfigError where the plan is over its capacity, naming settings whose own plans are not."""
+    if plan.offloaded > (machine := capacity(torch.device("cpu"))):
+        raise ConfigError(
+            f"optim.offload=true puts {size_text(plan.offloaded)} into the machine's memory, which has "
+            f"{size_text(machine)}; train adapters (model.lora.rank) or a smaller model"
+        )
     if plan.total <= plan.capacity:
         return
     where = "the GPU" if device.type == "cuda" else "the machine"
@@ -89,12 +96,14 @@ def suggestions(
         savings["model.gradient_checkpointing"] = True
     if config.model.dtype == "float32" and device.type == "cuda":
         savings["model.dtype"] = "bfloat16"
+    offloaded = savings | {"optim.offload": True}
     attempts: list[Callable[[], list[Settings]]] = [
         lambda: [search.with_cap({}), *({key: value} for key, value in savings.items())],
         lambda: search.with_engine({}),
         lambda: [savings],
         lambda: search.with_engine(savings),
         lambda: [search.with_cap(savings)],
+        *([lambda: [offloaded], lambda: [search.with_cap(offloaded)]] if device.type == "cuda" else []),
     ]
     found = ([(settings, search.plan(settings)) for settings in make() if search.fits(settings)] for make in attempts)
     return next(filter(None, found), [])
@@ -165,7 +174,8 @@ class _Search:
         """And the part of the GPU for vLLM that the rest leaves: room for its weights and a cache of their size."""
         plan = self.plan(settings)
         left = ROOM * self.capacity - (plan.total - plan.engine)
-        weights = plan.weights * getattr(torch, _with(self.config, settings).model.dtype).itemsize // 4
+        count = sum(p.numel() for p in self.model.parameters())
+        weights = count * getattr(torch, _with(self.config, settings).model.dtype).itemsize
         if self.config.rollout.engine != "vllm" or self.device.type != "cuda" or left < 2 * weights:
             return []
         return [settings | {"rollout.vllm_args.gpu_memory_utilization": int(100 * left / self.capacity) / 100}]

@@ -31,6 +31,7 @@ from gapg.batches.batching import Example, PackedBatch, packed_batches
 from gapg.config import RunConfig
 from gapg.model import attention, lora
 from gapg.model.policy import response_loss
+from gapg.model.precision import round_parameters
 from gapg_kernels import equal_lengths, flash, reference, routes
 from gapg_kernels.chunks import DEFAULT_WORKSPACE, ChunkPlan
 from gapg_kernels.policy_loss import PolicyLossOptions
@@ -51,8 +52,6 @@ class Trace(NamedTuple):
     head: int
     forward: int
     """the most within the body; so for the others, because the most of all is not linear in the layers, as each is"""
-    between: int
-    """the most from the copy of the head's weight to the head"""
     backward: int
     embedding: int
     """the most from the embedding's gradient on"""
@@ -86,12 +85,14 @@ def trace_layers(
         model = AutoModelForCausalLM.from_config(shape, attn_implementation=own, dtype=torch.float32).train()
         if config.model.lora:
             lora.add_adapters(model, config.model.lora, config.seed)
+        if config.model.parameters == "bfloat16":
+            round_parameters(model)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     with FakeTensorMode() as fakes:
         policy = _on_cpu(model)
         for p in policy.parameters():
-            p.grad = torch.empty_like(p) if p.requires_grad else None
+            p.grad = torch.empty_like(p, dtype=torch.float32) if p.requires_grad else None
         tensors: dict[str, Any] = {
             f.name: fakes.from_tensor(x) for f in fields(batch) if isinstance(x := getattr(batch, f.name), Tensor)
         }
@@ -108,9 +109,16 @@ def trace_layers(
 
 def _on_cpu(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of a model on meta with fake tensors of the CPU."""
-    fake: dict[int, Any] = {id(p): nn.Parameter(torch.empty(p.shape), p.requires_grad) for p in model.parameters()}
+    fake: dict[int, Any] = {id(p): _fake_parameter(p) for p in model.parameters()}
     fake |= {id(x): torch.empty(x.shape, dtype=x.dtype) for x in model.buffers()}
     return copy.deepcopy(model, fake)
+
+
+def _fake_parameter(p: nn.Parameter) -> nn.Parameter:
+    fake = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+    if p.requires_grad:
+        fake.grad_dtype = p.grad_dtype
+    return fake
 
 
 class _Live(TorchDispatchMode):
@@ -119,9 +127,8 @@ class _Live(TorchDispatchMode):
     def __init__(self, model: PreTrainedModel, head_bytes: Callable[[Tensor, Tensor], int]) -> None:
         super().__init__()
         self.live = self.copies = self.at_head = self.copies_at_head = self.head = 0
-        self.peaks = [0, 0, 0, 0]
+        self.peaks = [0, 0, 0]
         self._phase, self.head_bytes = 0, head_bytes
-        self._head_weight = model.get_output_embeddings().weight.untyped_storage()._cdata
         self._weights = {p.untyped_storage()._cdata for p in model.parameters()}
         self._seen: set[int] = set()
 
@@ -129,15 +136,13 @@ class _Live(TorchDispatchMode):
         out = _grouped_mm(*args) if func is _GROUPED_MM else func(*args, **(kwargs or {}))
         inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         if func is _EMBEDDING_BACKWARD:
-            self._phase = 3
-        elif func is _TO_COPY and self._head_weight in inputs and self._phase == 0:
-            self._phase = 1
+            self._phase = 2
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and (storage := x.untyped_storage())._cdata not in inputs | self._seen:
                 self._watch(storage, copy=func is _TO_COPY and bool(inputs & self._weights))
         inside = 0
         if func is _HEAD:
-            self._phase, self.at_head, self.copies_at_head = 2, self.live, self.copies
+            self._phase, self.at_head, self.copies_at_head = 1, self.live, self.copies
             self.head = self.head_bytes(*args[:2])
         elif func is _FLASH_BACKWARD:
             # float32 sums of dq; dk and dv of every query head, before those of a group are added up (flash_api.cpp)
@@ -194,11 +199,12 @@ def _attention(
 
 
 def head_bytes(hidden: Tensor, weight: Tensor, device: torch.device, entropy: bool) -> int:
-    """The most inside the fused loss, of so many rows or fewer: E, its scratch, and four factors [C, H] of a chunk."""
+    """The most inside the fused loss: E, its scratch and four factors [C, H] of a chunk, and its weight in 16 bits."""
     kernel = device.type == "cuda" and (not torch.cuda.is_available() or routes.uses_kernel(hidden.to(device)))
     plan = ChunkPlan.of(hidden, weight, DEFAULT_WORKSPACE, kernel=kernel, entropy=entropy)
     rows = min(len(hidden), max(1, DEFAULT_WORKSPACE // (plan.stored + plan.scratch)))
     factors = rows * hidden.shape[1] * (3 * 4 + hidden.element_size())
     moments = 4 * min(rows * plan.vocab, reference.ENTROPY_BLOCK) if entropy and not kernel else 0
+    rounded = hidden.element_size() * weight.numel() if weight.dtype != hidden.dtype else 0
     widened = 4 * weight.numel() if hidden.dtype == torch.bfloat16 and device.type == "cpu" else 0
-    return rows * (plan.stored + plan.scratch) + factors + moments + widened
+    return rows * (plan.stored + plan.scratch) + factors + moments + rounded + widened

@@ -1,7 +1,7 @@
 """Checkpoints that appear whole or not at all, and hold everything a resumed run needs. No pickle.
 
-<run>/checkpoints/step-40/model/               a Hugging Face folder
-                         /optimizer.safetensors
+<run>/checkpoints/step-40/model/               a Hugging Face folder, in the type of the model's parameters
+                         /optimizer.safetensors  AdamW's moments, and the masters of bfloat16 parameters
                          /adapters.safetensors  of a LoRA run, whose model/ is merged
                          /state.json            step, data cursor, budget, oracle spend, counters
                          /manifest.json         written last: size and SHA-256 of each of these, the run's id, the step
@@ -30,7 +30,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gapg.console import warn
 from gapg.errors import ConfigError, one_line
 from gapg.files import DiskFull, partial_name, remove_partials, replacing, size_text, sync, writing
-from gapg.model.lora import adapter_tensors
+from gapg.model.precision import adapter_tensors
+from gapg.optim import MASTER, MasterAdamW
 from gapg.runs import manifest, run_identity
 from gapg.runs.health import diverged
 
@@ -207,12 +208,20 @@ def forget_optimizer(path: Path) -> None:
 
 
 def restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Loads the optimizer of a whole checkpoint, whose `model/` the caller has loaded; returns the saved state."""
+    """Loads the optimizer of a whole checkpoint, whose `model/` the caller has loaded; returns the saved state.
+
+    Masters of a run that had bfloat16 parameters become the weights of one that has float32 parameters now.
+    """
     params = dict(model.named_parameters())
     for key, value in load_file(path / OPTIMIZER).items():
         name, _, slot = key.rpartition("/")
-        # the fused AdamW keeps its step counter where the parameter is
-        optimizer.state[params[name]][slot] = value.to(params[name].device)
+        param = params[name]
+        if slot == MASTER and not isinstance(optimizer, MasterAdamW):
+            param.data.copy_(value)
+            continue
+        # the fused AdamW keeps its step counter where the rest of its state is
+        there = optimizer.state[param].get(slot, param)
+        optimizer.state[param][slot] = value.to(there.device)
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
     return state
 
@@ -271,6 +280,7 @@ def _flatten(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
         f"{name}/{key}": value.detach().cpu().contiguous()
         for name, param in model.named_parameters()
         for key, value in optimizer.state.get(param, {}).items()
+        if not (key == MASTER and param.dtype == torch.float32)  # in `model/` already
     }
 
 

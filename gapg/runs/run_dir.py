@@ -20,7 +20,8 @@ MAY_CHANGE = (
     "tensorboard", "wandb", "eval.every", "eval.heldout", "loss.entropy",
     # how it computes the same
     "threads", "deterministic", "token_cap", "update.", "rollout.max_rows", "rollout.vllm_args",
-    "model.gradient_checkpointing", "model.liger", "model.parameters", "model.compile", "optim.offload", "warm_start.optim.offload",
+    "model.gradient_checkpointing", "model.liger", "model.parameters", "model.compile", "optim.offload",
+    "warm_start.optim.offload",
     # where things lie: their contents are compared
     "model.path", "warm_start.demonstrations",
     # how the same cloud is reached, and what it may cost

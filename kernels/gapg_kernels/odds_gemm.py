@@ -20,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gapg_kernels.elementwise import LOG2E, capped, exponent_of, moment_of, odds_at
+from gapg_kernels.elementwise import LOG2E, capped, moment_of, odds_at
 from gapg_kernels.reference import RowOdds
 from gapg_kernels.row_kernels import finish_rows, new_partials, target_logits
-from gapg_kernels.tiles import HOPPER, Capability, Tile, part_of, tile_for
+from gapg_kernels.tiles import Capability, Tile, part_of, tile_for
 
 
 @triton.jit
@@ -82,9 +82,10 @@ def _odds(
             acc += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
         if cap is not None:
             acc, slope = capped(acc, cap)
-        d = exponent_of(acc, logit[:, None], scale)
-        if edge:  # here rather than on E, which would be one more register an element
-            d = tl.where((cols[None, :] != target[:, None]) & (cols < V)[None, :], d, float("-inf"))
+        gap = acc - logit[:, None]
+        if edge:  # here rather than on E: one register less an element
+            gap = tl.where((cols[None, :] != target[:, None]) & (cols < V)[None, :], gap, float("-inf"))
+        d = gap * scale
         e = odds_at(d)
         total = tl.sum(e, 1)
         moment = tl.sum(moment_of(e, d), 1) if ENTROPY else total
@@ -217,6 +218,3 @@ def _multiprocessors(device: torch.device) -> int:
 def _capability(device: torch.device) -> Capability:
     """Where there is no card, in the interpreter and on the meta device, that of an H100."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-
-
-TILES = HOPPER  # goes when roofline.py, gpu_report.py and test_roofline.py import `tiles`

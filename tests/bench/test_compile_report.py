@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from compile_report import Instruction, _epilogue, _in_loops, _programs
+from compile_report import CARDS, HOPPER, TENSOR_CORES, Instruction, _epilogue, _in_loops, _programs
+from gapg_kernels.tiles import TILES
 
 
 def listing(*lines: str) -> list[Instruction]:
@@ -33,8 +34,8 @@ def changed(line: int, text: str) -> list[Instruction]:
 def test_the_epilogue_is_what_other_steps_skip_less_what_it_skips_itself() -> None:
     assert _epilogue(listing(*LOOP)) == 5  # FADD, EX2, the branch, EX2, STG; not the selects
     assert _epilogue(changed(6, "MOV")) == 7
-    assert _in_loops(listing(*LOOP), "HGMMA") == 2
-    assert _in_loops(changed(12, "@P BRA 2"), "HGMMA") == 1
+    assert _in_loops(listing(*LOOP), TENSOR_CORES) == 2
+    assert _in_loops(changed(12, "@P BRA 2"), TENSOR_CORES) == 1
 
 
 @pytest.mark.parametrize(
@@ -66,4 +67,11 @@ def test_code_of_another_shape_has_no_count(line: int, text: str) -> None:
     ],
 )
 def test_programs_of_a_multiprocessor(registers: int, shared: int, warps: int, programs: int) -> None:
-    assert _programs(registers, shared, warps) == programs
+    assert _programs(CARDS[HOPPER], registers, shared, warps) == programs
+
+
+def test_a_smaller_card_holds_fewer_programs() -> None:
+    assert CARDS.keys() == TILES.keys()
+    assert _programs(CARDS[8, 6], 255, 101_376, 8) == 1
+    assert _programs(CARDS[8, 6], 255, 101_377, 8) == 0
+    assert [_programs(CARDS[card], 16, 0, 1) for card in ((8, 6), (8, 9), (8, 0))] == [16, 24, 32]

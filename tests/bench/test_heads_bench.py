@@ -200,6 +200,15 @@ def test_a_peer_that_fails_while_it_is_timed_is_a_reason_and_the_others_are_time
     assert heads_report.ours_failed(rows) == "gapg lost: RuntimeError: an illegal memory access"
 
 
+@pytest.mark.parametrize("name", ["gapg fused_policy_loss", "gapg linear_loss", "gapg linear_logprob"])
+def test_ours_keep_to_the_workspace_they_are_given(name: str) -> None:
+    """64 rows of E are 125 KiB; in 64,000 bytes there is room for 32 of them."""
+    p = problem()
+    (small,) = (peer for peer in losses.ours(64_000) if peer.name == name)
+    peaks = [heads.peak_bytes(peer.prepare(p, True)) for peer in (PEERS[name], small)]
+    assert peaks[0] - peaks[1] > 50_000
+
+
 def test_a_peer_that_breaks_the_device_leaves_the_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes after an illegal access fails too, the bare products among them: the case keeps what it knows."""
     broken: list[str] = []
@@ -236,9 +245,13 @@ def test_anybody_times_their_own_shape_beside_one_peer(tmp_path: Path) -> None:
         "train,frozen",
         "--impl",
         "linear_logprob,PyTorch eager",
+        "--workspace",
+        "1",
+        "--name",
+        "mine",
     ]
     assert script(*options, "--output", str(tmp_path)).returncode == 0
-    rows = record.read(tmp_path / "kernels-cpu.json")["rows"]
+    rows = record.read(tmp_path / "mine-cpu.json")["rows"]
     assert {row["impl"] for row in rows} == {heads_report.FLOOR, "gapg linear_logprob", "PyTorch eager"}
     assert list(dict.fromkeys(row["case"] for row in rows)) == [
         f"{shape} random{frozen}" for shape in ("(64, 32, 500)", "(16, 48, 300)") for frozen in ("", ", frozen weight")
@@ -326,3 +339,12 @@ def test_committed_times_are_complete() -> None:
         assert timed["bare GEMMs"]["floor_share"] == 1.0
         assert all(len(row["samples"]) >= heads.SLOW_ROUNDS for row in timed.values())
         assert set(rows) - set(timed) == {impl for impl in rows if "error" in rows[impl]}
+
+
+def test_the_committed_times_of_a_loss_of_ones_own() -> None:
+    """In one workspace, in which linear_logprob computes E a second time: at most 0.85 of its time."""
+    rows = record.read(heads.RESULTS / "linear-loss-cpu.json")["rows"]
+    for case in ("(8192, 256, 32768) random", "(8192, 256, 32768) random, bfloat16"):
+        found = heads_report.by_metric([row for row in rows if row["case"] == case])
+        ours, composed = (found[f"gapg {name}"]["time"]["median"] for name in ("linear_loss", "linear_logprob"))
+        assert ours <= 0.85 * composed

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import record
 import roofline
 import roofline_report
-from gapg_kernels.odds_gemm import TILES
+from gapg_kernels.tiles import TILES
 from roofline_designs import CARDS, HEADS, SHAPES, Card, Head, Range, Shape
 
 BY_NAME = {head.name: head for head in HEADS}
@@ -60,7 +60,7 @@ def test_every_design_that_does_more_work_is_slower(card: Card, shape: Shape) ->
         assert worst(BY_NAME[less], shape, card) <= worst(OURS, shape, card)
     half, whole = (roofline.terms(head, shape, card) for head in (BY_NAME["ours, half the rows zero"], OURS))
     for name in half.keys() - {"last waves of dH"}:  # fewer rows may fill their last wave worse
-        assert half[name].worst <= whole[name].worst, name
+        assert half[name].worst <= whole[name].worst * (1 + 1e-9), name  # but for rounding
 
 
 @settings(max_examples=50)
@@ -199,7 +199,7 @@ def test_each_assumption_of_a_design_moves_its_own_term() -> None:
     assert shown[EPILOGUE][0].worst < shown[EPILOGUE][1].worst  # to store E takes instructions
     counted = roofline.machine_code()
     for head, columns in ((OURS, 256), (PAIR, 128)):
-        tile = TILES[head.tile or ""]
+        tile = TILES[9, 0][head.tile or ""]
         assert counted[f"odds_gemm_{head.tile}_store"]["exponentials"] * tile.warps * 32 == tile.bm * columns
 
 

@@ -81,7 +81,7 @@ import torch
 import problems
 import tiles
 from roofline_designs import Shape
-from gapg_kernels.odds_gemm import TILES, fused_odds
+from gapg_kernels.odds_gemm import fused_odds
 
 warnings.simplefilter("ignore")
 shape = Shape(272, 16, 40)  # of the rows E is compared at 256
@@ -108,7 +108,7 @@ found["a log-prob"] = tiles.check(chunk, wrong)
 
 def forgetful(*arguments, tile):
     *arguments, e = arguments
-    return fused_odds(*arguments, None if tile == TILES["pair"] else e, tile=tile)
+    return fused_odds(*arguments, None if tile == tiles.HERE["pair"] else e, tile=tile)
 
 tiles.fused_odds = forgetful  # the others have left in E what the pair tile does not write
 found["no E"] = tiles.check(chunk, want)
@@ -160,8 +160,8 @@ found["winner"] = [tiles.winner(40, found[name]) for name in ("one", "all")]""")
 BROKEN = """
 import os
 import tiles
-for name, tile in tiles.TILES.items():
-    tiles.TILES[name] = tile._replace(bn=tile.bn + 1)
+for name, tile in tiles.HERE.items():
+    tiles.HERE[name] = tile._replace(bn=tile.bn + 1)
 """
 
 

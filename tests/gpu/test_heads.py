@@ -13,9 +13,11 @@ from gapg_kernels import reference, routes
 from gapg_kernels.chunks import pitch
 from gapg_kernels.fused_policy_loss import fused_policy_loss
 from gapg_kernels.linear_logprob import linear_logprob
-from gapg_kernels.odds_gemm import TILES, fused_odds
+from gapg_kernels.odds_gemm import fused_odds
 from gapg_kernels.policy_loss import rows_with_advantage
 from gapg_kernels.reference import RowOdds
+from gapg_kernels.tiles import HOPPER, TILES
+from tests.kernels.float64_capped import capped_truth
 from tests.kernels.float64_entropy import entropies, gaps
 from tests.kernels.float64_oracle import ENTROPIES, Inputs, Result, error, inputs_at, truth
 
@@ -25,6 +27,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 DTYPES = [torch.bfloat16, torch.float32]
+CARD = TILES.get(torch.cuda.get_device_capability(), {}) if torch.cuda.is_available() else HOPPER
+"""The tiles of this card; collected without one, those of an H100."""
 HEADS = ["linear_logprob", "fused", "patched", "main_grad"]
 WINNER = torch.tensor([[1.0, 0.0]])
 """One group of two whose first response has the advantage +1."""
@@ -176,7 +180,7 @@ def test_small_workspaces_give_the_same(name: str) -> None:
 def test_a_rows_logprob_does_not_depend_on_its_batch(rows: int) -> None:
     x = on_device(inputs_at(2.0, rows=537, width=128, vocab=5003))
     if not routes.uses_kernel(x.hidden):
-        pytest.skip("the Triton forward is for compute capability 9.0")
+        pytest.skip("the fused GEMM has no tiles for this card")
     with torch.no_grad():
         everything = linear_logprob(x.hidden, x.weight, x.target)
         part = linear_logprob(x.hidden[-rows:].contiguous(), x.weight, x.target[-rows:])
@@ -194,14 +198,17 @@ def test_every_run_gives_the_same_bits(name: str, dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True) if a is not None and b is not None)
 
 
-def by_tile(x: Inputs, name: str, store: bool, entropy: bool = False) -> tuple[RowOdds, Tensor | None]:
+def by_tile(
+    x: Inputs, name: str, store: bool, entropy: bool = False, softcap: float | None = None
+) -> tuple[RowOdds, Tensor | None]:
     """The fused GEMM with this tile, and E with its padding, all of which holds 7 before the call; None: not stored."""
     if not routes.uses_kernel(x.hidden):
-        pytest.skip("the Triton forward is for compute capability 9.0")
+        pytest.skip("the fused GEMM has no tiles for this card")
     vocab = x.weight.shape[0]
     e = x.hidden.new_full((x.hidden.shape[0], pitch(vocab, x.hidden.dtype)), 7.0) if store else None
     view = None if e is None else e[:, :vocab]
-    return fused_odds(x.hidden, x.weight, x.bias, x.target, x.temperature, view, entropy, tile=TILES[name]), e
+    tile = CARD[name]
+    return fused_odds(x.hidden, x.weight, x.bias, x.target, x.temperature, view, entropy, softcap, tile=tile), e
 
 
 @pytest.mark.parametrize("nats", ENTROPIES)
@@ -209,7 +216,7 @@ def test_every_tile_against_float64(nats: float) -> None:
     inputs = inputs_at(nats, rows=300, width=128, vocab=5003, bias=True, temperature=0.7)
     x, want, tolerance = on_device(inputs), truth(inputs), logprob_tolerance(inputs)
     index = x.target
-    for tile in TILES:
+    for tile in CARD:
         alone, _ = by_tile(x, tile, store=False, entropy=True)
         rows, e = by_tile(x, tile, store=True, entropy=True)
         assert e is not None and (e[:, 5003:] == 7.0).all(), tile
@@ -224,8 +231,23 @@ def test_every_tile_against_float64(nats: float) -> None:
         assert error(hidden.cpu(), want.hidden) < 3 * 2**-9 and error(weight.cpu(), want.weight) < 3 * 2**-9, tile
 
 
+@pytest.mark.parametrize("cap", [30.0, 3.0])
+@pytest.mark.parametrize("nats", ENTROPIES)
+def test_a_softcap_with_every_tile_against_float64(nats: float, cap: float) -> None:
+    inputs = inputs_at(nats, rows=300, width=128, vocab=5003, bias=True, temperature=0.7)
+    x, want, index = on_device(inputs), capped_truth(inputs, cap), inputs.target.to(DEVICE)
+    for tile in CARD:
+        rows, e = by_tile(x, tile, store=True, entropy=True, softcap=cap)
+        assert e is not None and rows.entropy is not None and rows.slope is not None
+        assert (rows.logprob.cpu() - want.logprob).abs().max() <= 1e-3, tile
+        assert ((rows.entropy.cpu() - want.entropy).abs() <= 1e-3 + 1e-6 * (1 + want.gap)).all(), tile
+        scales = reference.row_scales(x.grad, rows.odds, rows.unit, index, x.temperature, rows.slope)
+        hidden = reference.hidden_gradient(e[:, :5003], x.weight, index, scales, torch.bfloat16)
+        assert error(hidden.cpu(), want.hidden) < 3 * 2**-9, tile
+
+
 @pytest.mark.parametrize("store", [True, False])
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tile", CARD)
 def test_a_tile_gives_the_same_bits_in_every_run_and_every_batch(tile: str, store: bool) -> None:
     """Several tiles for each of 264 programs, the last of them short in rows and in columns."""
     g = torch.Generator(DEVICE).manual_seed(0)

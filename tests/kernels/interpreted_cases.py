@@ -2,6 +2,7 @@
 
     TRITON_INTERPRET=1 python -m tests.kernels.interpreted_cases gemm.pt     # the GEMM with its epilogue
     TRITON_INTERPRET=1 python -m tests.kernels.interpreted_cases pass.pt     # the pass over a plain GEMM's logits
+    TRITON_INTERPRET=1 python -m tests.kernels.interpreted_cases softcap.pt  # the GEMM with a softcap
 
 A script of its own, because the variable must be set before triton is first imported. Inputs are float32: the
 interpreter's bf16 tl.dot is wrong without a word.
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor
 
 from gapg_kernels.cublas_odds import BLOCK, cublas_odds
-from gapg_kernels.odds_gemm import TILES, fused_odds, tile_for
+from gapg_kernels.odds_gemm import fused_odds
+from gapg_kernels.tiles import TILES, Tile, tile_for
 from tests.kernels.float64_oracle import ENTROPIES, Inputs, inputs_at
 
-ROUTES = {"gemm": fused_odds, "pass": cublas_odds}
+ROUTES = {"gemm": fused_odds, "pass": cublas_odds, "softcap": fused_odds}
 
 
 def cases() -> dict[str, Inputs]:
@@ -113,19 +115,37 @@ def far() -> Inputs:
     return Inputs(hidden, weight, torch.zeros(11, dtype=torch.long), torch.linspace(0.5, 2, 11))
 
 
-def run(route: str, inputs: Inputs, *, store: bool, entropy: bool, **tile: Any) -> dict[str, Tensor]:
+def tiles() -> dict[str, Tile]:
+    """The tiles of every card that are not the same to the interpreter, where warps and stages do not exist."""
+    found: dict[Any, tuple[str, Tile]] = {}
+    for (major, minor), table in TILES.items():
+        for name, tile in table.items():
+            found.setdefault(tile._replace(warps=0, stages=0, programs=0), (f"sm_{major}{minor} {name}", tile))
+    return dict(found.values())
+
+
+def two_tiles(vocab: int) -> dict[str, Tile]:
+    """For this V, with TMA and without."""
+    return {f"sm_{major}{minor}": tile_for(vocab, (major, minor)) for major, minor in ((8, 0), (9, 0))}
+
+
+def run(route: str, inputs: Inputs, *, store: bool, entropy: bool, **options: Any) -> dict[str, Tensor]:
     vocab = inputs.weight.shape[0]
     e = torch.full((inputs.hidden.shape[0], -(-vocab // 64) * 64), 7.0)
     view = e[:, :vocab] if store else None
-    rows = ROUTES[route](*inputs[:2], inputs.bias, inputs.target, inputs.temperature, view, entropy, **tile)
+    rows = ROUTES[route](*inputs[:2], inputs.bias, inputs.target, inputs.temperature, view, entropy, **options)
     return {key: value for key, value in rows._asdict().items() if value is not None} | {"e": e}
 
 
 def results(route: str, inputs: Inputs) -> dict[str, Any]:
     """With and without E, and with and without the entropy, on all rows or on the first three; with the other tiles."""
     part = inputs._replace(hidden=inputs.hidden[:3], target=inputs.target[:3])
-    chosen = tile_for(len(inputs.weight))
-    others = {name: tile for name, tile in TILES.items() if route == "gemm" and tile != chosen}
+    chosen = tile_for(len(inputs.weight), (9, 0))
+    # Of the tiles without TMA the one for this V: the interpreter takes its time.
+    others = {name: tile for name, tile in tiles().items() if tile.tma and tile != chosen} | two_tiles(
+        len(inputs.weight)
+    )
+    others = {name: tile for name, tile in others.items() if route == "gemm" and tile != chosen}
     return {
         "inputs": inputs._asdict(),
         "stored": run(route, inputs, store=True, entropy=True),
@@ -138,11 +158,42 @@ def results(route: str, inputs: Inputs) -> dict[str, Any]:
     }
 
 
+def softcaps() -> dict[str, tuple[Inputs, float]]:
+    """A cap of 30 at every entropy; one that saturates; masked columns under it; an odd V; fewer rows than a tile."""
+    options: dict[str, Any] = {"rows": 8, "width": 24, "dtype": torch.float32, "bias": True, "temperature": 0.7}
+    found = {f"{nats} nats": (inputs_at(nats, vocab=2401 if nats > 4 else 531, **options), 30.0) for nats in ENTROPIES}
+    base = inputs_at(2.0, vocab=531, **options)
+    # No logit is 30 then: a tail of V that read as logit 0 would carry more than all the others.
+    low = base._replace(bias=torch.full((531,), -60.0))
+    return found | {
+        "saturated": (base._replace(hidden=base.hidden * 3), 3.0),
+        "forbidden tokens": (forbidden(base), 3.0),
+        "phantom tail": (low, 30.0),
+    }
+
+
+def softcapped(inputs: Inputs, cap: float, every: bool) -> dict[str, Any]:
+    """With the two tiles for this V, or with every tile and forward only."""
+    by_tile = {
+        name: run("softcap", inputs, store=True, entropy=True, softcap=cap, tile=tile)
+        for name, tile in (tiles() if every else two_tiles(len(inputs.weight))).items()
+    }
+    alone = {
+        name: run("softcap", inputs, store=False, entropy=False, softcap=cap, tile=tile)
+        for name, tile in (two_tiles(len(inputs.weight)) if every else {}).items()
+    }
+    return {"inputs": inputs._asdict(), "cap": cap, "stored": by_tile, "forward only": alone}
+
+
 def main() -> None:
     assert os.environ.get("TRITON_INTERPRET") == "1"
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's, about the NaN and infinities meant here
     path = Path(sys.argv[1])
-    torch.save({name: results(path.stem, inputs) for name, inputs in cases().items()}, path)
+    if path.stem == "softcap":
+        found = {name: softcapped(*case, every="nats" not in name) for name, case in softcaps().items()}
+        torch.save(found, path)
+    else:
+        torch.save({name: results(path.stem, inputs) for name, inputs in cases().items()}, path)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gapg_kernels import reference
+from tests.kernels.float64_capped import capped_truth
 from tests.kernels.float64_entropy import entropies, gaps
 from tests.kernels.float64_oracle import ENTROPIES, Inputs, Result, error, truth
 
@@ -38,6 +39,7 @@ CASES = [
     "every token twice",
     "far",
 ]
+SOFTCAP_CASES = [*(f"{nats} nats" for nats in ENTROPIES), "saturated", "forbidden tokens", "phantom tail"]
 Case = dict[str, Any]
 
 
@@ -52,11 +54,11 @@ def in_its_own_process(module: str, argument: Path | str, *, interpret: bool) ->
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def interpreted_cases(path: Path) -> dict[str, Case]:
+def interpreted_cases(path: Path, names: list[str] = CASES) -> dict[str, Case]:
     """Every case through the interpreter, by the route that the file is named after."""
     in_its_own_process("tests.kernels.interpreted_cases", path, interpret=True)
     results: dict[str, Case] = torch.load(path, weights_only=True)
-    assert list(results) == CASES
+    assert list(results) == names
     return results
 
 
@@ -78,7 +80,9 @@ def gradients(inputs: Inputs, got: dict[str, Tensor]) -> Result:
     vocab = inputs.weight.shape[0]
     index, _ = reference.safe_targets(inputs.target, vocab)
     e = got["e"][:, :vocab]
-    scales = reference.row_scales(inputs.grad, got["odds"], got["unit"], inputs.target, inputs.temperature)
+    scales = reference.row_scales(
+        inputs.grad, got["odds"], got["unit"], inputs.target, inputs.temperature, got.get("slope")
+    )
     return Result(
         got["logprob"],
         reference.hidden_gradient(e, inputs.weight, index, scales, torch.float32),
@@ -103,6 +107,19 @@ def check_against_float64(case: Case) -> None:
     assert (got["entropy"][fine] >= 0).all()
     best = gap == 0  # then both terms have one sign, and an entropy is right down to e^-47
     assert torch.allclose(got["entropy"][fine][best].double(), entropy[best], rtol=1e-5 + rounding, atol=1e-18)
+
+
+def check_softcap(case: Case, got: dict[str, Tensor]) -> None:
+    """What a forward with a softcap leaves, and the gradients made of it."""
+    inputs = inputs_of(case)
+    want, rounding = capped_truth(inputs, case["cap"]), 8 * 2**-23 * case["cap"] / inputs.temperature
+    assert torch.allclose(got["logprob"].double(), want.logprob, rtol=2e-6, atol=1e-6 + rounding)
+    assert ((got["entropy"] - want.entropy).abs() <= 1e-6 * (1 + want.gap) + rounding).all()
+    assert torch.allclose(got["logit"].double(), want.logit, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(got["slope"].double(), want.slope, rtol=1e-4, atol=0.0)
+    ours = gradients(inputs, got)
+    for mine, exact in ((ours.hidden, want.hidden), (ours.weight, want.weight), (ours.bias, want.bias)):
+        assert error(mine, exact) < 2e-5 + rounding
 
 
 def check_against_the_reference(case: Case) -> None:

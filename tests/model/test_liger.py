@@ -28,8 +28,9 @@ from gapg.config_sections import LoraConfig, ModelConfig
 from gapg.errors import ConfigError
 from gapg.model import attention
 from gapg.model.load import apply_liger, load_model
-from gapg.model.lora import adapter_tensors, add_adapters
+from gapg.model.lora import add_adapters
 from gapg.model.policy import response_loss
+from gapg.model.precision import adapter_tensors
 from gapg.tasks.countdown import Countdown
 from gapg_kernels.policy_loss import PolicyLossOptions
 
@@ -65,10 +66,12 @@ def check_step(kind: type[PreTrainedConfig], device: torch.device, *, lora: bool
                 tensor.normal_(std=0.1)
     model, layer = copy.deepcopy(plain), plain.base_model.layers[0]
     transformers = sys.modules[type(layer).__module__]
-    assert transformers.apply_rotary_pos_emb.__module__ == transformers.__name__, "one check a family: Liger stays"
+    assert getattr(transformers.apply_rotary_pos_emb, "__name__", "") != "liger_rotary_pos_emb", (
+        "one check a family: Liger stays"
+    )
     expected = step(plain, device)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    apply_liger(model)
+    apply_liger(model, True)
     layer = model.base_model.layers[0]
     patched = {m._get_name() for m in (model.base_model.norm, layer.input_layernorm, layer.mlp)}
     assert patched == {"LigerRMSNorm", "LigerSwiGLUMLP"}
@@ -85,11 +88,19 @@ def check_step(kind: type[PreTrainedConfig], device: torch.device, *, lora: bool
 
 
 def check_refusal(device: torch.device) -> None:
-    """Liger would compute SiLU whatever the config says."""
+    """Liger would compute SiLU whatever the config says. `auto` leaves model and module as they were."""
+    model = tiny(MistralConfig, hidden_act="gelu").to(device)
+    ids = torch.arange(3, 9, device=device)[None]
+    module, before = sys.modules[type(model).__module__], model(input_ids=ids).logits
+    functions, layers = dict(vars(module)), [dict(vars(m)) for m in model.modules()]
+    apply_liger(model, "auto")
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert all(vars(module)[key] is value for key, value in functions.items())
+    assert [set(vars(m)) for m in model.modules()] == [set(x) for x in layers]
     try:
-        apply_liger(tiny(MistralConfig, hidden_act="gelu").to(device))
+        apply_liger(model, True)
     except ConfigError as refusal:
-        assert "model.liger=true: changes what this 'mistral' model computes" in str(refusal), refusal
+        assert "model.liger=true: liger-kernel changes what this 'mistral' model computes" in str(refusal), refusal
     else:
         raise AssertionError("a model with another activation was not refused")
 
@@ -139,7 +150,7 @@ def test_one_step_is_the_same_on_a_gpu() -> None:
 def test_an_architecture_that_liger_does_not_know_is_refused() -> None:
     model = tiny(GPT2Config, n_embd=32, n_head=2, n_layer=1, bos_token_id=0, eos_token_id=1)
     with pytest.raises(ConfigError, match=r"model\.liger=true: liger-kernel has nothing for 'gpt2'.*liger=false"):
-        apply_liger(model)
+        apply_liger(model, True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -152,6 +163,7 @@ def test_without_liger_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("gapg.config_sections.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"liger-kernel is not installed; pip install 'gapg\[liger\]'"):
         load_config("quickstart", {"model.liger": "true"})
+    assert load_config("quickstart", {"model.liger": "auto"}).model.liger == "auto"
 
 
 if __name__ == "__main__":

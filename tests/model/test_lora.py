@@ -28,8 +28,9 @@ from gapg.evaluation.validate import validate
 from gapg.jsonl import read_jsonl
 from gapg.model import attention
 from gapg.model.load import check_model, load_tokenizer
-from gapg.model.lora import adapter_tensors, add_adapters, frozen_twin, target_layers
+from gapg.model.lora import add_adapters, frozen_twin, target_layers
 from gapg.model.policy import response_logprobs, response_loss
+from gapg.model.precision import adapter_tensors
 from gapg.optim import make_optimizer
 from gapg.runs import checkpoint
 from gapg.runs.run import Run
