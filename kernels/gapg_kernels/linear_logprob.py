@@ -195,9 +195,13 @@ def _backward_op(
     plan = ChunkPlan.of(hidden, weight, workspace_bytes, kernel=kernel, softcap=softcap)
     if kept and grad_entropy is not None:
         plan = plan.with_copy()
+    room: Tensor | None = None  # for E computed again, or for the kept one's change
     with head.without_autocast(hidden.device):
         for part in plan.chunks(rows, kept=kept, store=True):
-            e_part = e[part, :vocab] if kept else e.new_empty(part.stop - part.start, e.shape[1])[:, :vocab]
+            size = part.stop - part.start
+            if room is None and not (kept and grad_entropy is None):  # no chunk is longer than the first
+                room = e.new_empty(size, e.shape[1])
+            e_part = e[part, :vocab] if kept or room is None else room[:size, :vocab]
             if not kept:
                 forward(hidden[part], weight, bias, target[part], temperature, e_part, False, softcap)
             known = odds[part], unit[part], target[part], temperature
@@ -205,7 +209,7 @@ def _backward_op(
                 scales = reference.row_scales(grad[part], *known, slope[part] if softcap else None)
             else:
                 row = RowOdds(logprob[part], odds[part], unit[part], entropy[part], logprob[part], None)
-                out = e.new_empty(e_part.shape[0], e.shape[1])[:, :vocab] if kept else e_part
+                out = e_part if room is None else room[:size, :vocab]
                 scales = reference.entropy_scales(
                     e_part, grad[part], grad_entropy[part], row, target[part], temperature, out
                 )
@@ -223,9 +227,9 @@ def _(*args: Any) -> Any:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, target, bias, ctx.temperature, ctx.softcap, ctx.workspace_bytes, *_ = inputs
+    hidden, weight, target, bias, ctx.temperature, ctx.softcap, ctx.workspace_bytes, _, with_entropy = inputs
     ctx.set_materialize_grads(False)  # a gradient for E would be a [T, V] of zeros
-    ctx.mark_non_differentiable(*output[2:])
+    ctx.mark_non_differentiable(*output[2 if with_entropy else 1 :])
     ctx.save_for_backward(hidden, weight, target, bias, *output)
 
 

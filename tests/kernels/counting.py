@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -18,6 +19,12 @@ beyond_torch_2_11 = pytest.mark.skipif(
     torch.__version__.startswith("2.11."),
     reason="on the meta device torch 2.11 adds no product to a float32 sum, and its counter refuses grouped heads",
 )
+
+
+def arguments_of(operator: OpOverload, **given: Any) -> dict[str, Any]:
+    """The operator's arguments by name; those not given are None, which only the optional ones may be."""
+    optional = {argument.name: None for argument in operator._schema.arguments if "Optional" in str(argument.type)}
+    return optional | given
 
 
 class Launch(NamedTuple):

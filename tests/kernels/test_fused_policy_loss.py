@@ -15,6 +15,7 @@ from torch import Tensor
 from gapg_kernels.fused_policy_loss import FusedLoss, _fused_op, fused_policy_loss
 from gapg_kernels.linear_logprob import linear_logprob
 from gapg_kernels.policy_loss import STATS, PolicyLossOptions, policy_loss, rows_with_advantage, summarize
+from tests.kernels.counting import arguments_of
 from tests.kernels.float64_oracle import ENTROPIES, Inputs, Result, error, inputs_at, truth
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -363,13 +364,15 @@ def test_compiles_into_one_graph(with_main_grad: bool) -> None:
 
 def test_the_registered_operator_is_sound() -> None:
     case = Case(rows=6, width=8, vocab=30, prompts=2, samples=2, seed=0)
-    rows = (case.coefficient, case.old, None, None)
     for main_grad in (None, torch.zeros(30, 8)):
-        torch.library.opcheck(
-            _fused_op,
-            (case.hidden, case.weight, case.bias, case.target, case.rewards, case.group, case.sample, *rows, main_grad,
-             "grpo", 0.1, 0.2, None, "k3", 0.0, 1.0, 2.0, 1 << 20, [True, True, True], True, False),
+        given = arguments_of(
+            _fused_op._opoverload, hidden=case.hidden, weight=case.weight, bias=case.bias, target=case.target,
+            rewards=case.rewards, group=case.group, sample=case.sample, coefficient=case.coefficient,
+            old_logprob=case.old, main_grad=main_grad, kind="grpo", clip_low=0.1, clip_high=0.2, kl="k3", kl_coef=0.0,
+            temperature=1.0, denominator=2.0, workspace_bytes=1 << 20, needs=[True, True, True], with_entropy=True,
+            patched=False,
         )  # fmt: skip
+        torch.library.opcheck(_fused_op, (), given)
 
 
 def test_what_it_refuses() -> None:

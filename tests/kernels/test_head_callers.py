@@ -18,11 +18,13 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from triton.runtime.jit import JITFunction
 
-from gapg_kernels import cublas_odds, odds_gemm, policy_loss_kernel, row_kernels
+from gapg_kernels import cublas_odds, entropy_gradient, odds_gemm, policy_loss_kernel, repair, row_kernels
 from gapg_kernels.fused_policy_loss import fused_policy_loss
 from gapg_kernels.linear_logprob import linear_logprob
+from gapg_kernels.linear_loss import linear_loss
 from gapg_kernels.policy_loss import DEFAULTS, PolicyLossOptions
 from gapg_kernels.policy_loss_reference import Rows
+from tests.kernels.counting import arguments_of
 from tests.kernels.float64_oracle import error
 
 T, H, V = 6, 16, 40
@@ -46,17 +48,22 @@ def test_every_launch_is_made_on_the_device_of_its_tensors(launches: list[tuple[
     """Triton launches on the current device: with a model on cuda:1 and cuda:0 current, on the wrong one."""
     hidden, weight = torch.empty(T, H, dtype=torch.bfloat16, device="meta"), torch.empty(V, H, device="meta").bfloat16()
     index = torch.empty(T, dtype=torch.long, device="meta")
-    odds_gemm.fused_odds(hidden, weight, None, index, 1.0, None)
-    cublas_odds.cublas_odds(hidden, weight, None, index, 1.0, None)
+    e, row = torch.empty(T, V, dtype=torch.bfloat16, device="meta"), torch.empty(T, device="meta")
+    odds_gemm.fused_odds(hidden, weight, None, index, 1.0, e)
+    cublas_odds.cublas_odds(hidden, weight, None, index, 1.0, e)
     assert all(x is hidden for _, x in launches)
     names = {name for name, _ in launches}
+    launches.clear()
+    entropy_gradient.spread_entropy(e, row, row, row, row, e)
+    assert all(x is e for _, x in launches)
+    names |= {name for name, _ in launches}
     launches.clear()
     logprob = torch.empty(T, device="meta")
     rows = Rows(logprob, torch.empty(1, 2, device="meta"), index, index, *(None,) * 6)
     policy_loss_kernel.fused_row_losses(rows, 1.0, DEFAULTS)
     assert all(x is logprob for _, x in launches)
     names |= {name for name, _ in launches}
-    modules = (odds_gemm, cublas_odds, row_kernels, policy_loss_kernel)
+    modules = (odds_gemm, cublas_odds, row_kernels, repair, entropy_gradient, policy_loss_kernel)
     assert names == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
@@ -71,6 +78,10 @@ def mesh() -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
+def _mean_ratio(old: Tensor, **arguments: Tensor) -> None:
+    linear_loss(loss=lambda logprob, old: (logprob - old).exp().sum() / T, rows={"old": old}, **arguments)  # type: ignore[arg-type]
+
+
 def test_a_dtensor_is_refused_in_the_same_words_wherever_it_is_passed(mesh: DeviceMesh) -> None:
     message = (
         "{}: {} is a DTensor, of which a rank holds a part; pass a plain tensor, such as weight.full_tensor("
@@ -82,13 +93,17 @@ def test_a_dtensor_is_refused_in_the_same_words_wherever_it_is_passed(mesh: Devi
     others = {"rewards": torch.tensor([[1.0, 0.0]]), "group": index, "sample": index, "main_grad": torch.zeros(V, H)}
     options = PolicyLossOptions(clip=(0.2, 0.2), tis_cap=2.0, kl_coef=0.1)
     fused = functools.partial(fused_policy_loss, denominator=1.0, options=options)
-    for function, arguments in ((linear_logprob, inputs), (fused, inputs | others | rows)):
+    heads: list[tuple[str, Any, dict[str, Tensor]]] = [
+        ("linear_logprob", linear_logprob, inputs),
+        ("linear_loss", _mean_ratio, inputs | {"main_grad": others["main_grad"], "old": rows["old_logprob"]}),
+        ("fused_policy_loss", fused, inputs | others | rows),
+    ]
+    for caller, function, arguments in heads:
         function(**arguments)
         for name, x in arguments.items():
             sharded = {name: distribute_tensor(x, mesh, [Shard(0)])}
             with pytest.raises(TypeError) as refused:
                 function(**arguments | sharded)
-            caller = "linear_logprob" if function is linear_logprob else "fused_policy_loss"
             assert str(refused.value) == message.format(caller, name)
 
 
@@ -114,15 +129,35 @@ def test_ranks_with_rows_of_their_own_get_the_gradient_that_fsdp_gives_them(tmp_
                     assert error(got, want * (2 if name.endswith("sum") else 1)) < 1e-6, name
 
 
+@pytest.mark.parametrize(
+    ("option", "room"), [("softcap", 2 << 30), ("return_entropy", V * 4 * 3), ("master", V * 4 * 3)]
+)
+def test_every_option_of_linear_logprob_compiles_for_any_number_of_rows(option: str, room: int) -> None:
+    options: dict[str, Any] = {"softcap": {"softcap": 2.0}, "return_entropy": {"return_entropy": True}}.get(option, {})
+
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        low = hidden.bfloat16() if option == "master" else hidden
+        found = linear_logprob(low, weight, target, temperature=0.7, workspace_bytes=room, **options)
+        logprob, entropy = found if isinstance(found, tuple) else (found, torch.zeros(()))
+        return logprob.square().sum() + 0.1 * entropy.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    g = torch.Generator().manual_seed(0)
+    for rows in (9, 6, 13):
+        leaves = [torch.randn(n, H, generator=g).requires_grad_() for n in (rows, V)]
+        target = torch.randint(V, (rows,), generator=g)
+        want, got = (torch.autograd.grad(function(*leaves, target), leaves) for function in (loss, compiled))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 FUSED = torch.ops.gapg.fused_policy_loss
 FORWARD, BACKWARD = torch.ops.gapg.linear_logprob, torch.ops.gapg.linear_logprob_backward
 HIDDEN, WEIGHT, INDEX, FLOATS = torch.zeros(T, H), torch.zeros(V, H), torch.zeros(T, dtype=torch.long), torch.zeros(T)
-COMMON = {"hidden": HIDDEN, "weight": WEIGHT, "target": INDEX, "bias": None, "temperature": 1.0}
-COMMON |= {"workspace_bytes": 1 << 20}
-LOSS = {"rewards": torch.tensor([[1.0, 0.0]]), "group": INDEX, "sample": INDEX, "advantage": "gapg", "kl": "k3"}
+COMMON = {"hidden": HIDDEN, "weight": WEIGHT, "target": INDEX, "temperature": 1.0, "workspace_bytes": 1 << 20}
+LOSS = {"rewards": torch.tensor([[1.0, 0.0]]), "group": INDEX, "sample": INDEX, "kind": "gapg", "kl": "k3"}
 LOSS |= {"kl_coef": 0.0, "denominator": 1.0, "with_entropy": False, "patched": False}
-LOSS |= dict.fromkeys((*ROWS, "main_grad", "clip_low", "clip_high", "tis_cap"))
-ODDS = {"grad": FLOATS, "odds": FLOATS, "unit": FLOATS + 1}
+ODDS = {"grad": FLOATS, "logprob": FLOATS, "entropy": FLOATS[:0], "odds": FLOATS, "unit": FLOATS + 1}
+ODDS |= {"slope": FLOATS[:0]}
 
 
 @pytest.mark.parametrize(
@@ -138,7 +173,7 @@ ODDS = {"grad": FLOATS, "odds": FLOATS, "unit": FLOATS + 1}
 )
 def test_work_is_counted_by_the_arguments_names(operator: Any, arguments: dict[str, Any], gemms: int) -> None:
     """By position, one more argument would change the count without a word. A counter may pass names, too."""
-    arguments = COMMON | arguments
+    arguments = arguments_of(operator.default, **COMMON | arguments)
     with FlopCounterMode(display=False) as counter:
         operator(**arguments)
     assert counter.get_total_flops() == gemms * 2 * T * H * V

@@ -240,12 +240,25 @@ def test_backward_twice_gives_the_same() -> None:
 
 
 @pytest.mark.parametrize("workspace", [2 << 30, 20_000])
-def test_autocast_does_not_reach_inside(workspace: int) -> None:
+def test_autocast_rounds_hidden_and_reaches_no_further(workspace: int) -> None:
+    """As F.linear has it; the weight is then a master, whose gradient is not rounded."""
     inputs = inputs_at(0.35, rows=30, width=32, vocab=700, dtype=torch.float32, bias=True)
-    want = run(fused(workspace), inputs)
+    want = run(fused(workspace), inputs._replace(hidden=inputs.hidden.bfloat16()))
     with torch.autocast("cpu", torch.bfloat16):
         got = run(fused(workspace), inputs)
-    assert_same(got, want)
+    assert got.hidden.dtype == torch.float32
+    assert_same(got, want._replace(hidden=want.hidden.float()))
+
+
+@pytest.mark.parametrize("workspace", [2 << 30, 20_000])
+def test_a_master_weight_is_rounded_once_and_its_gradient_not_at_all(workspace: int) -> None:
+    inputs = inputs_at(0.35, rows=30, width=32, vocab=700, dtype=torch.float32, bias=True)
+    inputs = inputs._replace(hidden=inputs.hidden.bfloat16())
+    rounded = inputs._replace(weight=inputs.weight.bfloat16())
+    master, plain = run(fused(workspace), inputs), run(fused(workspace), rounded)
+    assert (master.weight.dtype, master.hidden.dtype) == (torch.float32, torch.bfloat16)
+    assert_same(master._replace(weight=master.weight.bfloat16()), plain)
+    assert not torch.equal(master.weight, plain.weight.float())
 
 
 def test_it_says_which_route_a_device_gets() -> None:
@@ -334,7 +347,10 @@ def test_compiles_into_one_graph(workspace: int) -> None:
 def test_the_registered_operator_is_sound(keep: bool) -> None:
     inputs = inputs_at(2.0, rows=6, width=8, vocab=30, dtype=torch.float32, bias=True)
     hidden, weight = inputs.hidden.clone().requires_grad_(), inputs.weight.clone().requires_grad_()
-    torch.library.opcheck(_forward_op, (hidden, weight, inputs.target, inputs.bias, 0.7, 1 << 20, keep, True))
+    for softcap, asked in ((None, True), (None, False), (2.0, False)):
+        torch.library.opcheck(
+            _forward_op, (hidden, weight, inputs.target, inputs.bias, 0.7, softcap, 1 << 20, keep, asked)
+        )
 
 
 def test_what_it_refuses() -> None:
