@@ -188,7 +188,8 @@ def repairs(launch: Callable[..., Kernel], bf16: dict[str, str], fp32: dict[str,
         yield launch(f"repair_sums{kind}_entropy_bias_softcap", sums, types, *last)
         yield launch(f"repair_store{kind}", store, types, *last, absent=["bias_ptr", "cap"])
         yield launch(f"repair_store{kind}_bias_softcap", store, types, *last)
-    sizes, function = {"BLOCK": entropy_gradient.BLOCK}, entropy_gradient.spread_entropy_kernel
+    sizes = {"BLOCK": entropy_gradient.BLOCK, "CERTAIN": entropy_gradient.CERTAIN}
+    function = entropy_gradient.spread_entropy_kernel
     yield launch("spread_entropy", function, bf16 | {"out_ptr": "*bf16"}, sizes, entropy_gradient.WARPS)
 
 

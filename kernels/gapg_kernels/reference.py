@@ -42,6 +42,10 @@ ENTROPY_BLOCK = 1 << 18
 keeps in its cache."""
 
 
+CERTAIN = 0.75
+"""Probability above which a token's part of the entropy's gradient is what the others leave; no two tokens have it."""
+
+
 class RowOdds(NamedTuple):
     """What one forward leaves per row, [C] float32 each (float64 for float64 inputs)."""
 
@@ -267,26 +271,34 @@ def entropy_scales(
     assert rows.entropy is not None
     given = (grad, grad_entropy, torch.zeros_like(grad) if others is None else others)
     c, k, by_lse = (torch.where(target == IGNORE, 0.0, x) * (1.0 / temperature) for x in given)
-    above = torch.where(rows.unit > 0, rows.logprob + rows.entropy, 0.0)  # a log-prob of -inf times p_y = 0 is 0
-    total, pull = rows.odds + rows.unit, c * rows.odds - (by_lse + k * above) * rows.unit
+    own = torch.where(rows.unit > 0, rows.logprob + rows.entropy, 0.0) * rows.unit  # a log-prob of -inf times 0 is 0
+    total, pull = rows.odds + rows.unit, c * rows.odds - by_lse * rows.unit - k * own
     c = c + by_lse
     if e.is_cuda:
         from gapg_kernels.entropy_gradient import spread_entropy  # triton is imported only where it runs
 
-        spread_entropy(e, c, k, total, rows.entropy, out)
+        spread_entropy(e, c, k, total, rows.entropy, own / total, out)
     else:
-        plain_spread_entropy(e, c, k, total, rows.entropy, out)
+        plain_spread_entropy(e, c, k, total, rows.entropy, own / total, out)
     return RowScales(torch.full_like(pull, -1.0), pull / total)
 
 
-def plain_spread_entropy(e: Tensor, c: Tensor, k: Tensor, total: Tensor, entropy: Tensor, out: Tensor) -> None:
-    """``out_j = E_j (c + k (log(E_j / tot) + H)) / tot``, 0 where E is 0. e, out: [C, V]; the others [C]."""
+def plain_spread_entropy(
+    e: Tensor, c: Tensor, k: Tensor, total: Tensor, entropy: Tensor, own: Tensor, out: Tensor
+) -> None:
+    """``out_j = c p_j + k p_j (log p_j + H)`` with ``p_j = E_j / tot``, 0 where E is 0. e, out: [C, V]; the others [C].
+
+    The k parts of a row, with ``own`` = p_y (log p_y + H) of the target, add up to 0. A token that is nearly certain
+    takes what the others leave: a log of its own rounded E would be off by more than it is.
+    """
     size = max(1, ENTROPY_BLOCK // e.shape[1])
-    columns = (x[:, None].split(size) for x in (c, k, total, entropy))
-    for part, to, c_, k_, total_, entropy_ in zip(e.split(size), out.split(size), *columns, strict=True):
+    columns = (x[:, None].split(size) for x in (c, k, total, entropy, own))
+    for part, to, c_, k_, total_, entropy_, own_ in zip(e.split(size), out.split(size), *columns, strict=True):
         p = part.to(total.dtype) / total_
-        weight = p.log().clamp_min_(-1e3).add_(entropy_).mul_(k_).add_(c_)
-        to.copy_(p.mul_(weight))
+        moment = p.log().clamp_min_(-1e3).add_(entropy_).mul_(p)
+        certain = p > CERTAIN
+        rest = -moment.masked_fill(certain, 0.0).sum(1, keepdim=True) - own_
+        to.copy_(torch.where(certain, rest, moment).mul_(k_).addcmul_(p, c_))
 
 
 def hidden_gradient(

@@ -134,26 +134,34 @@ def which() -> dict[str, Tensor]:
 
 
 def entropy_gradients() -> dict[str, Any]:
-    """Over the ladder, with a masked row; E in place, beside it, and in bfloat16."""
+    """Over the ladder, with a masked row; E in place, beside it, and in bfloat16. ``aside``: with another target than
+    the likeliest token, whose part of the gradient is then what the others leave."""
     cases = {}
-    for nats in ENTROPIES:
+    for nats, aside in [*((nats, False) for nats in ENTROPIES), (0.35, True), (0.1, True), (0.0, True)]:
         vocab = 2401 if nats > 4 else 300
         inputs = inputs_at(nats, rows=12, width=24, vocab=vocab, dtype=F32, bias=True, temperature=0.7)
-        inputs = inputs._replace(target=torch.where(torch.arange(12) == 3, -100, inputs.target))
+        target = (inputs.target + 1) % vocab if aside else inputs.target
+        inputs = inputs._replace(target=torch.where(torch.arange(12) == 3, -100, target))
         k = torch.linspace(-1, 2, 12)
         e = torch.full((12, vocab + 7), 7.0)
         rows = reference.plain_odds(*inputs[:2], inputs.bias, inputs.target, 0.7, e[:, :vocab], entropy=True)
         assert rows.entropy is not None
         masked = inputs.target == -100
         scales = [torch.where(masked, 0.0, x) / 0.7 for x in (inputs.grad, k)]
-        rest = *scales, rows.odds + rows.unit, rows.entropy
+        own = rows.unit / (rows.odds + rows.unit) * (rows.logprob + rows.entropy)
+        rest = *scales, rows.odds + rows.unit, rows.entropy, own
         out, narrow = torch.full((12, vocab + 3), 5.0), e[:, :vocab].bfloat16()
         narrow_out = torch.empty_like(narrow)
         entropy_gradient.spread_entropy(e[:, :vocab], *rest, out[:, :vocab])
         entropy_gradient.spread_entropy(narrow, *rest, narrow_out)
+        alone = torch.zeros(12), *rest[1:]
+        wide_alone, narrow_alone, given = torch.empty(12, vocab), torch.empty_like(narrow), e.clone()
+        entropy_gradient.spread_entropy(e[:, :vocab], *alone, wide_alone)
+        entropy_gradient.spread_entropy(narrow, *alone, narrow_alone)
         entropy_gradient.spread_entropy(e[:, :vocab], *rest, e[:, :vocab])
-        cases[f"{nats} nats"] = {
+        cases[f"{nats} nats" + ", aside" * aside] = {
             "inputs": inputs._asdict(), "grad_entropy": k, "rest": list(rest), "logprob": rows.logprob,
+            "e": given, "out, entropy alone": wide_alone, "narrow out, entropy alone": narrow_alone,
             "in place": e, "out": out, "narrow": narrow, "narrow out": narrow_out,
         }  # fmt: skip
     return cases

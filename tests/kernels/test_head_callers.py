@@ -54,7 +54,7 @@ def test_every_launch_is_made_on_the_device_of_its_tensors(launches: list[tuple[
     assert all(x is hidden for _, x in launches)
     names = {name for name, _ in launches}
     launches.clear()
-    entropy_gradient.spread_entropy(e, row, row, row, row, e)
+    entropy_gradient.spread_entropy(e, row, row, row, row, row, e)
     assert all(x is e for _, x in launches)
     names |= {name for name, _ in launches}
     launches.clear()

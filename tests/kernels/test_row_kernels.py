@@ -194,7 +194,7 @@ def test_the_gradient_of_the_entropy(interpreted: dict[str, dict[str, Case]], na
 def test_the_entropys_gradient_with_the_targets_term(interpreted: dict[str, dict[str, Case]], name: str) -> None:
     """dH from what the kernel wrote and the scales that go with it: the sign and the share of every term."""
     case = interpreted["entropy"][name]
-    inputs, k, (c, by_h, total, entropy) = Inputs(**case["inputs"]), case["grad_entropy"], case["rest"]
+    inputs, k, (c, by_h, total, entropy, _) = Inputs(**case["inputs"]), case["grad_entropy"], case["rest"]
     index, valid = reference.safe_targets(inputs.target, len(inputs.weight))
     share = torch.where(valid, case["logprob"].exp(), 0.0)
     rest = torch.where(valid, -torch.expm1(case["logprob"]), 0.0)
@@ -204,3 +204,22 @@ def test_the_entropys_gradient_with_the_targets_term(interpreted: dict[str, dict
     want = entropy_truth(inputs, k) @ inputs.weight.double() / inputs.temperature
     assert error(got, want) < 2e-5
     assert total.isfinite().all()
+
+
+@pytest.mark.parametrize("nats", ["0.35", "0.1", "0.0"])
+def test_a_nearly_certain_token_that_is_not_the_target(interpreted: dict[str, dict[str, Case]], nats: str) -> None:
+    """The entropy's part alone, row by row. A rounded E has a log that is off by 2^-9 there, far more than it is."""
+    case = interpreted["entropy"][f"{nats} nats, aside"]
+    inputs, rest = Inputs(**case["inputs"]), case["rest"]
+    vocab = len(inputs.weight)
+    want = -entropy_truth(inputs._replace(grad=torch.zeros(12)), case["grad_entropy"]) / inputs.temperature
+    want.scatter_(1, torch.where(inputs.target == -100, 0, inputs.target)[:, None], 0.0)
+    rows = want.norm(dim=1) > 1e-11  # below, float64 itself has no digits of 1 - p left
+    assert rows.sum() >= (1 if nats == "0.0" else 10)
+    alone = [torch.zeros(12), *rest[1:]]
+    for e, bound in ((case["e"][:, :vocab], 1e-4), (case["narrow"], 2**-7)):
+        out = torch.empty_like(e)
+        reference.plain_spread_entropy(e, *alone, out)
+        assert ((out.double() - want).norm(dim=1) <= bound * want.norm(dim=1))[rows].all()
+        by_kernel = case["out, entropy alone" if e.dtype == torch.float32 else "narrow out, entropy alone"]
+        assert ((by_kernel.double() - want).norm(dim=1) <= 2 * bound * want.norm(dim=1))[rows].all()
