@@ -59,7 +59,8 @@ def test_every_design_that_does_more_work_is_slower(card: Card, shape: Shape) ->
     for less in ("ours, forward only", "ours, frozen weight"):
         assert worst(BY_NAME[less], shape, card) <= worst(OURS, shape, card)
     half, whole = (roofline.terms(head, shape, card) for head in (BY_NAME["ours, half the rows zero"], OURS))
-    for name in half.keys() - {"last waves of dH"}:  # fewer rows may fill their last wave worse
+    # Fewer rows may fill their last wave worse, and their last tile, which reads as much of L2 as a full one.
+    for name in half.keys() - {"last waves of dH", L2}:
         assert half[name].worst <= whole[name].worst * (1 + 1e-9), name  # but for rounding
 
 
