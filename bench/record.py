@@ -46,6 +46,7 @@ INSTALL = {
     **{name: f"--no-deps {name}" for name in ("axolotl", "openrlhf", "skyrl", "verl")},
     "quack": "quack-kernels",
     "flash_attn": "'gapg[flash]'",
+    "flash_attn_interface": "a build of flash-attention's hopper folder",
     "cutlass": "'liger-kernel[cutedsl]'",
 }
 """What brings a module that a peer comes from, where that is not its own name."""

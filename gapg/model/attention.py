@@ -89,7 +89,8 @@ def activate(model: torch.nn.Module, device: torch.device) -> None:
 
     Says so, once, where that is not the one that PyTorch brings.
     """
-    sizes = {size for m in model.modules() if isinstance(size := getattr(m, "head_dim", None), int)}
+    names = ("head_dim", "head_size")  # the second is GPT-NeoX's
+    sizes = {size for m in model.modules() for name in names if isinstance(size := getattr(m, name, None), int)}
     if sizes and flash.has_flash(device) and all(size <= 256 and size % 8 == 0 for size in sizes):
         chosen = flash.activate(device, sizes)
         if current_flash_attention_impl():
@@ -193,9 +194,10 @@ def packed_attention(
 
     Raises:
         ValueError: q, k and v of different types; head sizes or types the CUDA kernels lack, max_length missing there;
-            cu_seqlens of another type or total.
+            cu_seqlens of another type or total; a window below 1.
     """
     q, k, v = flash.one_type(q, k, v)
+    flash.check_window(window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if window is not None and max_length is not None and max_length <= window:
         window = None

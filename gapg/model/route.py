@@ -22,10 +22,10 @@ from gapg.model.policy import body, head_logprobs, response_states
 from gapg_kernels import flash
 
 LONGEST_PROBE = 4160
-"""Tokens, more than the usual window of 4096; what a model does beyond them is not tried."""
+"""Tokens, more than the usual window of 4096; beyond them nothing is tried, and nothing taken for granted."""
 
-BORDER = re.compile("window(?!_layers)|attention_chunk|index_|max_position")
-"""Names of settings that are a number of tokens, beyond which a model computes something else."""
+ATTENTION, POSITIONS = re.compile("window(?!_layers)|attention_chunk|index_"), re.compile("max_position")
+"""Names of settings that are a number of tokens, beyond which a model may attend in another way, or rotate."""
 
 TOLERANCE = 1e-4
 """Of float32 log-probs in nats (of large ones relatively), of hidden states relatively; right models are at 4e-5."""
@@ -72,6 +72,7 @@ def choose_route(model: PreTrainedModel, pack: Literal["auto"] | bool = "auto", 
     padded = [] if pack is True else ["eager"] if plain or capped else ["sdpa", "eager"]
     for implementation, pads in [*((name, False) for name in packed), *((name, True) for name in padded)]:
         try:
+            _check_tried(model, longest, pads)
             model.set_attn_implementation(implementation)
             for batch in _layouts([p.example for p in probes], model.device, pads, longest):
                 _compare(model, batch, probes)
@@ -109,7 +110,7 @@ def _probes(model: PreTrainedModel, longest: int | None) -> list[_Probe]:
     config, draw = model.config.get_text_config(), random.Random(0)
     sizes = [(0, 6, 4), (0, 6, 9), (1, 3, 2), (2, 11, 5)]
     most = min(longest or 0, LONGEST_PROBE)
-    if most > 16 and any(border < most for border in _borders(config.to_dict())):
+    if most > 16 and any(border < most for border in _borders(config.to_dict(), ATTENTION, POSITIONS)):
         sizes.append((3, most - 8, 8))  # the longest: a border may be a product of two settings
     prompts: dict[int, list[int]] = {}
     probes = []
@@ -160,13 +161,33 @@ def _own_attention(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def _borders(config: dict[str, Any]) -> Iterator[int]:
-    """Lengths beyond which attention is another: windows, chunks, chosen keys, rotary frequencies of long sequences."""
+def _borders(config: dict[str, Any], *names: re.Pattern[str]) -> Iterator[int]:
+    """The values of the settings that have such names."""
+    return (n for key, n in _settings(config) if type(n) is int and n > 0 and any(name.search(key) for name in names))
+
+
+def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Those of nested parts too."""
     for key, value in config.items():
         if isinstance(value, dict):
-            yield from _borders(value)
-        elif type(value) is int and value > 0 and BORDER.search(key):
-            yield value
+            yield from _settings(value)
+        else:
+            yield key, value
+
+
+def _check_tried(model: PreTrainedModel, longest: int | None, pads: bool) -> None:
+    """Raises ConfigError where a border is too far to try: of attention for packed rows, and for both of rotary
+    frequencies that follow the longest sequence of a batch.
+    """
+    config = model.config.get_text_config().to_dict()
+    follows = {"dynamic", "longrope"} & {value for key, value in _settings(config) if key == "rope_type"}
+    names = ([] if pads else [ATTENTION]) + ([POSITIONS] if follows else [])
+    beyond = [n for n in _borders(config, *names) if LONGEST_PROBE <= n < (longest or 0)]
+    if beyond:
+        raise ConfigError(
+            f"model {model.config.model_type}: computes in another way beyond {min(beyond)} tokens, and a prompt with "
+            f"its response may have {longest}: {'padded' if pads else 'packed'} rows are tried up to {LONGEST_PROBE}"
+        )
 
 
 def _draw(draw: random.Random, vocab: int, n: int) -> list[int]:

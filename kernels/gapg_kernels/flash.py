@@ -77,6 +77,12 @@ def check_head_dim(head_dim: int) -> None:
         )
 
 
+def check_window(window: int | None) -> None:
+    """Raises ValueError for a window in which a token would not see even itself."""
+    if window is not None and window < 1:
+        raise ValueError(f"a sliding window has at least 1 token, not {window}: pass None for attention without one")
+
+
 def one_type(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What autocast does to the inputs of scaled_dot_product_attention, and not to the kernels called here.
 
@@ -191,10 +197,11 @@ def _compare(expected: dict[int, tuple[Tensor, ...]], found: Callable[[int], Ite
 def _trial(device: torch.device, head_dim: int) -> Iterator[Tensor]:
     """Results of every way in which the kernels are called: causal or not, within a window, more keys than queries.
 
-    The backward's lse is not its forward's, as where pieces are merged.
+    The backward's lse is not its forward's, as where pieces are merged. One entry has no query.
     """
     generator = torch.Generator().manual_seed(0)
-    own, more = (torch.tensor(cu, dtype=torch.int32, device=device) for cu in ([0, 130, 131, 195], [0, 200, 205, 269]))
+    entries = [0, 130, 130, 131, 195], [0, 200, 203, 205, 269]
+    own, more = (torch.tensor(cu, dtype=torch.int32, device=device) for cu in entries)
     for lengths in (
         Lengths(own, own, 130, 130, causal=True),
         Lengths(own, more, 130, 200, causal=False),

@@ -31,9 +31,13 @@ class LogprobHead(nn.Module):
         lm_head: its weight [V, H] and bias become this module's own, the same parameters under the same names.
         temperature: divides the logits; positive.
         softcap: logits become ``softcap * tanh(logit / softcap)`` before the temperature; None: no.
+
+    Raises TypeError for a head that is no Linear.
     """
 
     def __init__(self, lm_head: nn.Linear, *, temperature: float = 1.0, softcap: float | None = None) -> None:
+        if not isinstance(lm_head, nn.Linear):  # an adapter's layer has a weight too, and adds to what it gives
+            raise TypeError(f"LogprobHead: lm_head is of {type(lm_head)}: pass the torch.nn.Linear itself")
         super().__init__()
         self.weight, self.bias = lm_head.weight, lm_head.bias
         self.temperature, self.softcap = temperature, softcap
@@ -47,9 +51,14 @@ class LogprobHead(nn.Module):
     def forward(self, hidden: Tensor, target: Tensor, loss: Loss | None = None, **options: Any) -> Tensor | LinearLoss:
         """Without ``loss`` the log-probs [...] of hidden [..., H] at target [...]; with it `linear_loss` of all T rows.
 
-        Raises TypeError for options without a loss; else what `linear_logprob` and `linear_loss` raise.
+        Raises ValueError for another shape of target, TypeError for options without a loss; else what `linear_logprob`
+        and `linear_loss` raise.
         """
-        rows, index, scale, cap = hidden.flatten(0, -2), target.flatten(), self.temperature, self.softcap
+        if target.shape != hidden.shape[:-1]:
+            shapes = f"{tuple(hidden.shape)} and target {tuple(target.shape)}"
+            raise ValueError(f"LogprobHead: hidden {shapes}: a target for each hidden state, of the same leading shape")
+        rows, index = hidden.reshape(-1, hidden.shape[-1]), target.flatten()
+        scale, cap = self.temperature, self.softcap
         if loss is not None:
             return linear_loss(
                 rows, self.weight, index, loss, bias=self.bias, temperature=scale, softcap=cap, **options

@@ -67,6 +67,8 @@ def share_prompts(
         ValueError: a prompt of no tokens, which has no log-sum-exp to merge; arrays that contradict each other.
     """
     segments, prompts, responses = (torch.as_tensor(x).cpu().long() for x in (cu_segments, cu_prompts, cu_responses))
+    if not all(x.dim() == 1 and len(x) for x in (segments, prompts, responses)):
+        raise ValueError("cu_segments, cu_prompts and cu_responses are one row of numbers each, from 0 on")
     count, total = len(prompts) - 1, int(prompts[-1])
     if not torch.equal(segments[: count + 1], prompts) or len(responses) != count + 1 or int(prompts[0]) != 0:
         raise ValueError("cu_segments must begin with cu_prompts, from 0 on, and cu_responses be as long as cu_prompts")

@@ -49,7 +49,8 @@ def shared_prompt_attention(
 ) -> Tensor:
     """Causal attention of each prompt to itself, and of each response to its prompt and itself; differentiable.
 
-    It is what causal attention gives on every prompt-and-response by itself, to rounding. torch.compile keeps it whole.
+    It is what causal attention gives on every prompt-and-response by itself, to rounding. torch.compile keeps it whole,
+    but for a window where there is no FlashAttention.
 
     Args:
         q: [T, Hq, D], the row that `layout` describes.
@@ -62,10 +63,11 @@ def shared_prompt_attention(
         [T, Hq, D], contiguous, in the type of q, k and v; autocast's where that is on for the device.
 
     Raises:
-        ValueError: types or shapes that differ; a layout of another number of tokens; on CUDA and meta in 16 bits, a
-            head size that FlashAttention lacks.
+        ValueError: types or shapes that differ; a layout of another number of tokens; a window below 1; on CUDA and
+            meta in 16 bits, a head size that FlashAttention lacks.
     """
     q, k, v = flash.one_type(q, k, v)
+    flash.check_window(window)
     if k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[1] % k.shape[1] != 0:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must agree: [T, heads, D]")
     if q.shape[0] != layout.tokens:

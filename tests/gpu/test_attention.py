@@ -47,10 +47,12 @@ def causal(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor
 
 @pytest.fixture(params=["FA2", "FA3", "FA4"])
 def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What stands behind PyTorch's operators; one whose package is not there is skipped."""
+    """What stands behind PyTorch's operators; one that has no package here, or not this GPU, is skipped."""
     if request.param == "FA2":
         yield
         return
+    if torch.cuda.get_device_capability()[0] not in {"FA3": (9,), "FA4": (9, 10)}[request.param]:
+        pytest.skip(f"PyTorch gives this GPU no {request.param}")
     try:
         activate_flash_attention_impl(request.param)
     except ImportError as error:

@@ -64,6 +64,19 @@ def test_the_module_is_the_function_on_the_models_own_parameters() -> None:
     assert torch.equal(out.logprob, want.detach()) and hidden.grad is not None and lm_head.weight.grad is not None
     with pytest.raises(TypeError, match="LogprobHead: rows: options of a loss; pass loss="):
         head(hidden, target, rows={})
+    assert torch.equal(head(hidden[0, 0], target[0, 0]), want[0])
+
+
+def test_the_module_refuses_a_head_with_adapters_and_targets_of_another_shape() -> None:
+    """An adapter's layer shows its base's weight, so that training it would do nothing."""
+    peft = pytest.importorskip("peft")
+    lm_head, hidden, target = inputs()
+    adapted = peft.get_peft_model(nn.Sequential(lm_head), peft.LoraConfig(target_modules=["0"])).base_model.model[0]
+    with pytest.raises(TypeError, match=r"lm_head is of <class 'peft.*>: pass the torch\.nn\.Linear itself"):
+        LogprobHead(adapted)
+    for odd in (target.T, target.flatten(), target[:, :4]):
+        with pytest.raises(ValueError, match=r"hidden \(3, 5, 16\) and target .*: a target for each hidden state"):
+            LogprobHead(lm_head)(hidden, odd)
 
 
 def test_gradient_checkpointing_changes_no_bit() -> None:
@@ -102,6 +115,7 @@ def test_it_compiles_into_one_graph_for_any_number_of_rows() -> None:
             assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_ddp_and_fsdp2_train_it_as_any_module(tmp_path: Path) -> None:
     script = [sys.executable, "-m", "tests.kernels.module_on_ranks"]
     ranks = [

@@ -142,6 +142,10 @@ def test_compiled_whole() -> None:
         out = compiled(*leaves, layout)
         got = [out, *torch.autograd.grad(out, leaves, values[3])]
         assert all(torch.equal(a, b) for a, b in zip(got, ours(*values, layout, None), strict=True))
+    halves = [x.bfloat16() for x in values[:3]]
+    with flash_on_cpu():
+        windowed = compiled(*halves, layout, window=5)
+        assert torch.equal(windowed, shared_prompt_attention(*halves, layout, window=5))
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float64])
@@ -186,6 +190,8 @@ def test_the_plain_form_for_other_devices_is_what_the_cpu_computes(dtype: torch.
 @pytest.mark.parametrize(
     ("segments", "prompts", "responses", "message"),
     [
+        ([], [], [], "one row of numbers each"),
+        ([[0, 2]], [[0, 2]], [[0, 0]], "one row of numbers each"),
         ([0, 0, 3, 5], [0, 0, 3], [0, 1, 2], "a prompt of no tokens cannot be shared"),
         ([0, 2, 4, 5, 6], [0, 3, 4], [0, 1, 2], "must begin with cu_prompts"),
         ([1, 2, 4, 5], [1, 2], [0, 3], "from 0 on"),
@@ -197,7 +203,7 @@ def test_the_plain_form_for_other_devices_is_what_the_cpu_computes(dtype: torch.
     ],
 )
 def test_arrays_that_contradict_each_other(
-    segments: list[int], prompts: list[int], responses: list[int], message: str
+    segments: list[Any], prompts: list[Any], responses: list[Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         share_prompts(segments, prompts, responses)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
+    GPTNeoXConfig,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -303,10 +304,11 @@ def test_describe_says_which_backend_and_why() -> None:
 
 
 @pytest.mark.usefixtures("nothing_said")
+@pytest.mark.parametrize(("config", "name"), [(CONFIGS["llama"], "head_dim"), (GPTNeoXConfig(**SHAPE), "head_size")])
 def test_a_model_activates_what_works_with_its_head_sizes_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: PretrainedConfig, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = build(CONFIGS["llama"], attention.NAME)
+    model = build(config, attention.NAME)
     monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA4", lambda: Activated(forward, backward))
     attention.activate(model, torch.device("cpu"))
     assert current_flash_attention_impl() is None  # this device has none
@@ -316,7 +318,7 @@ def test_a_model_activates_what_works_with_its_head_sizes_and_says_so(
             assert current_flash_attention_impl() == "FA4" and "attention: FA4" in capsys.readouterr().err
         finally:
             _registry.restore_flash_attention_impl()
-        model.model.layers[0].self_attn.head_dim = 20  # which none has
+        setattr(next(m for m in model.modules() if hasattr(m, name)), name, 20)  # which none has
         attention.activate(model, torch.device("cpu"))
     assert current_flash_attention_impl() is None
 

@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig
 
+from gapg.errors import ConfigError
 from gapg.model import attention
+from gapg.model.route import choose_route
+from gapg_kernels.shared_layout import share_prompts
+from gapg_kernels.shared_prompt_attention import shared_prompt_attention
 from tests.kernels.flash_on_cpu import flash_on_cpu
 from tests.model.test_attention import LENGTHS, SHAPE, build, error, gradients, one_by_one, packed
 
@@ -74,6 +78,38 @@ def test_a_window_reaches_the_kernel_on_the_meta_device_only_where_it_cuts() -> 
         forward, backward = calls.seen
         assert {n: v for n, v in forward.items() if n != "scale"} == expected
         assert {n: v for n, v in backward.items() if n != "scale" and v is not None} == expected
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_of_no_token_is_refused(window: int) -> None:
+    x, cu = torch.randn(3, 2, 8), torch.tensor([0, 3]).int()
+    with pytest.raises(ValueError, match=f"at least 1 token, not {window}: pass None"):
+        attention.packed_attention(x, x, x, cu, 3, window=window)
+    with pytest.raises(ValueError, match=f"at least 1 token, not {window}: pass None"):
+        shared_prompt_attention(x, x, x, share_prompts([0, 2, 3], [0, 2], [0, 1]), window=window)
+
+
+@pytest.mark.usefixtures("nothing_said")
+def test_beyond_a_border_that_is_too_far_to_try_a_model_is_not_packed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Llama 4's chunks of 8192 tokens would else be ignored in longer sequences, which are off by nats."""
+    config = MistralConfig(**SHAPE, sliding_window=5000, max_position_embeddings=8000)
+    assert choose_route(build(config, attention.NAME), longest=5000)
+    with pytest.raises(ConfigError, match=r"^update.pack=true: model mistral: computes in another way beyond 5000 t"):
+        choose_route(build(config, attention.NAME), True, longest=5001)
+    assert not choose_route(build(config, attention.NAME), longest=5001)
+    assert "beyond 5000 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["default", "dynamic"])
+def test_neither_are_rotations_that_follow_the_longest_of_a_batch(kind: str) -> None:
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    config = MistralConfig(**SHAPE, sliding_window=None, max_position_embeddings=5000, rope_parameters=rope)
+    assert choose_route(build(config, attention.NAME), longest=5000)
+    if kind == "default":
+        assert choose_route(build(config, attention.NAME), longest=5001)
+    else:
+        with pytest.raises(ConfigError, match=r"beyond 5000 tokens, .* 5001: padded rows are tried up to 4160$"):
+            choose_route(build(config, attention.NAME), longest=5001)
 
 
 class Flash(TorchDispatchMode):
