@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from trl import __version__
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from gapg.errors import one_line
 from gapg.filtering import select
 from gapg.integrations.trl_reward import HierarchicalReward
 from gapg.model import attention
@@ -78,6 +79,8 @@ class FusedLogprobs(GRPOTrainer):
         self._idle: _Idle | None = None
         policy = _unwrapped(self.model)
         _refuse_model(self, policy)
+        if pack and self.use_transformers_continuous_batching:
+            raise ValueError("pack=True: set use_transformers_continuous_batching=False, which wants another attention")
         if skip_zero_advantage:
             _refuse_skipping(self)
         if filter_rho is not None:
@@ -156,6 +159,8 @@ def fuse(model: PreTrainedModel, temperature: float, *, float32_head: bool, pack
             raise ValueError(
                 f"pack=True: the attention of a {model.config.model_type} model cannot pack; set pack=False"
             )
+        if getattr(model.config.get_text_config(), "attention_dropout", 0):
+            raise ValueError("pack=True: packed attention has no dropout; load the model with attention_dropout=0.0")
         attention.register()
         model.set_attn_implementation(attention.NAME)
 
@@ -280,12 +285,21 @@ def _unwrapped(model: Any) -> PreTrainedModel:
 
 
 def _refuse_model(trainer: FusedLogprobs, model: PreTrainedModel) -> None:
+    settings: Any = trainer.args
     if trainer._is_vlm:
         raise ValueError("FusedLogprobs is for text models: train a vision-language model with GRPOTrainer itself")
-    if (plugin := trainer.args.deepspeed_plugin) is not None and plugin.zero_stage == 3:
+    if (plugin := settings.deepspeed_plugin) is not None and plugin.zero_stage == 3:
         raise ValueError("FusedLogprobs needs the whole LM head in each process: use DeepSpeed's ZeRO stage 2 or DDP")
+    if (settings.fp16 or model.dtype == torch.float16) and not settings.cast_lm_head_to_fp32:
+        raise ValueError(
+            "FusedLogprobs: float16 is too narrow for the odds form; "
+            "set bf16=True and a model's dtype of bfloat16 or float32, or cast_lm_head_to_fp32=True"
+        )
     if trainer._entropy_bonus_enabled and logit_map(model).softcap:
-        raise ValueError("FusedLogprobs: under a softcap the entropy has no gradient; set entropy_coef=0")
+        raise ValueError(
+            "FusedLogprobs: under a softcap the entropy has no gradient; "
+            "set entropy_coef=0 and use_adaptive_entropy=False"
+        )
 
 
 def _refuse_skipping(trainer: FusedLogprobs) -> None:
@@ -340,6 +354,13 @@ def _check_logprobs(model: PreTrainedModel, temperature: float, pack: bool) -> N
     try:
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float() / temperature
         ours = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs
+    except Exception as error:  # whatever a model's code says to rows that it did not expect
+        if not pack:
+            raise
+        name = model.config.model_type
+        raise ValueError(
+            f"pack=True: a {name} model cannot take packed rows ({one_line(error)}); set pack=False"
+        ) from None
     finally:
         model.train(training)
     own = torch.log_softmax(logits, -1).gather(2, ids[:, 1:, None]).squeeze(2).masked_fill(labels[:, 1:] == IGNORED, 0)

@@ -16,6 +16,7 @@ from transformers import (
     GraniteConfig,
     Lfm2Config,
     LlamaConfig,
+    MambaConfig,
     ModernBertDecoderConfig,
     PreTrainedTokenizerBase,
     Qwen3MoeConfig,
@@ -193,9 +194,12 @@ def test_training_is_trls(make: Make) -> None:
         (SKIP, {"use_adaptive_entropy": True}, "use_adaptive_entropy=False"),
         (SKIP, {"top_entropy_quantile": 0.5}, "top_entropy_quantile=1"),
         ({"filter_rho": 0.5}, {}, "HierarchicalReward"),
+        (PACK, {"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching=False"),
+        ({}, {"fp16": True}, "bf16=True"),
+        (PACK, {"model_init_kwargs": {"dtype": torch.float16}}, "dtype of bfloat16"),
     ],
 )
-def test_options_that_a_switch_would_change_are_refused(
+def test_options_that_do_not_go_with_it_are_refused(
     switches: dict[str, Any], settings: dict[str, Any], said: str, make: Make
 ) -> None:
     with pytest.raises(ValueError, match=said):
@@ -216,10 +220,12 @@ def test_another_trl_is_refused_in_one_line(make: Make, monkeypatch: pytest.Monk
     ("kind", "settings", "pack", "said"),
     [
         (Lfm2Config, {"layer_types": ["conv", "full_attention"]}, True, "pack"),
+        (MambaConfig, {}, True, "set pack=False"),
+        (LlamaConfig, {"attention_dropout": 0.1}, True, "attention_dropout=0.0"),
         (ModernBertDecoderConfig, {"bos_token_id": 1}, False, "its LM head"),
         (LlamaConfig, {}, False, None),
     ],
-    ids=["a convolution", "a layer before the head", "Llama"],
+    ids=["a convolution", "a state", "dropout", "a layer before the head", "Llama"],
 )
 def test_a_model_with_other_logprobs_is_refused(
     kind: Any, settings: dict[str, Any], pack: bool, said: str | None, folder: Folder
@@ -229,8 +235,9 @@ def test_a_model_with_other_logprobs_is_refused(
     model = AutoModelForCausalLM.from_pretrained(folder(kind, **settings))
     if said is None:
         return fuse(model, 1.0, float32_head=False, pack=pack)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=said) as refused:
         fuse(model, 1.0, float32_head=False, pack=pack)
+    assert "\n" not in str(refused.value)
 
 
 def test_the_forward_keeps_its_signature_and_answers_other_calls(make: Make) -> None:
