@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-from gapg.errors import ConfigError
 from gapg.model.precision import adapter_tensors, round_parameters
 
 if TYPE_CHECKING:
@@ -31,15 +30,8 @@ def make_optimizer(
 
     With bfloat16 parameters its masters are the weights as they are now, and the model's are then rounded
     (`gapg.model.precision`); adapters stay float32 and are their own masters.
-
-    Raises ConfigError: `config.offload` for a model that is not on a GPU.
     """
     params = [p for p in model.parameters() if p.requires_grad]
-    if config.offload and any(p.device.type == "cpu" for p in params):
-        raise ConfigError(
-            "optim.offload=true: the model is on the CPU, so AdamW's state is in the machine's memory already; set "
-            "optim.offload=false"
-        )
     rounded = parameters == "bfloat16"
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     if config.offload or (rounded and not adapter_tensors(model)):

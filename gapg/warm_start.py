@@ -21,10 +21,11 @@ from gapg.data import split_validation
 from gapg.deterministic import use_deterministic_algorithms
 from gapg.errors import ConfigError
 from gapg.judge import parse
+from gapg.model.compiled import within_limit
 from gapg.model.endings import opens_think
 from gapg.model.finite import is_finite
 from gapg.model.load import device, load_model
-from gapg.model.memory import checked_plan
+from gapg.model.memory import check_offload, checked_plan
 from gapg.model.policy import response_logprobs
 from gapg.model.route import choose_route
 from gapg.optim import clip_and_step, learning_rate, make_optimizer
@@ -42,6 +43,7 @@ def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTraine
     """
     settings = config.warm_start
     assert settings is not None
+    check_offload(config, device())
     if config.deterministic:
         use_deterministic_algorithms()
     last = checkpoint.latest(folder)
@@ -51,7 +53,7 @@ def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTraine
         return last / "model"
     if last:
         say(f"resuming the warm start from step {begin}")
-    model, packed = _load(config, folder, last, tokenizer)
+    model, packed = _load(config, settings, folder, last, tokenizer)
     optimizer = make_optimizer(model, settings.optim, config.model.parameters)
     if last:
         checkpoint.restore_optimizer(last, model, optimizer)
@@ -61,7 +63,7 @@ def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTraine
     batches = _batches(config.seed, settings, task, begin, unseen)
     about = {"config": config.model_dump(mode="json")}
     bad_in_a_row, saved_at, most_s = 0, time.monotonic(), 60 * (config.checkpoint_minutes or math.inf)
-    with stop.between_steps(), Display("warm start", settings.steps, begin) as display:
+    with stop.between_steps(), within_limit(), Display("warm start", settings.steps, begin) as display:
         for step in range(begin, settings.steps):
             examples = [_encode(d, task, tokenizer, config.token_cap) for d in next(batches)]
             tokens = sum(len(e.response_ids) for e in examples)
@@ -87,7 +89,7 @@ def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTraine
 
 
 def _load(
-    config: RunConfig, folder: Path, last: Path | None, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig, settings: WarmStartConfig, folder: Path, last: Path | None, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedModel, bool]:
     """(the model that the run starts from, or that of the last checkpoint; whether it trains on packed sequences).
 
@@ -98,7 +100,8 @@ def _load(
     packed = choose_route(model, config.update.pack, config.rollout.longest)
     update = config.update.model_copy(update={"pack": packed})
     all_weights = config.model.model_copy(update={"lora": None})
-    checked_plan(model, config.model_copy(update={"model": all_weights, "update": update}), device())
+    own = {"model": all_weights, "update": update, "optim": settings.optim}
+    checked_plan(model, config.model_copy(update=own), device())
     checkpoint.check_saves(folder, model, tokenizer)
     if config.rollout.engine == "transformers":
         make_engine(config, model, tokenizer, "").close()

@@ -1,6 +1,7 @@
 """bfloat16 parameters with float32 masters: no small update is lost, and the policy is the one of float32 weights."""
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +15,14 @@ from gapg.config_sections import LoraConfig, ModelConfig, OptimConfig
 from gapg.errors import ConfigError
 from gapg.model.load import load_model
 from gapg.model.lora import add_adapters, frozen_twin
+from gapg.model.memory import check_offload
 from gapg.model.precision import round_parameters
 from gapg.optim import MasterAdamW, clip_and_step, make_optimizer
 from gapg.runs import checkpoint
 from gapg.runs.run import Run
+from gapg.tasks.countdown import Countdown
 from gapg.update import policy_update
+from gapg.warm_start import warm_start
 from gapg_rollout.engines.transformers import TransformersEngine
 from tests.test_update import VOCAB, responses
 
@@ -93,9 +97,14 @@ def test_gradients_are_summed_unrounded() -> None:
     assert (layer.weight.grad == 1 + 2**-12).all()
 
 
-def test_offloading_without_a_gpu_would_do_nothing(make_model: MakeModel) -> None:
-    with pytest.raises(ConfigError, match=r"^optim\.offload=true: the model is on the CPU.*set optim\.offload=false$"):
-        make_optimizer(make_model(), OptimConfig(lr=1e-3, offload=True))
+@pytest.mark.parametrize("key", ["optim.offload", "warm_start.optim.offload"])
+def test_offloading_without_a_gpu_is_refused_before_the_warm_start(
+    key: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    config = load_config("quickstart", {key: "true", "warm_start.steps": "1"})
+    with pytest.raises(ConfigError, match=rf"^{re.escape(key)}=true: the model is on the CPU.*set {key}=false$"):
+        warm_start(config, tmp_path, Countdown(), tokenizer)
+    check_offload(config, torch.device("cuda"))
 
 
 # --- the policy ------------------------------------------------------------------------------------------------------
@@ -172,7 +181,7 @@ def test_the_engine_shares_the_parameters(make_model: MakeModel, tokenizer: PreT
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("now", ["bfloat16", "float32"])
+@pytest.mark.parametrize("now", ["bfloat16", "float32", "float32 offloaded"])
 def test_a_checkpoint_keeps_the_masters(
     make_model: MakeModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, now: str
 ) -> None:
@@ -184,14 +193,17 @@ def test_a_checkpoint_keeps_the_masters(
     path = checkpoint.save(tmp_path, 3, model, tokenizer, optimizer, {"step": 3})
     again = load_model(ModelConfig(path=str(path / "model")), tokenizer, seed=0)
     assert all(torch.equal(p.float(), q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
-    resumed = make_optimizer(again, OPTIM, now)  # type: ignore[arg-type]
+    parameters, _, offload = now.partition(" ")
+    resumed = make_optimizer(again, OPTIM.model_copy(update={"offload": bool(offload)}), parameters)  # type: ignore[arg-type]
     checkpoint.restore_optimizer(path, again, resumed)
+    if parameters == "float32":  # what samples before the next step, too
+        assert torch.equal(flat(list(again.parameters())), flat(masters(model, optimizer)))
     for i in range(3, 6):
         step(model, optimizer, i)
         step(again, resumed, i)
     found = masters(again, resumed) if now == "bfloat16" else list(again.parameters())
     assert torch.equal(flat(found), flat(masters(model, optimizer)))
-    assert {p.dtype for p in again.parameters()} == {getattr(torch, now)}
+    assert {p.dtype for p in again.parameters()} == {getattr(torch, parameters)}
 
 
 def test_masters_begin_where_float32_weights_were(
@@ -225,6 +237,26 @@ def test_a_run_goes_on_with_the_same_bits(start: Callable[..., Run]) -> None:
         train_step(r)
     assert torch.equal(flat(masters(run.model, run.optimizer)), flat(masters(again.model, again.optimizer)))
     assert all(torch.equal(p, q) for p, q in zip(run.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_masters_of_adapters_begin_where_the_checkpoint_is(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `optim.offload`, which a CPU refuses, adapters have masters, and checkpoints hold what both are."""
+    from gapg.train import train_step
+
+    def offloaded(model: nn.Module, config: OptimConfig, _: str) -> MasterAdamW:
+        trained = (p for p in model.parameters() if p.requires_grad)
+        return MasterAdamW(trained, config.lr, config.betas, config.weight_decay, offload=True)
+
+    monkeypatch.setattr("gapg.runs.run.make_optimizer", offloaded)
+    run = start(model__lora__rank="2")
+    train_step(run)
+    run.state.step += 1
+    run.save()
+    again = start(model__lora__rank="2")
+    for ours, theirs in zip(again.optimizer.state.items(), run.optimizer.state.items(), strict=True):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1]["master"], theirs[1]["master"])
 
 
 def test_float32_compute_with_bfloat16_parameters_is_refused() -> None:

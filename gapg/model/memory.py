@@ -52,6 +52,17 @@ def plan_if_any(model: PreTrainedModel, config: RunConfig, device: torch.device)
         return None
 
 
+def check_offload(config: RunConfig, device: torch.device) -> None:
+    """Raises ConfigError where AdamW's state is to leave a GPU that is not there; that of the warm start too."""
+    warm = {"warm_start.optim": config.warm_start.optim} if config.warm_start else {}
+    for key, optim in ({"optim": config.optim} | warm).items():
+        if optim.offload and device.type == "cpu":
+            raise ConfigError(
+                f"{key}.offload=true: the model is on the CPU, so AdamW's state is in the machine's memory already; "
+                f"set {key}.offload=false"
+            )
+
+
 def plan_table(plan: MemoryPlan) -> Table:
     table = Table("memory", f"of an update, micro-batches of {plan.tokens} tokens", box=None)
     for name, size in plan.parts.items():
@@ -67,7 +78,11 @@ def _of_capacity(plan: MemoryPlan) -> str:
 
 
 def check(plan: MemoryPlan, model: PreTrainedModel, config: RunConfig, device: torch.device) -> None:
-    """Raises ConfigError where the plan is over its capacity, naming settings whose own plans are not."""
+    """Raises ConfigError where the plan is over its capacity, naming settings whose own plans are not.
+
+    Also where `check_offload` does.
+    """
+    check_offload(config, device)
     if plan.offloaded > (machine := capacity(torch.device("cpu"))):
         raise ConfigError(
             f"optim.offload=true puts {size_text(plan.offloaded)} into the machine's memory, which has "
@@ -96,7 +111,8 @@ def suggestions(
         savings["model.gradient_checkpointing"] = True
     if config.model.dtype == "float32" and device.type == "cuda":
         savings["model.dtype"] = "bfloat16"
-    offloaded = savings | {"optim.offload": True}
+    warm = {"warm_start.optim.offload": True} if config.warm_start else {}
+    offloaded = savings | {"optim.offload": True} | warm
     attempts: list[Callable[[], list[Settings]]] = [
         lambda: [search.with_cap({}), *({key: value} for key, value in savings.items())],
         lambda: search.with_engine({}),

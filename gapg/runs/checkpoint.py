@@ -216,9 +216,10 @@ def restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optim
     for key, value in load_file(path / OPTIMIZER).items():
         name, _, slot = key.rpartition("/")
         param = params[name]
-        if slot == MASTER and not isinstance(optimizer, MasterAdamW):
+        if slot == MASTER:
             param.data.copy_(value)
-            continue
+            if not isinstance(optimizer, MasterAdamW):
+                continue
         # the fused AdamW keeps its step counter where the rest of its state is
         there = optimizer.state[param].get(slot, param)
         optimizer.state[param][slot] = value.to(there.device)

@@ -21,8 +21,8 @@ from gapg.files import sync, writing
 from gapg.judge import Judge
 from gapg.model import lora
 from gapg.model.endings import opens_think
-from gapg.model.load import load_model, load_tokenizer
-from gapg.model.memory import announce
+from gapg.model.load import device, load_model, load_tokenizer
+from gapg.model.memory import announce, check_offload
 from gapg.model.precision import round_parameters
 from gapg.model.route import choose_route
 from gapg.optim import learning_rate, make_optimizer
@@ -106,6 +106,7 @@ def build_run(
     Raises ConfigError and Stopped.
     """
     stop.look()
+    check_offload(config, device())
     if config.deterministic:
         use_deterministic_algorithms()
     root = folder / "checkpoints"
@@ -121,6 +122,8 @@ def build_run(
     reference = _reference(config, tokenizer, model_path, model) if config.loss.kl_coef else None
     if config.model.lora:
         lora.add_adapters(model, config.model.lora, config.seed)
+        if last:  # before the optimizer takes its masters of them
+            checkpoint.restore_adapters(last, model)
     announce(model, config, model.device)
     checkpoint.check_saves(root, model, tokenizer)
     optimizer = make_optimizer(model, config.optim, config.model.parameters)
@@ -130,8 +133,6 @@ def build_run(
     controller = controller or make_controller(config)
     queue, state = PromptQueue(train, config.seed), TrainState()
     if last:
-        if config.model.lora:
-            checkpoint.restore_adapters(last, model)
         saved = checkpoint.restore_optimizer(last, model, optimizer)
         state, controller = _restore(saved, queue, oracle, controller)
         say(f"resuming from step {state.step} ({last})")

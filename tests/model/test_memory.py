@@ -235,7 +235,7 @@ def test_offloading_is_suggested_last_and_needs_the_machines_memory(monkeypatch:
     config = settings(**given)
     plan = plan_memory(model, config, CUDA, int(least / ROOM) + 1)
     ((found, promised),) = suggestions(plan, model, config, CUDA)
-    assert found == {"optim.offload": True} and promised.total == least
+    assert found == {"optim.offload": True, "warm_start.optim.offload": True} and promised.total == least
     plan = plan_memory(model, away, CUDA, 80 * GIB)
     monkeypatch.setattr("gapg.model.memory.capacity", lambda device: 2**30)
     with pytest.raises(
