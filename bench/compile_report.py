@@ -6,9 +6,9 @@ The figures are read from ptxas and the disassembly: registers, shared memory, s
 multiprocessor holds, whether ptxas had to serialize the tensor cores' work, counts of the instructions that matter
 (HGMMA, HMMA, UTCHMMA: tensor cores of sm_90, of sm_80 to 89 and 120, and of sm_100; UTMALDG/UTMASTG: TMA; LDGSTS:
 cp.async; LDL/STL: local memory; ATOM/RED: atomics; MUFU: exponentials), and, for sm_90, how many instructions a thread
-spends on the end of a tile. Every variant is compiled for sm_90, the largest ones for the other cards, with whose name
-theirs begin. Each triton makes code of its own, so it has a file of its own; "sources" there are hashes of the kernels
-they are of.
+spends on the end of a tile. For sm_90 all kernels are compiled with their options and without, for the other cards the
+largest variants, whose names begin with the card's. Each triton makes code of its own, so it has a file of its own;
+"sources" there are hashes of the kernels they are of.
 Run it in its own process with TRITON_INTERPRET unset: an interpreted kernel has no machine code. Another triton than
 the installed one: `pip install --no-deps --target FOLDER triton==3.6.0`, then PYTHONPATH=FOLDER.
 """
@@ -91,13 +91,14 @@ TYPES = {
     "logits_ptr": "*fp32", "C": "i32", "V": "i32", "H": "i32", "blocks": "i32", "pitch": "i32", "logits_pitch": "i32",
     "e_pitch": "i32", "out_pitch": "i32", "scale": "fp32", "cap": "fp32", "far_ptr": "*i32", "largest_ptr": "*fp32",
     "top_ptr": "*fp32", "spans": "i32", "width": "i32", "c_ptr": "*fp32", "k_ptr": "*fp32", "total_ptr": "*fp32",
+    "own_ptr": "*fp32",
 }  # fmt: skip
 """Argument types that no variant changes."""
 
 
 def kernels() -> Iterator[Kernel]:
     """Every kernel, in every configuration of its table and with every optional argument, as the host launches it; for
-    the cards beside sm_90 the largest variant of each, the GEMM's also without a softcap."""
+    the cards beside sm_90 the largest variant of each, the GEMM's also without a softcap and for an odd V."""
     largest = [(True, True, True, False), (True,) * 4]
     without = [(*chosen, False) for chosen in itertools.product((False, True), repeat=3)]
     yield from gemms(HOPPER, [*without, (False, False, False, True), (True, False, False, True), (True,) * 4])
@@ -105,6 +106,7 @@ def kernels() -> Iterator[Kernel]:
     yield from row_launches(HOPPER)
     for capability in sorted(TILES.keys() - {HOPPER}):
         yield from gemms(capability, largest)
+        yield from odd_vocabularies(capability)
         yield from (kernel for kernel in row_launches(capability) if kernel.name.partition(" ")[2] in EVERYTHING)
 
 
@@ -188,9 +190,10 @@ def repairs(launch: Callable[..., Kernel], bf16: dict[str, str], fp32: dict[str,
         yield launch(f"repair_sums{kind}_entropy_bias_softcap", sums, types, *last)
         yield launch(f"repair_store{kind}", store, types, *last, absent=["bias_ptr", "cap"])
         yield launch(f"repair_store{kind}_bias_softcap", store, types, *last)
-    sizes = {"BLOCK": entropy_gradient.BLOCK, "CERTAIN": entropy_gradient.CERTAIN}
-    function = entropy_gradient.spread_entropy_kernel
-    yield launch("spread_entropy", function, bf16 | {"out_ptr": "*bf16"}, sizes, entropy_gradient.WARPS)
+    spread = {"BLOCK": entropy_gradient.BLOCK, "CERTAIN": entropy_gradient.CERTAIN}
+    for name, kind in (("spread_entropy", "*bf16"), ("spread_entropy_float32", "*fp32")):
+        types = {"e_ptr": kind, "out_ptr": kind}
+        yield launch(name, entropy_gradient.spread_entropy_kernel, types, spread, entropy_gradient.WARPS)
 
 
 def policy_losses(launch: Callable[..., Kernel]) -> Iterator[Kernel]:

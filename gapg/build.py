@@ -19,7 +19,8 @@ from gapg.console import say
 from gapg.errors import ConfigError, one_line
 from gapg.model.endings import check_endings
 from gapg.model.folder import load_shape
-from gapg.model.load import check_model, end_ids
+from gapg.model.load import check_model, device, end_ids
+from gapg.model.memory import check_offload
 from gapg.reward import RewardFunction
 from gapg.tasks import call_member, find_object, load_task
 from gapg.tasks.base import Prompt, Solvable, Split, Task
@@ -165,6 +166,7 @@ def render(task: Task, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, embed
 def check_run(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
     """What can be known before the model is loaded. Raises ConfigError."""
     check_model(config.model, tokenizer)
+    check_offload(config, device())
     check_endings(tokenizer, end_ids(config.model, tokenizer))
     rollout = config.rollout
     if rollout.engine == "vllm" and find_spec("vllm") is None:

@@ -25,7 +25,7 @@ from gapg.model.compiled import within_limit
 from gapg.model.endings import opens_think
 from gapg.model.finite import is_finite
 from gapg.model.load import device, load_model
-from gapg.model.memory import check_offload, checked_plan
+from gapg.model.memory import checked_plan
 from gapg.model.policy import response_logprobs
 from gapg.model.route import choose_route
 from gapg.optim import clip_and_step, learning_rate, make_optimizer
@@ -43,7 +43,6 @@ def warm_start(config: RunConfig, folder: Path, task: Task, tokenizer: PreTraine
     """
     settings = config.warm_start
     assert settings is not None
-    check_offload(config, device())
     if config.deterministic:
         use_deterministic_algorithms()
     last = checkpoint.latest(folder)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gapg.build import check_run
 from gapg.config import RunConfig, load_config
 from gapg.config_sections import LoraConfig, ModelConfig, OptimConfig
 from gapg.errors import ConfigError
@@ -22,7 +23,6 @@ from gapg.runs import checkpoint
 from gapg.runs.run import Run
 from gapg.tasks.countdown import Countdown
 from gapg.update import policy_update
-from gapg.warm_start import warm_start
 from gapg_rollout.engines.transformers import TransformersEngine
 from tests.test_update import VOCAB, responses
 
@@ -99,11 +99,11 @@ def test_gradients_are_summed_unrounded() -> None:
 
 @pytest.mark.parametrize("key", ["optim.offload", "warm_start.optim.offload"])
 def test_offloading_without_a_gpu_is_refused_before_the_warm_start(
-    key: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    key: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     config = load_config("quickstart", {key: "true", "warm_start.steps": "1"})
     with pytest.raises(ConfigError, match=rf"^{re.escape(key)}=true: the model is on the CPU.*set {key}=false$"):
-        warm_start(config, tmp_path, Countdown(), tokenizer)
+        check_run(config, Countdown(), tokenizer)
     check_offload(config, torch.device("cuda"))
 
 

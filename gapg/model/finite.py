@@ -21,7 +21,8 @@ def is_finite(model: PreTrainedModel, compute: torch.dtype) -> bool:
     A norm overflows where a square does. `compute` is the type of the matrix products. Waits for the device once.
     """
     ids = torch.arange(3, 11, device=model.device) % model.config.get_text_config().vocab_size
-    with torch.autocast(model.device.type, compute, enabled=compute != torch.float32):
+    low = torch.autocast(model.device.type, compute, enabled=compute != torch.float32)
+    with torch.compiler.set_stance("force_eager"), low:  # eight tokens are not worth a compilation
         out = model(input_ids=ids[None], use_cache=False, output_hidden_states=True)
     states = [x.float() for x in (*(out.hidden_states or ()), out.logits)]
     weights = [p.detach() for p in model.parameters() if p.requires_grad]

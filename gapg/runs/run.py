@@ -21,8 +21,8 @@ from gapg.files import sync, writing
 from gapg.judge import Judge
 from gapg.model import lora
 from gapg.model.endings import opens_think
-from gapg.model.load import device, load_model, load_tokenizer
-from gapg.model.memory import announce, check_offload
+from gapg.model.load import load_model, load_tokenizer
+from gapg.model.memory import announce
 from gapg.model.precision import round_parameters
 from gapg.model.route import choose_route
 from gapg.optim import learning_rate, make_optimizer
@@ -106,7 +106,6 @@ def build_run(
     Raises ConfigError and Stopped.
     """
     stop.look()
-    check_offload(config, device())
     if config.deterministic:
         use_deterministic_algorithms()
     root = folder / "checkpoints"

@@ -18,7 +18,9 @@ torch.Size([32, 8])
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -49,6 +51,8 @@ class Chunk(NamedTuple):
 
 class ChunkedHead:
     """One pass over rows of hidden states: a chunk's log-probs, then its gradients; those of the weight add up.
+
+    For the next step make a new one: sums, and a master's rounded copy, are this step's. Autocast is not followed.
 
     Args:
         weight: [V, H] bfloat16 or float32; hidden's dtype, or float32 under bfloat16 hidden: a master, of which one
@@ -92,22 +96,27 @@ class ChunkedHead:
         self.columns, self._masked_bias = _mask(weight, bias, mask_columns)
         self._weight: Tensor | None = None
         self._buffer: Tensor | None = None
+        self._longest = 0
         self._last: Chunk | None = None
         self.sums = head.HeadGradients(weight, bias, self.needs, main_grad)
 
-    def chunks(self, hidden: Tensor, cuts: Sequence[int] | None = None) -> Iterator[slice]:
+    def chunks(self, hidden: Tensor, cuts: Sequence[int] | None = None) -> list[slice]:
         """The rows of hidden [T, H] in the fewest chunks that fit the workspace.
 
         ``cuts``: where a chunk may end, ascending host integers from 0 to T; None: anywhere.
 
-        Raises ValueError where a row, or the rows between two cuts, do not fit; it says what they need.
+        Raises TypeError or ValueError for other cuts; ValueError where a row, or the rows between two cuts, do not fit:
+        it says what they need.
         """
+        _check_cuts(cuts, len(hidden))
         kernel, store = routes.uses_kernel(hidden), any(self.needs)
         plan = ChunkPlan.of(
             hidden, self.master, self.workspace, kernel=kernel, entropy=self.entropy, softcap=self.softcap
         )
         plan.require_one_row("ChunkedHead", grad=store)
-        return plan.chunks(hidden.shape[0], kept=False, store=store, cuts=cuts, caller="ChunkedHead")
+        parts = list(plan.chunks(len(hidden), kept=False, store=store, cuts=cuts, caller="ChunkedHead"))
+        self._longest = max((part.stop - part.start for part in parts), default=0)
+        return parts
 
     def forward_chunk(self, hidden: Tensor, target: Tensor) -> Chunk:
         """The log-probs of hidden [C, H] at target [C]. E lies in one buffer: what an earlier chunk had is gone.
@@ -143,21 +152,21 @@ class ChunkedHead:
             d loss / d hidden [C, H], or None where ``needs`` says so.
 
         Raises:
-            ValueError: called twice, or after a later chunk has taken the buffer; a gradient by the entropy with a
-                softcap.
+            ValueError: called twice, or after a later chunk has taken the buffer; a gradient of another shape, or by
+                what the head was not asked for; one by the entropy with a softcap; one by more than the log-probs with
+                a patched target.
         """
         if chunk.e is None or chunk is not self._last:
             raise ValueError(
                 "backward_chunk: E is kept from a chunk's forward to its backward, until the next forward, and where "
                 "needs is not all False; call it once, before the next forward_chunk"
             )
-        if grad_entropy is not None and self.softcap:
-            raise ValueError("backward_chunk: with a softcap the entropy has no gradient; pass entropy.detach()")
+        grad, grad_entropy, grad_log_odds = self._checked(chunk, grad, grad_entropy, grad_log_odds)
         self._last = None  # what follows may change E
         odds, target = chunk.odds, chunk.target
         with torch.no_grad(), head.without_autocast(chunk.hidden.device):
             index, _ = reference.safe_targets(target, chunk.e.shape[1])
-            grad, others, extra = grad.to(odds.odds.dtype), None, None
+            others, extra = None, None
             if grad_log_odds is not None and self.columns is not None:
                 others = grad_log_odds.sum(1)
                 coefficient = torch.where((target == reference.IGNORE)[:, None], 0.0, grad_log_odds) / self.temperature
@@ -169,9 +178,31 @@ class ChunkedHead:
             else:
                 scales = reference.row_scales(grad, odds.odds, odds.unit, target, self.temperature, odds.slope, others)
                 if self.patch_target:  # the target goes into E and leaves no pull
-                    reference.patch_target(chunk.e, index, odds.odds)
+                    reference.patch_target(chunk.e, index, odds.odds if odds.slope is None else odds.odds * odds.slope)
                     scales = scales._replace(pull=torch.zeros_like(scales.pull))
             return self.sums.add(chunk.hidden, self._weight_for(chunk.hidden), chunk.e, index, scales, extra)
+
+    def _checked(
+        self, chunk: Chunk, grad: Tensor, grad_entropy: Tensor | None, grad_log_odds: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The gradients of a chunk's backward in the type of its log-probs."""
+        for name, x, of in (
+            ("grad", grad, chunk.logprob),
+            ("grad_entropy", grad_entropy, chunk.entropy),
+            ("grad_log_odds", grad_log_odds, chunk.log_odds),
+        ):
+            if x is not None and (of is None or x.shape != of.shape):
+                want = "None: the head was not asked for it" if of is None else f"{list(of.shape)}"
+                raise ValueError(f"backward_chunk: {name} {tuple(x.shape)} must be {want}")
+        if grad_entropy is not None and self.softcap:
+            raise ValueError("backward_chunk: with a softcap the entropy has no gradient; pass entropy.detach()")
+        if self.patch_target and (grad_entropy is not None or grad_log_odds is not None):
+            raise ValueError(
+                "backward_chunk: a patched target has a gradient by log-probs only; leave patch_target out"
+            )
+        wide = chunk.logprob.dtype
+        by_entropy, by_log_odds = (None if x is None else x.to(wide) for x in (grad_entropy, grad_log_odds))
+        return grad.to(wide), by_entropy, by_log_odds
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """(d loss / d weight [V, H], d loss / d bias [V]) of all chunks, in their types; None where not wanted.
@@ -193,8 +224,9 @@ class ChunkedHead:
             return None
         rows, vocab = len(hidden), len(self.master)
         if self._buffer is None or len(self._buffer) < rows or self._buffer.dtype != hidden.dtype:
-            self._buffer = None  # before the next is made
-            self._buffer = hidden.new_empty(rows, pitch(vocab, hidden.dtype))
+            self._buffer = self._last = None  # before the next is made
+            # Room for the longest chunk at once: while a caller holds a chunk, its E stays beside a larger one.
+            self._buffer = hidden.new_empty(max(rows, self._longest), pitch(vocab, hidden.dtype))
         return self._buffer[:rows, :vocab]
 
     def _log_odds(self, hidden: Tensor, weight: Tensor, odds: RowOdds) -> tuple[Tensor, Tensor | None]:
@@ -207,15 +239,26 @@ class ChunkedHead:
         return (logit - odds.logit[:, None]) / self.temperature + odds.logprob[:, None], slope
 
 
+def _check_cuts(cuts: Sequence[int] | None, rows: int) -> None:
+    if cuts is None:
+        return
+    if isinstance(cuts, Tensor) or not all(isinstance(at, Integral) for at in cuts):
+        raise TypeError("cuts must be host integers, such as cu_seqlens.tolist()")
+    if not len(cuts) or cuts[0] != 0 or cuts[-1] != rows or any(b < a for a, b in pairwise(cuts)):
+        raise ValueError(f"cuts must ascend from 0 to {rows}, the number of rows, not {list(cuts)[:8]}")
+
+
 def _mask(weight: Tensor, bias: Tensor | None, columns: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
     """The columns as a tensor [K], and a bias [V] that is -inf there."""
     if not len(columns):
         return None, None
     vocab, ids = len(weight), list(columns)
-    known = all(isinstance(i, int) and 0 <= i < vocab for i in ids)
+    known = all(isinstance(i, Integral) and not isinstance(i, bool) and 0 <= i < vocab for i in ids)
     if not known or len(set(ids)) < len(ids) or len(ids) >= vocab:
-        raise ValueError(f"mask_columns {ids} must be different ids in [0, {vocab}), and not all of them")
-    index = torch.tensor(ids, device=weight.device)
+        raise ValueError(
+            f"mask_columns {ids[:8]} must be different ids in [0, {vocab}), and not all of them: host integers"
+        )
+    index = torch.tensor(ids, device=weight.device, dtype=torch.int64)
     wide = sum_dtype(weight.dtype)
     masked = weight.new_zeros(vocab, dtype=wide) if bias is None else bias.detach().to(wide, copy=True)
     return index, masked.index_fill_(0, index, -torch.inf)

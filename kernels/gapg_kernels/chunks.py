@@ -27,7 +27,7 @@ def workspace_for(device: torch.device, given: int | None) -> int:
     that is being compiled it is 2 GiB: what is free then says nothing about later.
     """
     if given is not None:
-        return given
+        return int(given)  # 2e9 is a number of bytes too
     if device.type != "cuda" or not torch.cuda.is_available() or torch.compiler.is_compiling():
         return DEFAULT_WORKSPACE
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -79,7 +79,7 @@ class ChunkPlan(NamedTuple):
         """Raises ValueError when the workspace is too small for a single row."""
         need = self.stored + self.scratch if grad else self.bare
         if need > self.workspace:
-            raise ValueError(f"{caller}: one row needs {need} bytes, workspace_bytes is {self.workspace}")
+            raise ValueError(f"{caller}: one row needs {need} bytes, workspace_bytes is {self.workspace}; pass more")
 
     def chunks(
         self, rows: int, *, kept: bool, store: bool, cuts: Sequence[int] | None = None, caller: str = ""
@@ -105,22 +105,20 @@ class ChunkPlan(NamedTuple):
         return (slice(at, min(at + size, rows)) for at in range(0, rows, max(size, 1)))
 
     def _between(self, cuts: Sequence[int], most: int, each: int, caller: str) -> Iterator[slice]:
+        """As few chunks as can end at cuts, and of those much the same length where that takes no more of them."""
         longest = max((b - a for a, b in pairwise(cuts)), default=0)
         if longest > most:
             raise ValueError(
                 f"{caller}: {longest} rows between two cuts need {longest * each} bytes, workspace_bytes is "
                 f"{self.workspace}; pass more, or cuts that are closer"
             )
-        count = -(-cuts[-1] // most)
-        aim = -(-cuts[-1] // max(count, 1))  # equal chunks, and one that ends at the last cut before `most` where not
-        ends = _ends(cuts, max(aim, longest))
-        if len(ends) > count:
-            ends = min(ends, _ends(cuts, most), key=len)
-        return (slice(a, b) for a, b in pairwise([0, *ends]))
+        fewest = _ends(cuts, most)
+        even = _ends(cuts, max(longest, -(-cuts[-1] // max(len(fewest), 1))))
+        return (slice(a, b) for a, b in pairwise([0, *min(even, fewest, key=len)]))
 
 
 def _ends(cuts: Sequence[int], most: int) -> list[int]:
-    """The last rows of chunks that are each as long as ``most`` rows allow."""
+    """Where chunks end that are each as long as cuts and ``most`` rows allow."""
     ends, start = list[int](), 0
     for at, following in pairwise([*cuts, math.inf]):
         if at > start and following - start > most:

@@ -86,6 +86,7 @@ def cublas_odds(
     Besides ``store`` it holds the logits, 4 bytes a row and column, unless float32 logits become E in place.
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
+    target, bias = target.contiguous(), None if bias is None else bias.contiguous()
     if store is not None and hidden.dtype == torch.float32:
         logits = torch.mm(hidden, weight.t(), out=store)
     else:

@@ -97,7 +97,7 @@ def fused_policy_loss(
         main_grad: [V, H] float32: receives d(weight) during this call (+=, unrounded, over any number of calls), and
             weight gets no gradient from autograd. The gradient that arrives in backward must then be 1, as in
             ``loss.backward()``: anything else gives NaN in the hidden gradient. Without gradients enabled it is left
-            alone.
+            alone. Not within a checkpointed part of a model, which is run, and added, twice.
         target_term: "exact" adds the target's own term in float32; "patched" stores it in E, rounded like E.
         workspace_bytes: as in `linear_logprob`.
 
@@ -126,12 +126,7 @@ def fused_policy_loss(
     head.check_main_grad("fused_policy_loss", main_grad, weight)
     if target_term not in ("exact", "patched"):
         raise ValueError(f"fused_policy_loss: target_term must be 'exact' or 'patched', not {target_term!r}")
-    grad = torch.is_grad_enabled()
-    needs = [
-        grad and hidden.requires_grad,
-        grad and (weight.requires_grad or main_grad is not None),
-        grad and bias is not None and bias.requires_grad,
-    ]
+    needs = head.wanted(hidden, weight, bias, main_grad)
     workspace = workspace_for(hidden.device, workspace_bytes)
     plan = ChunkPlan.of(hidden, weight, workspace, kernel=False, entropy=with_entropy, softcap=softcap)
     plan.require_one_row("fused_policy_loss", grad=any(needs))

@@ -26,6 +26,11 @@ def check_inputs(
     softcap: float | None = None,
 ) -> None:
     """Raises TypeError or ValueError, one line that begins with ``caller`` and names the fix."""
+    for name, x in (("hidden", hidden), ("weight", weight), ("target", target), ("bias", bias)):
+        if not isinstance(x, Tensor) and not (x is None and name == "bias"):
+            raise TypeError(f"{caller}: {name} is a {type(x).__name__}; pass a tensor, such as lm_head.weight")
+        if x is not None and x.device != hidden.device:
+            raise ValueError(f"{caller}: {name} is on {x.device}; move it to {hidden.device}, where hidden is")
     refuse_sharded(caller, hidden=hidden, weight=weight, target=target, bias=bias)
     if torch.float16 in (hidden.dtype, weight.dtype):
         raise TypeError(
@@ -41,7 +46,8 @@ def check_inputs(
             "hidden bfloat16 and weight its float32 master: pass hidden.to(weight.dtype)"
         )
     if bias is not None and bias.dtype not in (hidden.dtype, torch.float32):
-        raise TypeError(f"{caller}: bias is {bias.dtype}; pass {hidden.dtype} or torch.float32")
+        wanted = " or ".join(str(dtype) for dtype in dict.fromkeys([hidden.dtype, torch.float32]))
+        raise TypeError(f"{caller}: bias is {bias.dtype}; pass {wanted}")
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{caller}: target is {target.dtype}; pass int64 token ids")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -58,15 +64,22 @@ def check_inputs(
         raise ValueError(f"{caller}: softcap must be positive and finite, or None for no softcap, not {softcap}")
 
 
+def wanted(hidden: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None = None) -> list[bool]:
+    """Whether gradients of hidden, weight and bias are wanted; none is where they are disabled."""
+    asked = hidden.requires_grad, weight.requires_grad or main_grad is not None, bias is not None and bias.requires_grad
+    return [torch.is_grad_enabled() and need for need in asked]
+
+
 def check_main_grad(caller: str, main_grad: Tensor | None, weight: Tensor) -> None:
-    """Raises ValueError unless ``main_grad`` is a contiguous sum for ``weight``'s gradient, or None."""
+    """Raises ValueError unless ``main_grad`` is a contiguous sum for ``weight``'s gradient on its device, or None."""
     if main_grad is None:
         return
     dtype = sum_dtype(weight.dtype)
-    if main_grad.shape != weight.shape or main_grad.dtype != dtype or not main_grad.is_contiguous():
+    alike = main_grad.shape == weight.shape and main_grad.device == weight.device
+    if not alike or main_grad.dtype != dtype or not main_grad.is_contiguous():
         raise ValueError(
-            f"{caller}: main_grad {tuple(main_grad.shape)} {main_grad.dtype} must be contiguous "
-            f"{tuple(weight.shape)} {dtype}"
+            f"{caller}: main_grad {tuple(main_grad.shape)} {main_grad.dtype} on {main_grad.device} must be contiguous "
+            f"{tuple(weight.shape)} {dtype} on {weight.device}"
         )
 
 

@@ -102,9 +102,7 @@ def linear_logprob(
     """
     hidden = head.follow_autocast(hidden)
     head.check_inputs("linear_logprob", hidden, weight, target, bias, temperature, softcap)
-    grad = torch.is_grad_enabled() and (
-        hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
+    grad = any(head.wanted(hidden, weight, bias))
     # The larger need: whether E is kept then never depends on the device, and a compiler can trace it.
     workspace = workspace_for(hidden.device, workspace_bytes)
     plan = ChunkPlan.of(hidden, weight, workspace, kernel=False, entropy=return_entropy, softcap=softcap)
@@ -208,7 +206,8 @@ def _backward_op(
             if grad_entropy is None:
                 scales = reference.row_scales(grad[part], *known, slope[part] if softcap else None)
             else:
-                row = RowOdds(logprob[part], odds[part], unit[part], entropy[part], logprob[part], None)
+                unread = logprob[part]  # in the place of its logit
+                row = RowOdds(logprob[part], odds[part], unit[part], entropy[part], unread, None)
                 out = e_part if room is None else room[:size, :vocab]
                 scales = reference.entropy_scales(
                     e_part, grad[part], grad_entropy[part], row, target[part], temperature, out

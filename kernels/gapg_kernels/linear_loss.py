@@ -18,9 +18,10 @@ torch.Size([32, 8])
 
 from __future__ import annotations
 
+import inspect
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -93,13 +94,15 @@ def linear_loss(
             probability is ``sigmoid(log_odds)``, and log(1 - p_h) = ``-softplus(log_odds)``, exact near 0 and 1.
         main_grad: [V, H] float32: receives d(weight) during this call (+=, unrounded, over any number of calls), and
             weight gets no gradient from autograd. The gradient that arrives in backward must then be 1, as in
-            ``loss.backward()``: anything else gives NaN in the hidden gradient.
+            ``loss.backward()``: anything else gives NaN in the hidden gradient. Not within a checkpointed part of a
+            model, which is run, and added, twice.
         workspace_bytes: limit for E and the scratch of a chunk; as in `linear_logprob`.
 
     Raises:
         TypeError, ValueError: as `linear_logprob`; rows or cuts that do not fit T; rows that require a gradient; a
-            stretch between cuts that does not fit the workspace (it says what it needs); a loss that is no scalar,
-            does not depend on what it is given, or depends on another tensor that requires a gradient.
+            stretch between cuts that does not fit the workspace (it says what it needs); a loss that does not
+            take what it is given, is no scalar, does not depend on what it is given, or depends on another tensor that
+            requires a gradient.
     """
     if torch.compiler.is_dynamo_compiling():  # where a graph may break, it does here, and this is not seen
         raise RuntimeError(
@@ -109,26 +112,22 @@ def linear_loss(
     rows = dict(rows or {})
     head.check_inputs("linear_loss", hidden, weight, target, bias, temperature, softcap)
     head.refuse_sharded("linear_loss", main_grad=main_grad, **rows)
-    _check_rows(hidden, rows, cuts)
-    grad = torch.is_grad_enabled()
-    needs = [
-        grad and hidden.requires_grad,
-        grad and (weight.requires_grad or main_grad is not None),
-        grad and bias is not None and bias.requires_grad,
-    ]
+    _check_rows(hidden, rows)
     chunked = ChunkedHead(
         weight, bias=bias, temperature=temperature, softcap=softcap, mask_columns=mask_columns, entropy=entropy,
-        needs=needs, main_grad=main_grad, workspace_bytes=workspace_bytes,
+        needs=head.wanted(hidden, weight, bias, main_grad), main_grad=main_grad, workspace_bytes=workspace_bytes,
     )  # fmt: skip
     total, logprob, entropies, log_odds = _Loss.apply(hidden, weight, bias, target, chunked, loss, rows, cuts)
     return LinearLoss(total, logprob, entropies if entropy else None, log_odds if len(mask_columns) else None)
 
 
-def _check_rows(hidden: Tensor, rows: Mapping[str, Tensor], cuts: Sequence[int] | None) -> None:
+def _check_rows(hidden: Tensor, rows: Mapping[str, Tensor]) -> None:
     count = hidden.shape[0]
     for name, x in rows.items():
         if name in GIVEN:
             raise ValueError(f"linear_loss: rows[{name!r}] has the name of what the loss is given; call it otherwise")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"linear_loss: rows[{name!r}] is {type(x).__name__}; pass a tensor of {count} rows")
         if x.dim() == 0 or x.shape[0] != count:
             raise ValueError(
                 f"linear_loss: rows[{name!r}] {tuple(x.shape)} must be [{count}, ...], one entry a row of hidden"
@@ -140,13 +139,6 @@ def _check_rows(hidden: Tensor, rows: Mapping[str, Tensor], cuts: Sequence[int] 
         if x.requires_grad:
             raise ValueError(
                 f"linear_loss: rows[{name!r}] requires a gradient, which it would not get; pass its detach()"
-            )
-    if cuts is not None:
-        if isinstance(cuts, Tensor):
-            raise TypeError("linear_loss: cuts is a tensor; pass host integers, such as cu_seqlens.tolist()")
-        if not len(cuts) or cuts[0] != 0 or cuts[-1] != count or any(b < a for a, b in pairwise(cuts)):
-            raise ValueError(
-                f"linear_loss: cuts must ascend from 0 to {count}, the number of rows, not {list(cuts)[:8]}"
             )
 
 
@@ -201,7 +193,10 @@ def _evaluate(
     given = {"logprob": chunk.logprob, "entropy": chunk.entropy, "log_odds": chunk.log_odds}
     with torch.set_grad_enabled(need):
         leaves = {name: x.detach().requires_grad_(need) for name, x in given.items() if x is not None}
-        value = loss(leaves["logprob"], **named, **{k: x for k, x in leaves.items() if k != "logprob"})
+        named |= {name: x.clone() for name, x in leaves.items()}  # a loss may change them in place
+        logprob = named.pop("logprob")
+        _check_call(loss, named)
+        value = loss(logprob, **named)
     if not isinstance(value, Tensor) or value.dim():
         what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"linear_loss: loss returned {what}; return the chunk's sum, a tensor of no dimensions")
@@ -219,6 +214,16 @@ def _evaluate(
     return value.detach(), (by_logprob, found.get("entropy"), found.get("log_odds"))
 
 
+def _check_call(loss: Loss, named: Mapping[str, Tensor]) -> None:
+    """Raises TypeError where the loss does not take what it is given."""
+    with suppress(ValueError):  # of a builtin, whose arguments are not known
+        try:
+            inspect.signature(loss).bind(None, **named)
+        except TypeError as error:
+            call = ", ".join(["logprob", *named])
+            raise TypeError(f"linear_loss: the loss is called as loss({call}): {error}") from None
+
+
 def _refuse_other_leaves(value: Tensor, ours: Sequence[Tensor]) -> None:
     """Raises ValueError where the loss's graph ends in a tensor whose gradient nobody would see."""
     seen, queue = set[Any](), [value.grad_fn]
@@ -227,7 +232,7 @@ def _refuse_other_leaves(value: Tensor, ours: Sequence[Tensor]) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        leaf = getattr(node, "variable", None)
+        leaf = getattr(node, "variable", None) if type(node).__name__ == "AccumulateGrad" else None
         if leaf is not None and not any(leaf is x for x in ours):
             raise ValueError(
                 f"linear_loss: the loss depends on another tensor that requires a gradient, {tuple(leaf.shape)}, which "

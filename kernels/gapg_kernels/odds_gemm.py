@@ -173,7 +173,7 @@ def fused_odds(
     """One chunk's forward by the Triton kernels; arguments and result as those of `reference.plain_odds`.
 
     Args:
-        hidden: [C, H] bfloat16, contiguous, H a multiple of 8.
+        hidden: [C, H] bfloat16, contiguous, C at least 1, H a multiple of 8.
         weight: [V, H] bfloat16, contiguous.
         bias: [V] or None. -inf takes a column out.
         target: [C] int64.
@@ -189,6 +189,7 @@ def fused_odds(
     tile = tile_for(vocab, _capability(hidden.device)) if tile is None else tile
     tiles, part = triton.cdiv(vocab, tile.bn), part_of(tile, softcap)
     hidden, weight = _aligned(hidden), _aligned(weight)
+    target, bias = target.contiguous(), None if bias is None else bias.contiguous()
     grid = min(tile.programs * _multiprocessors(hidden.device), triton.cdiv(rows, tile.bm) * tiles)
     operands = (hidden, [tile.bm, tile.bk]), (weight, [tile.bn, tile.bk]), (store, [tile.bm, part])
     with torch.cuda.device_of(hidden):  # Triton launches on the current device, wherever the tensors are
@@ -197,14 +198,15 @@ def fused_odds(
         odds_gemm_kernel[(grid,)](
             *(TensorDescriptor.from_tensor(x, block) if tile.tma and x is not None else x for x, block in operands),
             bias, target, at.logit, partial, moment, rows, vocab, width, 0 if store is None else store.stride(0),
-            LOG2E / temperature, softcap or None, tile.bm, tile.bn, tile.bk, tile.group, part, tile.tma,
+            LOG2E / temperature, softcap, tile.bm, tile.bn, tile.bk, tile.group, part, tile.tma,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return finish_rows(hidden, weight, bias, target, temperature, store, at, partial, moment, softcap)
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """``x`` itself when its address suits TMA (16 bytes), else a copy."""
+    """``x``, contiguous, as TMA takes it: its rows H apart, at an address of whole 16 bytes; else a copy."""
+    x = x.view(-1).view(x.shape)  # a single row is contiguous whatever its stride
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 

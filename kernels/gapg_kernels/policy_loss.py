@@ -216,7 +216,7 @@ def _backward(ctx: Any, incoming: Tensor | None, *_: None) -> tuple[Tensor | Non
 
 _policy_loss_op.register_autograd(_backward, setup_context=_setup_context)
 
-_INTEGERS = (torch.int64, torch.int32)
+_INTEGERS, _FLOATS = (torch.int64, torch.int32), (torch.float32, torch.float64)
 
 
 def _checked(rows: Rows) -> Rows:
@@ -234,27 +234,36 @@ def _checked(rows: Rows) -> Rows:
 def check_source(
     caller: str, rewards: Tensor | None, group: Tensor | None, sample: Tensor | None, advantage: Tensor | None
 ) -> None:
-    """Raises ValueError unless there are either rewards or advantages, with group and sample where they are a table."""
+    """Raises TypeError or ValueError unless there are rewards or advantages, and integers into them where they are a
+    table [P, G]."""
     if (rewards is None) == (advantage is None):
         raise ValueError(f"{caller}: pass either rewards or advantage")
-    table = rewards is not None or (advantage is not None and advantage.dim() == 2)
-    if [group is not None, sample is not None] != [table, table]:
+    table = advantage if rewards is None else rewards
+    assert table is not None
+    if [group is not None, sample is not None] != [rewards is not None or table.dim() == 2] * 2:
         raise ValueError(
             f"{caller}: group and sample belong to a table [P, G] of rewards or advantages, and to nothing else"
         )
+    if group is None or sample is None:
+        return
+    name = "advantage" if rewards is None else "rewards"
+    for what, x, wanted in ((name, table, _FLOATS), ("group", group, _INTEGERS), ("sample", sample, _INTEGERS)):
+        if x.dtype not in wanted:
+            raise TypeError(f"{caller}: {what} is {x.dtype}; pass {wanted[0]}")
+    if table.dim() != 2:
+        raise ValueError(f"{caller}: {name} {tuple(table.shape)} must be [P, G], one row a prompt")
+    if group.numel() and not table.numel():
+        raise ValueError(f"{caller}: {name} {tuple(table.shape)} is empty; pass the table the rows point into")
 
 
 def _check_rows(rows: Rows) -> None:
-    logprob, rewards = rows.logprob, rows.rewards
+    logprob = rows.logprob
     dtype, shape = logprob.dtype, logprob.shape
-    if dtype not in (torch.float32, torch.float64):
+    if dtype not in _FLOATS:
         raise TypeError(f"policy_loss: logprob is {dtype}; pass float32 log-probs")
     if len(shape) != 1:
         raise ValueError(f"policy_loss: logprob {tuple(shape)} must be [T], one row a response token; drop the padding")
-    if rewards is not None:
-        _check_table(rewards, shape[0])
-    floats = (torch.float32, torch.float64)
-    kinds = {"rewards": floats, "group": _INTEGERS, "sample": _INTEGERS, "mask": (torch.bool,)}
+    kinds = {"rewards": _FLOATS, "group": _INTEGERS, "sample": _INTEGERS, "mask": (torch.bool,)}
     for name, x in zip(Rows._fields, rows, strict=True):
         if x is None:
             continue
@@ -265,15 +274,6 @@ def _check_rows(rows: Rows) -> None:
             raise ValueError(f"policy_loss: {name} is on {x.device}; move it to {logprob.device}, where logprob is")
         if name != "rewards" and x.shape != shape:
             raise ValueError(f"policy_loss: {name} {tuple(x.shape)} must be [{shape[0]}], one entry a row of logprob")
-
-
-def _check_table(rewards: Tensor, rows: int) -> None:
-    if rewards.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"policy_loss: rewards is {rewards.dtype}; pass float32")
-    if rewards.dim() != 2:
-        raise ValueError(f"policy_loss: rewards {tuple(rewards.shape)} must be [P, G], one row a prompt")
-    if rows and not rewards.numel():
-        raise ValueError(f"policy_loss: rewards {tuple(rewards.shape)} is empty; pass the table the rows point into")
 
 
 def _check_options(rows: Rows, denominator: float, options: PolicyLossOptions) -> None:

@@ -37,9 +37,9 @@ REPAIR_GAP = 118 * 0.6931471805599453
 """Nats between the largest logit and the target's above which a row takes ``b = gap``: E would pass 2^60."""
 
 
-ENTROPY_BLOCK = 1 << 18
-"""Elements that the passes of entropy and softcap hold a second time, and a third; 1 MiB of float32, which a processor
-keeps in its cache."""
+ENTROPY_BLOCK = 1 << 16
+"""Elements of a block of whole rows, of which the passes of entropy and softcap hold up to four beside the workspace;
+256 KiB of float32, which a processor keeps in its cache."""
 
 
 CERTAIN = 0.75
@@ -340,7 +340,8 @@ def add_bias_gradient(
 
 
 def patch_target(e: Tensor, index: Tensor, odds: Tensor) -> None:
-    """Write ``E[i, y_i] = -S_i`` into a stored chunk [C, V], for targets ``index`` [C] in range; no softcap.
+    """Write ``E[i, y_i] = -S_i`` into a stored chunk [C, V], for targets ``index`` [C] in range; with a softcap,
+    ``odds`` is S times the target's slope.
 
     Then -a * (E @ W) and -E^T @ (a * h) hold the target's term as well, and the backward is called with ``pull`` = 0:
     -a * -S = t. It saves the row gather and the ordered sum and rounds the term to E's dtype: in bfloat16 at high

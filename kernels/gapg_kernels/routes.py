@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gapg_kernels import reference
+from gapg_kernels import head, reference
 from gapg_kernels.reference import RowOdds
 from gapg_kernels.tiles import TILES, Capability
 
@@ -22,6 +22,8 @@ def uses_kernel(hidden: Tensor) -> bool:
 
 def route(hidden: Tensor) -> Route:
     """The forward for these hidden states. Triton is imported only where it runs."""
+    if not len(hidden):  # TMA has no descriptor of no rows
+        return reference.plain_odds
     if uses_kernel(hidden):
         from gapg_kernels.odds_gemm import fused_odds
 
@@ -34,10 +36,11 @@ def route(hidden: Tensor) -> Route:
 
 
 def describe(where: torch.device | str | Tensor, weight: Tensor | None = None) -> str:
-    """Which forward the fused heads take, and why, in one line: for hidden [T, H], with its weight [V, H] if given, or
-    on a device for bfloat16."""
+    """Which forward the fused heads take, and why, in one line: for hidden [T, H], with its weight [V, H] if given,
+    under the autocast that is on; or on a device for bfloat16."""
     if isinstance(where, Tensor):
-        device, dtype, width = where.device, where.dtype, where.shape[-1]
+        dtype = head.follow_autocast(where.new_empty(0)).dtype
+        device, width = where.device, where.shape[-1]
     else:
         device, dtype, width = torch.device(where), torch.bfloat16, 16
     other = dtype if weight is None else weight.dtype
@@ -60,6 +63,8 @@ def _obstacle(device: torch.device, dtype: torch.dtype, width: int) -> str | Non
     """Why the fused GEMM does not take hidden states of this kind and width H; None: it does."""
     if device.type != "cuda":
         return f"the Triton kernels need CUDA; this is {device.type}"
+    if torch.version.hip is not None:  # PyTorch calls AMD's cards cuda too, and a gfx90a has the capability 9.0
+        return "the fused GEMM is for NVIDIA's cards; this is AMD's"
     if dtype != torch.bfloat16:
         return f"the fused GEMM is for bfloat16; this is {_name(dtype)}"
     if width % 16:

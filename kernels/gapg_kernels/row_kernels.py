@@ -101,7 +101,9 @@ def row_sum_kernel(
     odds = _block_sums(partial_ptr, rows, C, blocks, BR, BB)
     logit = tl.load(logit_ptr + rows, mask=inside, other=0.0)
     odds = tl.where(logit != logit, logit, odds)  # a target out of range is NaN even where V = 1 left no other column
-    # A masked row has S = 0 and log-prob 0 (0 - x, as -x would be -0).
+    masked = logit == float("inf")
+    odds = tl.where(masked, 0.0, odds)  # it is 0 but where the hidden state is NaN
+    # 0 - x, as -x would be -0
     logprob = 0.0 - _log1p(odds * 288230376151711744.0)  # 2^58
     unit = tl.full((BR,), 3.469446951953614e-18, tl.float32)  # 2^-58
     tl.store(logprob_ptr + rows, logprob, mask=inside)
@@ -110,7 +112,7 @@ def row_sum_kernel(
     if entropy_ptr is not None:
         mean = _block_sums(moment_ptr, rows, C, blocks, BR, BB) / (odds + unit)
         entropy = 0.0 - logprob - mean * 0.6931471805599453
-        tl.store(entropy_ptr + rows, tl.where(entropy < 0.0, 0.0, entropy), mask=inside)
+        tl.store(entropy_ptr + rows, tl.where(masked | (entropy < 0.0), 0.0, entropy), mask=inside)
 
 
 class TargetLogits(NamedTuple):

@@ -28,13 +28,12 @@ NARROW_VOCAB = 2048
 SOFTCAP_PART = 32
 AMPERE = {"wide": Tile(bm=128, bn=128, bk=64, group=16, part=64, warps=8, stages=4, programs=1, tma=False)}
 SMALL = {"wide": Tile(bm=128, bn=128, bk=64, group=16, part=64, warps=8, stages=3, programs=1, tma=False)}
-BLACKWELL = {
+HOPPER = {
     "wide": Tile(bm=128, bn=256, bk=64, group=16, part=128, warps=8, stages=4, programs=1, tma=True),
     "narrow": Tile(bm=128, bn=128, bk=64, group=16, part=64, warps=8, stages=4, programs=1, tma=True),
-}
-HOPPER = BLACKWELL | {
     "pair": Tile(bm=128, bn=128, bk=64, group=16, part=64, warps=4, stages=3, programs=2, tma=True),
 }
+BLACKWELL = {"wide": HOPPER["wide"]._replace(part=64), "narrow": HOPPER["narrow"]}
 TILES: dict[Capability, dict[str, Tile]] = {
     (8, 0): AMPERE, (8, 6): SMALL, (8, 9): SMALL, (9, 0): HOPPER, (10, 0): BLACKWELL, (12, 0): SMALL,
 }  # fmt: skip
@@ -43,10 +42,11 @@ None of it has been timed on a card yet: `bench/tiles.py` does. All are compiled
 of shared memory: 163 KiB on sm_80, 99 KiB on sm_86, 89 and 120, 227 KiB on sm_90 and 100.
 
 wide: the largest tile whose float32 accumulator fits the registers of 8 warps beside an epilogue (sm_100 has memory of
-    its own for it). On sm_90 four stages of 48 KiB leave room for half of E's tile and not for a fifth stage. 128 * 16
-    rows and 256 columns for each of 132 programs are nearly a square, which reads the least from memory: with groups of
-    8 the weight is read twice as often. The group's hidden states, 16 MiB at H = 4,096, fit L2. Without TMA 128 x 256
-    spills with triton 3.6.0 (sm_80), or leaves nothing of 99 KiB for the epilogue: 128 columns for every V there.
+    its own for it; with a part of 128 columns it spills there where 16 does not divide V). On sm_90 four stages of
+    48 KiB leave room for half of E's tile and not for a fifth stage. 128 * 16 rows and 256 columns for each of 132
+    programs are nearly a square, which reads the least from memory: with groups of 8 the weight is read twice as often.
+    The group's hidden states, 16 MiB at H = 4,096, fit L2. Without TMA 128 x 256 spills with triton 3.6.0 (sm_80), or
+    leaves nothing of 99 KiB for the epilogue: 128 columns for every V there.
 narrow: a vocabulary of up to 2,048 has at most 8 wide tiles, so that most of the 132 processors would stand idle
     below 2,048 rows, and one of 128 or less would waste half of each.
 pair: two programs share a multiprocessor, which leaves each 256 registers a thread and 113 KiB of shared memory, and

@@ -68,11 +68,23 @@ def test_every_tile_is_timed_beside_a_bare_product_and_held_to_float64(tmp_path:
     assert done.stdout.count(" wins; narrow is what a call takes") == len(cases)
 
 
+REFUSED = """
+import sys
+import tiles
+for shape in ("150,80,600", "160,72,600"):
+    sys.argv = ["tiles.py", "--shape", shape, "--output", sys.argv[-1]]
+    try:
+        tiles.main()
+    except SystemExit as stop:
+        print(stop.code)
+"""
+
+
 def test_a_shape_that_does_not_fit_is_refused_in_a_line(tmp_path: Path) -> None:
-    for shape, why in (("150,80,600", "T must be a multiple of 16"), ("160,72,600", "an H that is a multiple of 16")):
-        done = sweep(tmp_path, shape)
-        assert done.returncode == 2 and not list(tmp_path.iterdir())
-        assert why in done.stderr.splitlines()[-1]
+    done = python("-c", REFUSED, str(tmp_path))
+    assert not list(tmp_path.iterdir()) and done.stdout.split() == ["2", "2"]
+    said = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert "T must be a multiple of 16" in said[0] and "an H that is a multiple of 16" in said[1] and len(said) == 2
 
 
 PROBLEM = """
@@ -92,27 +104,52 @@ found = {}
 """
 
 
-def faults(program: str) -> dict[str, Any]:
-    """What a program finds out about the problem."""
-    done = python("-c", f"{PROBLEM}{program}\njson.dump(found, sys.stdout)")
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+FAULTS = """
+odds = fused_odds(chunk.hidden, chunk.weight, None, chunk.target, 1.0, chunk.e)
+seen, right = functools.partial(tiles.errors, chunk, want, odds), chunk.e.clone()
+found["right"] = seen()["e_error"]
+chunk.e[:, [3, 30]] = chunk.e[:, [30, 3]]
+found["two columns exchanged"] = seen()["e_error"]
+found["rows"] = []
+for row in range(272):
+    chunk.e.copy_(right)
+    chunk.e[row, 7] += chunk.e[row].sum() / 100
+    found["rows"].append(seen()["e_error"])
 
+calls = [None, None]  # the third raises
+runs = {"torch.mm": lambda: None, "wide": calls.pop, "pair": lambda: None}
+found["one"] = tiles.timings(chunk, runs, 3)
+found["all"] = tiles.timings(chunk, dict.fromkeys(["torch.mm", "wide"], lambda: 1 / 0), 3)
+found["winner"] = [tiles.winner(40, found[name]) for name in ("one", "all")]
 
-def test_a_tile_that_is_wrong_is_an_error_row_and_is_not_timed() -> None:
-    found = faults("""
+def named(checked):
+    runs, rows = checked
+    return list(runs), rows
+
 wrong = want.clone()
 wrong[70] += 1e-4
-found["a log-prob"] = tiles.check(chunk, wrong)
+found["a log-prob"] = named(tiles.check(chunk, wrong))
 
 def forgetful(*arguments, tile):
     *arguments, e = arguments
     return fused_odds(*arguments, None if tile == tiles.HERE["pair"] else e, tile=tile)
 
 tiles.fused_odds = forgetful  # the others have left in E what the pair tile does not write
-found["no E"] = tiles.check(chunk, want)
-found = {fault: [list(runs), rows] for fault, (runs, rows) in found.items()}""")
+found["no E"] = named(tiles.check(chunk, want))
+json.dump(found, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """What a program finds out about the problem, in which one thing after another is wrong."""
+    done = python("-c", PROBLEM + FAULTS)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def test_a_tile_that_is_wrong_is_an_error_row_and_is_not_timed(found: dict[str, Any]) -> None:
     runs, rows = found["a log-prob"]
     assert runs == ["torch.mm"] and [row["impl"] for row in rows] == ["wide", "narrow", "pair"]
     for row in rows:
@@ -123,29 +160,12 @@ found = {fault: [list(runs), rows] for fault, (runs, rows) in found.items()}""")
     assert row["impl"] == "pair" and row["error"].startswith("ArithmeticError: e_error is nan and may be 1.")
 
 
-def test_a_fault_in_any_row_of_e_is_seen() -> None:
-    found = faults("""
-odds = fused_odds(chunk.hidden, chunk.weight, None, chunk.target, 1.0, chunk.e)
-seen, right = functools.partial(tiles.errors, chunk, want, odds), chunk.e.clone()
-found["right"] = seen()["e_error"]
-chunk.e[:, [3, 30]] = chunk.e[:, [30, 3]]
-found["two columns exchanged"] = seen()["e_error"]
-found["rows"] = []
-for row in range(272):
-    chunk.e.copy_(right)
-    chunk.e[row, 7] += chunk.e[row].sum() / 100
-    found["rows"].append(seen()["e_error"])""")
+def test_a_fault_in_any_row_of_e_is_seen(found: dict[str, Any]) -> None:
     assert found["right"] < 2e-6 and found["two columns exchanged"] > 0.1
     assert len(found["rows"]) == 272 and min(found["rows"]) > 0.005
 
 
-def test_what_fails_while_it_is_timed_is_an_error_row_and_the_rest_is_timed() -> None:
-    found = faults("""
-calls = [None, None]  # the third raises
-runs = {"torch.mm": lambda: None, "wide": calls.pop, "pair": lambda: None}
-found["one"] = tiles.timings(chunk, runs, 3)
-found["all"] = tiles.timings(chunk, dict.fromkeys(["torch.mm", "wide"], lambda: 1 / 0), 3)
-found["winner"] = [tiles.winner(40, found[name]) for name in ("one", "all")]""")
+def test_what_fails_while_it_is_timed_is_an_error_row_and_the_rest_is_timed(found: dict[str, Any]) -> None:
     times = [row for row in found["one"] if "error" not in row]
     assert [(row["impl"], len(row["samples"])) for row in times] == [("torch.mm", 3), ("pair", 3)]
     assert [(row["impl"], row["error"]) for row in found["one"] if "error" in row] == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from gapg_kernels import reference, routes
 from gapg_kernels.chunks import pitch
+from gapg_kernels.cublas_odds import cublas_odds
 from gapg_kernels.fused_policy_loss import fused_policy_loss
 from gapg_kernels.linear_logprob import linear_logprob
 from gapg_kernels.odds_gemm import fused_odds
@@ -201,14 +203,15 @@ def test_every_run_gives_the_same_bits(name: str, dtype: torch.dtype) -> None:
 def by_tile(
     x: Inputs, name: str, store: bool, entropy: bool = False, softcap: float | None = None
 ) -> tuple[RowOdds, Tensor | None]:
-    """The fused GEMM with this tile, and E with its padding, all of which holds 7 before the call; None: not stored."""
-    if not routes.uses_kernel(x.hidden):
+    """The fused GEMM with this tile, or "cuBLAS" and its pass; and E with its padding, all of which holds 7 before the
+    call; None: not stored."""
+    if name in CARD and not routes.uses_kernel(x.hidden):
         pytest.skip("the fused GEMM has no tiles for this card")
     vocab = x.weight.shape[0]
     e = x.hidden.new_full((x.hidden.shape[0], pitch(vocab, x.hidden.dtype)), 7.0) if store else None
     view = None if e is None else e[:, :vocab]
-    tile = CARD[name]
-    return fused_odds(x.hidden, x.weight, x.bias, x.target, x.temperature, view, entropy, softcap, tile=tile), e
+    forward = cublas_odds if name == "cuBLAS" else functools.partial(fused_odds, tile=CARD[name])
+    return forward(x.hidden, x.weight, x.bias, x.target, x.temperature, view, entropy, softcap), e
 
 
 @pytest.mark.parametrize("nats", ENTROPIES)
@@ -244,6 +247,31 @@ def test_a_softcap_with_every_tile_against_float64(nats: float, cap: float) -> N
         scales = reference.row_scales(x.grad, rows.odds, rows.unit, index, x.temperature, rows.slope)
         hidden = reference.hidden_gradient(e[:, :5003], x.weight, index, scales, torch.bfloat16)
         assert error(hidden.cpu(), want.hidden) < 3 * 2**-9, tile
+
+
+@pytest.mark.parametrize("cap", [None, 30.0])
+@pytest.mark.parametrize("nats", ENTROPIES)
+def test_a_chunk_with_most_targets_far_below_the_rest(nats: float, cap: float | None) -> None:
+    """The repair's two products, of several tiles of rows and several spans of columns, by every forward."""
+    near, vocab, target = 20, 5003, torch.full((200,), 7)
+    inputs = inputs_at(nats, rows=200, width=128, vocab=vocab, temperature=0.3)
+    target[:near] = torch.where(inputs.target[:near] == 7, 8, inputs.target[:near])
+    inputs = inputs._replace(target=target, bias=torch.zeros(vocab).index_fill_(0, target[-1:], -1e4))
+    x, want, tolerance = on_device(inputs), capped_truth(inputs, cap), logprob_tolerance(inputs)
+    for name in (*CARD, "cuBLAS"):
+        (alone, _), (rows, e) = (by_tile(x, name, store, entropy=True, softcap=cap) for store in (False, True))
+        assert e is not None and rows.entropy is not None and (e[:, vocab:] == 7.0).all(), name
+        assert torch.equal(rows.unit.cpu() != reference.UNIT, target == 7), name
+        assert torch.equal(alone.logprob[near:], rows.logprob[near:]), name
+        torch.testing.assert_close(rows.logprob.double().cpu(), want.logprob, rtol=1e-5, atol=tolerance)
+        wrong = (rows.entropy.cpu() - want.entropy).abs()
+        assert (wrong <= tolerance + 1e-6 * (1 + want.gap * (target != 7))).all(), name
+        scales = reference.row_scales(x.grad, rows.odds, rows.unit, x.target, x.temperature, rows.slope)
+        hidden = reference.hidden_gradient(e[:, :vocab], x.weight, x.target, scales, torch.float32)
+        weight = reference.add_weight_gradient(None, e[:, :vocab], x.hidden, x.target, scales)
+        for row in range(near, 200, 30):
+            assert error(hidden[row].cpu(), want.hidden[row]) < 3 * 2**-9, name
+        assert error(hidden.cpu(), want.hidden) < 3 * 2**-9 and error(weight.cpu(), want.weight) < 3 * 2**-9, name
 
 
 @pytest.mark.parametrize("store", [True, False])

@@ -116,11 +116,12 @@ def far() -> Inputs:
 
 
 def tiles() -> dict[str, Tile]:
-    """The tiles of every card that are not the same to the interpreter, where warps and stages do not exist."""
+    """The tiles of every card that are not the same to the interpreter, where warps and stages do not exist; of those
+    that differ by PART one, as every PART is a recursion of the same kind."""
     found: dict[Any, tuple[str, Tile]] = {}
     for (major, minor), table in TILES.items():
         for name, tile in table.items():
-            found.setdefault(tile._replace(warps=0, stages=0, programs=0), (f"sm_{major}{minor} {name}", tile))
+            found.setdefault(tile._replace(part=0, warps=0, stages=0, programs=0), (f"sm_{major}{minor} {name}", tile))
     return dict(found.values())
 
 

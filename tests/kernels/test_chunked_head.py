@@ -56,6 +56,15 @@ def test_only_the_gradients_that_are_needed(needs: tuple[bool, bool, bool]) -> N
         assert not need or error(got, exact) < 1e-5
 
 
+def test_a_patched_target_with_a_softcap_is_the_exact_one() -> None:
+    given, found = inputs(), []
+    for patch in (False, True):
+        head = ChunkedHead(given.weight, bias=given.bias, softcap=4.0, patch_target=patch)
+        found.append([*loop(given, head)[1], *head.gradients()])
+    for exact, patched in zip(*found, strict=True):
+        assert exact is not None and error(patched, exact.double()) < 1e-5
+
+
 def test_main_grad_is_added_to() -> None:
     given, main_grad = inputs(), torch.ones(500, 32)
     head = ChunkedHead(given.weight, bias=given.bias, temperature=0.7, main_grad=main_grad)
@@ -67,7 +76,7 @@ def test_main_grad_is_added_to() -> None:
 
 def test_no_rows() -> None:
     head = ChunkedHead(torch.randn(5, 4), bias=torch.zeros(5))
-    assert list(head.chunks(torch.empty(0, 4))) == list(head.chunks(torch.empty(0, 4), cuts=[0, 0])) == []
+    assert head.chunks(torch.empty(0, 4)) == head.chunks(torch.empty(0, 4), cuts=[0, 0]) == []
     weight, bias = head.gradients()
     assert weight is not None and bias is not None
     assert weight.shape == (5, 4) and bias.shape == (5,) and not weight.any() and not bias.any()
@@ -106,6 +115,31 @@ def test_a_chunk_goes_backward_once_and_before_the_next() -> None:
     looking = ChunkedHead(given.weight, needs=(False, False, False))
     with pytest.raises(ValueError, match="where needs is not all False"):
         looking.backward_chunk(looking.forward_chunk(given.hidden, given.target), given.grad)
+
+
+@pytest.mark.parametrize(
+    ("message", "shapes", "options"),
+    [
+        (r"grad \(60, 1\) must be \[60\]", [(60, 1)], {}),
+        (r"grad \(\) must be \[60\]", [()], {}),
+        (r"grad_entropy \(60,\) must be None: the head was not asked for it", [(60,), (60,)], {}),
+        (r"grad_log_odds \(60,\) must be \[60, 2\]", [(60,)] * 3, {"entropy": True, "mask_columns": (0, 1)}),
+        ("a patched target has a gradient by log-probs only", [(60,), (60,)], {"entropy": True, "patch_target": True}),
+    ],
+)
+def test_gradients_that_do_not_fit_the_chunk(message: str, shapes: list[tuple[int, ...]], options: Any) -> None:
+    given = inputs()
+    head = ChunkedHead(given.weight, **options)
+    chunk = head.forward_chunk(given.hidden, given.target)
+    with pytest.raises(ValueError, match=message):
+        head.backward_chunk(chunk, *(torch.ones(shape) for shape in shapes))
+    assert head.backward_chunk(chunk, torch.ones(60).double()) is not None  # it is not used up; another type is taken
+
+
+def test_cuts_are_of_all_rows() -> None:
+    head = ChunkedHead(torch.randn(5, 4))
+    with pytest.raises(ValueError, match=r"cuts must ascend from 0 to 8, the number of rows, not \[0, 5\]"):
+        head.chunks(torch.empty(8, 4), cuts=[0, 5])
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,13 @@ def test_a_loss_keeps_its_statistics_itself() -> None:
     assert torch.stack(kept).amax().item() == pytest.approx((out.logprob - call["rows"]["old"]).exp().amax().item())
 
 
+def test_a_loss_may_change_what_it_is_given_in_place() -> None:
+    call = batch(20) | {"rows": {}, "entropy": True}
+    _, *want = gradients(call, loss=lambda logprob, entropy: (logprob.clamp(min=-3) + entropy * 2).sum())
+    _, *got = gradients(call, loss=lambda logprob, entropy: logprob.clamp_(min=-3).add_(entropy.mul_(2)).sum())
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
 def test_a_second_derivative_is_refused() -> None:
     call = batch(8)
     (grad,) = torch.autograd.grad(linear_loss(**call).loss ** 2, call["hidden"], create_graph=True)
@@ -228,7 +235,9 @@ CRITIC = nn.Linear(3, 1)
         (ValueError, r"cuts must ascend from 0 to 8, .* not \[1, 8\]", {"cuts": [1, 8]}),
         (ValueError, r"cuts must ascend from 0 to 8, .* not \[0, 6, 3, 8\]", {"cuts": [0, 6, 3, 8]}),
         (ValueError, r"cuts must ascend from 0 to 8, .* not \[\]", {"cuts": []}),
-        (TypeError, r"cuts is a tensor; pass host integers, such as", {"cuts": torch.tensor([0, 8])}),
+        (TypeError, r"cuts must be host integers, such as", {"cuts": torch.tensor([0, 8])}),
+        (TypeError, r"cuts must be host integers, such as", {"cuts": [0, 2.5, 8]}),
+        (TypeError, r"rows\['old'\] is list; pass a tensor of 8 rows", {"rows": {"old": [0.0] * 8}}),
         (ValueError, r"rows\['old'\] \(7,\) must be \[8, ...\]", {"rows": {"old": torch.zeros(7)}}),
         (ValueError, r"rows\['old'\] \(\) must be \[8, ...\]", {"rows": {"old": torch.tensor(1.0)}}),
         (ValueError, r"rows\['old'\] is on meta; move it to cpu", {"rows": {"old": torch.zeros(8, device="meta")}}),
@@ -253,6 +262,12 @@ CRITIC = nn.Linear(3, 1)
             {"loss": torch.compile(lambda logprob, **_: (logprob * CRITIC.weight.sum()).sum(), backend="aot_eager")},
         ),
         (TypeError, r"loss returned a tensor of shape \(8,\); return the chunk's sum", {"loss": lambda lp, **_: lp}),
+        (
+            TypeError,
+            r"linear_loss: the loss is called as loss\(logprob, old\): missing a required argument: 'advantage'",
+            {"rows": {"old": torch.zeros(8)}},
+        ),
+        (TypeError, r"called as loss\(.*, entropy\): got an unexpected keyword argument 'entropy'", {"entropy": True}),
         (TypeError, r"loss returned float; return the chunk's sum", {"loss": lambda lp, **_: lp.sum().item()}),
         (TypeError, r"loss returned NoneType", {"loss": lambda lp, **_: None}),
         (ValueError, r"the loss has no graph; make it of the log-probs", {"loss": lambda lp, **_: lp.detach().sum()}),
@@ -266,6 +281,10 @@ CRITIC = nn.Linear(3, 1)
         ),
         (ValueError, r"main_grad .* must be contiguous \(31, 6\) torch.float32", {"main_grad": torch.zeros(6, 31)}),
         (TypeError, r"linear_loss: float16 is too narrow", {"hidden": torch.zeros(8, H).half()}),
+        (TypeError, r"linear_loss: weight is a Linear; pass a tensor, such as lm_head.weight", {"weight": CRITIC}),
+        (ValueError, r"target is on meta; move it to cpu", {"target": torch.zeros(8, dtype=torch.long, device="meta")}),
+        (ValueError, r"main_grad .* on meta must be .* on cpu", {"main_grad": torch.zeros(V, H, device="meta")}),
+        (TypeError, r"bias is torch.bfloat16; pass torch.float32$", {"bias": torch.zeros(V).bfloat16()}),
     ],
 )
 def test_what_it_refuses_in_one_line(kind: type[Exception], message: str, changed: dict[str, Any]) -> None:

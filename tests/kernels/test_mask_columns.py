@@ -155,7 +155,7 @@ def test_a_masked_target_is_nan_and_spares_the_others() -> None:
     assert got.hidden.isnan().any(1).tolist() == out.logprob.isnan().tolist()
 
 
-@pytest.mark.parametrize("columns", [[300], [-1], [3, 3], list(range(300)), [1.0]])
+@pytest.mark.parametrize("columns", [[300], [-1], [3, 3], list(range(300)), [1.0], [True]])
 def test_columns_that_cannot_be_masked(columns: list[int]) -> None:
     inputs = inputs_at(2.0, rows=6, width=8, vocab=300, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"must be different ids in \[0, 300\), and not all of them"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compile_report import CARDS, RESERVED, kernels, sources
-from gapg_kernels import odds_gemm, reference, row_kernels
+from gapg_kernels import odds_gemm, reference, repair, row_kernels
 from gapg_kernels.tiles import HOPPER, TILES, tile_for
 from tests.kernels.odds_checks import (
     CASES,
@@ -163,23 +163,22 @@ def test_the_cases_reach_past_one_tile(interpreted: dict[str, Case]) -> None:
 
 
 def test_every_variant_is_compiled(figures: dict[str, Case]) -> None:
-    """For sm_90; for the other cards the largest of each kernel, the GEMM's without a softcap too."""
+    """For sm_90; for the other cards the largest of each kernel, the GEMM's without a softcap and for an odd V too."""
     variants = {f"odds_gemm_{tile}{store}{entropy}{bias}" for tile in HOPPER
                 for store in ("", "_store") for entropy in ("", "_entropy") for bias in ("", "_bias")}  # fmt: skip
     variants |= {f"odds_gemm_{tile}{rest}" for tile in HOPPER for rest in (
         "_softcap", "_store_softcap", "_store_entropy_bias_softcap", "_store_bias_float32_odd_vocab"
     )}  # fmt: skip
     others = {"target_logit", "row_sum", "row_sum_entropy", "odds_pass", "odds_pass_store", "policy_loss"}
-    others |= {"repair_sums", "repair_store", "which_rows", "repair_finish", "spread_entropy"}
+    others |= {"repair_sums", "repair_store", "which_rows", "repair_finish", "spread_entropy", "spread_entropy_float32"}
     everything = {
         "target_logit_softcap", "row_sum_entropy", "policy_loss_every_option", "add_statistics", "which_rows",
         "odds_pass_store_entropy_bias_softcap", "repair_sums_entropy_bias_softcap", "spread_entropy",
     }  # fmt: skip
     for major, minor in TILES.keys() - {(9, 0)}:
         card = f"sm_{major}{minor}"
-        tiles = {
-            f"odds_gemm_{tile}_store_entropy_bias{cap}" for tile in TILES[major, minor] for cap in ("", "_softcap")
-        }
+        largest = ("store_entropy_bias", "store_entropy_bias_softcap", "store_bias_float32_odd_vocab")
+        tiles = {f"odds_gemm_{tile}_{rest}" for tile in TILES[major, minor] for rest in largest}
         others |= {f"{card} {name}" for name in tiles | everything}
     assert variants | others <= figures.keys()
 
@@ -253,7 +252,17 @@ def test_a_kernels_text_and_its_tiles_are_in_the_hash_and_the_lines_above_it_are
     assert changed == {"gapg_kernels.odds_gemm.odds_gemm_kernel", "launches"}
 
 
-@pytest.mark.parametrize("kernel", [row_kernels.row_sum_kernel, odds_gemm.odds_gemm_kernel], ids=str)
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        row_kernels.row_sum_kernel,
+        odds_gemm.odds_gemm_kernel,
+        repair.which_rows_kernel,
+        repair.repair_sums_kernel,
+        repair.repair_finish_kernel,
+    ],
+    ids=str,
+)
 def test_the_number_of_rows_never_chooses_the_order_of_a_rows_sums(kernel: Any) -> None:
     """Triton lays the sums of a tile out anew where C is 1 or a multiple of 16, unless it is told not to look at C."""
     (rows,) = [argument for argument in kernel.params if argument.name == "C"]

@@ -53,6 +53,20 @@ def test_the_fused_loss_takes_them_too() -> None:
     assert outside[0].isnan()
 
 
+def test_a_table_and_its_indices_have_their_types() -> None:
+    logprob, index, table = torch.zeros(3), torch.zeros(3, dtype=torch.int64), torch.zeros(1, 2)
+    for caller, arguments in (("policy_loss", (logprob,)), ("fused_policy_loss", head(3))):
+        function: Any = fused_policy_loss if caller[0] == "f" else row_losses
+        for wrong, why in (
+            ({"advantage": table.bfloat16()}, "advantage is torch.bfloat16; pass torch.float32"),
+            ({"rewards": table.long()}, "rewards is torch.int64; pass torch.float32"),
+            ({"advantage": table, "sample": logprob}, "sample is torch.float32; pass torch.int64"),
+            ({"advantage": table[:0]}, r"advantage \(0, 2\) is empty"),
+        ):
+            with pytest.raises((TypeError, ValueError), match=f"^{caller}: {why}"):
+                function(*arguments, **{"group": index, "sample": index} | wrong, denominator=DENOMINATOR)
+
+
 def test_what_does_not_fit_is_an_error() -> None:
     logprob, index = torch.zeros(3), torch.zeros(3, dtype=torch.int64)
     table = torch.zeros(1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gapg_kernels import cublas_odds, odds_gemm, reference, routes
+from gapg_kernels.fused_policy_loss import fused_policy_loss
+from gapg_kernels.linear_logprob import linear_logprob
+from gapg_kernels.linear_loss import linear_loss
 from gapg_kernels.tiles import TILES, Capability, tile_for
 
 
@@ -63,6 +67,49 @@ def test_what_tensors_get_and_why(card: Callable[[Capability], None]) -> None:
     for hidden, weight in ((on_card(64, torch.float16), None), (bf16, on_card(64, torch.float16))):
         assert routes.describe(hidden, weight).startswith("refused: float16 is too narrow")
     assert routes.describe(f32, bf16) == "refused: hidden is float32 and weight bfloat16; pass hidden.to(weight.dtype)"
+
+
+def test_an_amd_card_is_none_of_the_table(card: Callable[[Capability], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    card((9, 0))  # what PyTorch says of a gfx90a
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    hidden = on_card(64, torch.bfloat16)
+    assert routes.route(hidden) is cublas_odds.cublas_odds
+    assert routes.describe(hidden).endswith("(the fused GEMM is for NVIDIA's cards; this is AMD's)")
+
+
+def test_no_rows_take_no_kernel(card: Callable[[Capability], None]) -> None:
+    card((9, 0))
+    for dtype in (torch.bfloat16, torch.float32):
+        assert routes.route(torch.empty(0, 64, dtype=dtype, device="cuda")) is reference.plain_odds
+
+
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16], ids=str)
+def test_the_line_is_that_of_the_autocast_that_is_on(weight: torch.dtype) -> None:
+    hidden, lm_head = torch.zeros(2, 16), torch.zeros(3, 16, dtype=weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        line = routes.describe(hidden, lm_head)
+    assert line == routes.describe(hidden.bfloat16(), lm_head) != routes.describe(hidden, lm_head)
+    with torch.autocast("cpu", torch.float16):
+        assert routes.describe(hidden, lm_head).startswith("refused: float16")
+
+
+def test_a_forward_gets_temperature_and_softcap_as_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton would compile another kernel for an integer, and another one for 1."""
+    given: list[Any] = []
+
+    def plain_odds(*arguments: Any) -> reference.RowOdds:
+        given.append((arguments[4], arguments[7]))
+        return reference.plain_odds(*arguments)
+
+    monkeypatch.setattr(routes, "route", lambda hidden: plain_odds)
+    hidden, weight, target = torch.randn(4, 16, requires_grad=True), torch.randn(9, 16), torch.arange(4)
+    options: dict[str, Any] = {"temperature": 1, "softcap": 30}
+    linear_logprob(hidden, weight, target, **options, workspace_bytes=256).sum().backward()
+    linear_loss(hidden, weight, target, lambda logprob: logprob.sum(), **options)
+    rows = torch.zeros(4, dtype=torch.long)
+    fused_policy_loss(hidden, weight, target, torch.tensor([[1.0, 0.0]]), rows, rows, denominator=2, **options)
+    assert len(given) > 4, "one forward computes E twice, in more than one chunk"
+    assert all(type(x) is float for pair in given for x in pair)
 
 
 def test_without_cuda_it_is_plain_pytorch() -> None:

@@ -208,8 +208,7 @@ def test_the_entropys_gradient_with_the_targets_term(interpreted: dict[str, dict
 
 @pytest.mark.parametrize("nats", ["0.35", "0.1", "0.0"])
 def test_a_nearly_certain_token_that_is_not_the_target(interpreted: dict[str, dict[str, Case]], nats: str) -> None:
-    """The entropy's part alone, row by row, and when that is: the same in both. A rounded E has a log that is off by 2^-9 there,
-    far more than it is."""
+    """The entropy's part alone, row by row. The log of a rounded E is off by 2^-9 there, far more than it is itself."""
     case = interpreted["entropy"][f"{nats} nats, aside"]
     inputs, rest = Inputs(**case["inputs"]), case["rest"]
     vocab = len(inputs.weight)

@@ -47,7 +47,7 @@ class TransformersEngine:
         self.eos_ids = tuple(sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None}))
         self._stop_tokens = lru_cache(self._find_stop_tokens)
         weights = model.state_dict()
-        self._load(weights, model.dtype)  # in the trainer's type, as rounding would hide a wrong cache
+        self._load(weights, torch.float32)  # whatever the trainer's type: rounding would hide a wrong cache
         self._pads = check_decoding(self.model)
         self.sync(weights)
 
