@@ -52,6 +52,13 @@ RESERVED = {
 }
 """Keys that a study sets itself, and what to do instead."""
 
+LATER: dict[str, tuple[Any, Any]] = {
+    **dict.fromkeys(("deterministic", "model.compile", "optim.offload", "warm_start.optim.offload"), (False, None)),
+    "model.parameters": ("float32", None),
+    "model.liger": ("auto", False),
+}
+"""Settings that runs were named without: the default, and what stood there before (None: nothing)."""
+
 HOW_IT_RUNS = (
     "output_dir", "threads", "tensorboard", "wandb", "checkpoint_every", "keep_checkpoints", "eval.every",
     "warm_start.checkpoint_every", "rollout.max_rows", "rollout.vllm_args", "oracle.cache", "oracle.account",
@@ -189,9 +196,24 @@ def _alone(folder: Path) -> Iterator[None]:
 def _identity(config: RunConfig, controller: str | None) -> dict[str, Any]:
     """What a run is named by. Dotted keys, two levels deep: what lies deeper is one value."""
     flat: dict[str, Any] = {"controller": controller}
-    for key, value in config.model_dump(mode="json").items():
+    for key, value in _settings(config).items():
         flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
     return {key: _lasting(value) for key, value in flat.items() if key not in HOW_IT_RUNS}
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """All of a run's. A run keeps its name when a setting comes: those of `LATER` count where they are not as then."""
+    settings = config.model_dump(mode="json")
+    for path, (now, before) in LATER.items():
+        *above, name = path.split(".")
+        section = settings
+        for key in above:
+            section = section.get(key) or {}
+        if section.get(name) == now and before is None:
+            del section[name]
+        elif section.get(name) == now:
+            section[name] = before
+    return settings
 
 
 def _lasting(value: Any) -> Any:
@@ -201,12 +223,12 @@ def _lasting(value: Any) -> Any:
 
 def _warm_identity(config: RunConfig) -> dict[str, Any]:
     """What a warm start depends on."""
-    assert config.warm_start is not None
+    settings = _settings(config)
     return {
         "seed": config.seed,
-        "task": config.task.model_dump(mode="json"),
-        "model": config.model.model_dump(mode="json", exclude={"lora"}),
-        "warm_start": config.warm_start.model_dump(mode="json", exclude={"checkpoint_every"}),
+        "task": settings["task"],
+        "model": {key: value for key, value in settings["model"].items() if key != "lora"},
+        "warm_start": {key: value for key, value in settings["warm_start"].items() if key != "checkpoint_every"},
         "eval.problems": config.eval.problems,
         "token_cap": config.token_cap,
         "rollout.max_prompt_tokens": config.rollout.max_prompt_tokens,
