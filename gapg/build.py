@@ -174,8 +174,8 @@ def check_run(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase)
     _check_vllm_length(config)
     if rollout.engine == "vllm" and config.model.compile and device().type == "cpu":
         raise ConfigError(
-            "model.compile=true: vLLM's engine on a CPU turns compilation off in this process; set model.compile=false, "
-            "or rollout.engine=transformers"
+            "model.compile=true: vLLM's engine on a CPU turns compilation off in this process; set "
+            "model.compile=false, or rollout.engine=transformers"
         )
     if rollout.longest > config.token_cap:
         raise ConfigError(
