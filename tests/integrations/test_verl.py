@@ -36,7 +36,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         ...
 linear_cross_entropy = LinearCrossEntropy.apply
 """
-"""verl/utils/kernel/linear_cross_entropy.py of verl 0.9.1 (the wheel on PyPI; Apache-2.0), its arguments alone."""
+"""verl/utils/kernel/linear_cross_entropy.py of verl 0.9.1 (the wheel; Apache-2.0), its arguments alone."""
 
 CALLS = {
     "linear_cross_entropy(hidden_states, self.lm_head.weight, rolled_labels, temperature, 'none')",
