@@ -1,6 +1,6 @@
 """One of two ranks that share an LM head and have rows of their own: d(weight) and d(bias) by FSDP and by our heads.
 
-python tests/kernels/sharded_head.py RANK FOLDER     # one process a rank; each saves FOLDER/RANK.pt
+python -m tests.kernels.sharded_head RANK FOLDER     # one process a rank; each saves FOLDER/RANK.pt
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from gapg_kernels.policy_loss import DEFAULTS, PolicyLossOptions
 from gapg_kernels.policy_loss_reference import Rows
 from tests.kernels.counting import arguments_of
 from tests.kernels.float64_oracle import error
+from tests.kernels.two_ranks import on_two_ranks
 
 T, H, V = 6, 16, 40
 ROWS = ("coefficient", "old_logprob", "rollout_logprob", "reference_logprob")
@@ -109,16 +108,7 @@ def test_a_dtensor_is_refused_in_the_same_words_wherever_it_is_passed(mesh: Devi
 
 def test_ranks_with_rows_of_their_own_get_the_gradient_that_fsdp_gives_them(tmp_path: Path) -> None:
     """As the refusal says. Plain `full_tensor()` would give each part of the weight one rank's gradient only."""
-    script = [sys.executable, str(Path(__file__).with_name("sharded_head.py"))]
-    ranks = [subprocess.Popen([*script, rank, str(tmp_path)], stderr=subprocess.PIPE, text=True) for rank in ("0", "1")]
-    try:
-        complaints = [process.communicate(timeout=120)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], complaints
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for found in on_two_ranks("sharded_head", tmp_path):
         average = [x.double() for x in found.pop("FSDP")]
         assert len(found) == 6
         for name, gradients in found.items():

@@ -3,8 +3,6 @@
 import doctest
 import importlib
 import pkgutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gapg_kernels
 from gapg_kernels import LogprobHead, linear_logprob
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.kernels.two_ranks import on_two_ranks
 
 
 def test_every_name_is_a_function_or_a_class_that_says_what_it_is() -> None:
@@ -117,19 +114,7 @@ def test_it_compiles_into_one_graph_for_any_number_of_rows() -> None:
 
 @pytest.mark.slow
 def test_ddp_and_fsdp2_train_it_as_any_module(tmp_path: Path) -> None:
-    script = [sys.executable, "-m", "tests.kernels.module_on_ranks"]
-    ranks = [
-        subprocess.Popen([*script, rank, str(tmp_path)], stderr=subprocess.PIPE, text=True, cwd=ROOT)
-        for rank in ("0", "1")
-    ]
-    try:
-        complaints = [process.communicate(timeout=120)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], complaints
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for found in on_two_ranks("module_on_ranks", tmp_path):
         plain = found.pop("plain")
         assert set(found) == {"DDP", "DDP, its loss", "FSDP2", "FSDP2, its loss"}
         for name, grads in found.items():
