@@ -258,7 +258,7 @@ def _mask(weight: Tensor, bias: Tensor | None, columns: Sequence[int]) -> tuple[
         raise ValueError(
             f"mask_columns {ids[:8]} must be different ids in [0, {vocab}), and not all of them: host integers"
         )
-    index = torch.tensor(ids, device=weight.device, dtype=torch.int64)
+    index = torch.tensor(ids, dtype=torch.int64).to(weight.device, non_blocking=True)  # else it waits for the device
     wide = sum_dtype(weight.dtype)
     masked = weight.new_zeros(vocab, dtype=wide) if bias is None else bias.detach().to(wide, copy=True)
     return index, masked.index_fill_(0, index, -torch.inf)

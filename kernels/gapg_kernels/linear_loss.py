@@ -165,7 +165,8 @@ class _Loss(torch.autograd.Function):
                 log_odds[part] = chunk.log_odds
             named = {name: x[part] for name, x in rows.items()}
             if cuts is not None:
-                named["cuts"] = hidden.new_tensor(_within(cuts, part), dtype=torch.int64)
+                own = torch.tensor(_within(cuts, part), dtype=torch.int64)
+                named["cuts"] = own.to(hidden.device, non_blocking=True)  # else each chunk waits for the device
             value, gradients = _evaluate(loss, chunk, named, any(chunked.needs))
             total += value
             if gradients is not None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gapg_kernels import cublas_odds, entropy_gradient, odds_gemm, reference, routes
 from gapg_kernels.chunks import ChunkPlan, pitch
@@ -252,3 +253,36 @@ def test_what_is_alive_on_a_cpu_stays_within_the_workspace(options: dict[str, An
     gradients, blocks = 4 * width * (rows + 2 * vocab), 4 * 4 * ENTROPY_BLOCK
     assert room < work.peak + (1 << 20) and work.peak <= room + gradients + blocks + 4 * width * rows + 60 * vocab
     assert room < 4 * rows * vocab / 5, "several chunks"
+
+
+class _Copies(TorchDispatchMode):
+    """Which copies from the host to the device would wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if (
+            func is torch.ops.aten._to_copy.default
+            and args[0].device.type == "cpu"
+            and kwargs.get("device") is not None
+        ):
+            self.waits.append(not kwargs.get("non_blocking"))
+        return func(*args, **kwargs)
+
+
+def test_what_linear_loss_brings_to_the_device_waits_for_nothing() -> None:
+    """The masked columns once, the cuts once a chunk."""
+
+    def loss(logprob: torch.Tensor, log_odds: torch.Tensor, cuts: torch.Tensor) -> torch.Tensor:
+        return logprob.sum() + log_odds.sum()
+
+    hidden, weight = meta(8, 16, dtype=torch.float32).requires_grad_(), meta(64, 16, dtype=torch.float32)
+    with _Copies() as copies:
+        linear_loss(
+            hidden, weight, meta(8, dtype=torch.int64), loss, cuts=[0, 2, 4, 6, 8], mask_columns=[3],
+            workspace_bytes=4 * 64 * 4,
+        )  # fmt: skip
+    assert copies.waits == [False] * 3
