@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -20,7 +21,6 @@ from types import ModuleType
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -152,19 +152,30 @@ def test_a_reduction_is_of_the_log_probs_alone(reduction: str) -> None:
     torch.testing.assert_close(by_value, by_each)
 
 
-def test_what_it_cannot_do_is_said() -> None:
+SPLIT = """
+import torch, torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # one process that believes in two
+from gapg.integrations.verl import linear_cross_entropy
+
+dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=2)
+inputs = torch.randn(4, 8), torch.randn(16, 8), torch.randint(16, (4,)), 1.0, "none"
+linear_cross_entropy(*inputs, dist.new_group([0]))
+print("alone: computed")
+linear_cross_entropy(*inputs, dist.group.WORLD)
+"""
+
+
+def test_a_vocabulary_split_over_ranks_is_refused() -> None:
+    """In a process of its own: a process has one default group, and an engine that ran here before has taken it."""
+    ran = subprocess.run([sys.executable, "-c", SPLIT], capture_output=True, text=True, timeout=120)
+    assert ran.stdout == "alone: computed\n"
+    assert ran.stderr.endswith("the odds form needs the whole vocabulary on a rank; use TP size 1\n")
+
+
+def test_another_reduction_is_refused() -> None:
     hidden, weight, labels = torch.randn(4, 8), torch.randn(16, 8), torch.randint(16, (4,))
     with pytest.raises(ValueError, match="reduction must be none, sum or mean, not 'max'"):
         verl.linear_cross_entropy(hidden, weight, labels, 1.0, "max")
-    store = dist.HashStore()
-    dist.init_process_group("fake", store=store, rank=0, world_size=2)
-    try:
-        with pytest.raises(ValueError, match="use TP size 1"):
-            verl.linear_cross_entropy(hidden, weight, labels, 1.0, "none", dist.group.WORLD)
-        alone = dist.new_group([0])
-        verl.linear_cross_entropy(hidden, weight, labels, 1.0, "none", alone)
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture
