@@ -9,7 +9,7 @@ from datetime import date
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -20,6 +20,7 @@ from gapg.config_sections import (
     Count,
     EvalConfig,
     LossConfig,
+    MarginalConfig,
     ModelConfig,
     OptimConfig,
     OracleConfig,
@@ -37,6 +38,9 @@ PRESETS = Path(__file__).parent / "configs"
 
 
 class RunConfig(Section):
+    method: Literal["gapg", "marginal"] = "gapg"
+    """`gapg`: the paper's, trained to one cloud budget. `marginal`: responses are sampled with help forbidden and the
+    decision is integrated out, for every budget at once and without a cloud; filter and controller are gapg's alone."""
     seed: Annotated[int, Field(ge=0)] = 0
     """All that is random in the run follows from it."""
     deterministic: bool = False
@@ -51,6 +55,7 @@ class RunConfig(Section):
     warm_start: WarmStartConfig | None = None
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
+    marginal: MarginalConfig = MarginalConfig()
     loss: LossConfig = LossConfig()
     budget: BudgetConfig = BudgetConfig()
     oracle: OracleConfig = OracleConfig()
@@ -99,6 +104,22 @@ class RunConfig(Section):
     def _possible(self) -> RunConfig:
         if self.wandb and find_spec("wandb") is None:
             raise ValueError("wandb=true: W&B is not installed; pip install 'gapg[wandb]'")
+        return self
+
+    @model_validator(mode="after")
+    def _marginal(self) -> RunConfig:
+        if self.method == "marginal":
+            loss, reward = self.loss, self.reward
+            for key, odd, why in (
+                ("loss.epochs", loss.epochs > 1, "responses of an older policy would need its decisions' odds; set 1"),
+                ("loss.kl_coef", loss.kl_coef > 0, "the penalty is not defined without a decision; set 0"),
+                ("loss.aggregation", loss.aggregation != "sequence_sum", "a decision is a response's; leave it out"),
+                ("loss.entropy", loss.entropy, "it would be of the policy without the phrase; set false"),
+                ("reward.function", reward.function != "gapg.judge:rewards", "it has a worth of its own; leave it out"),
+                ("reward.alpha_f", reward.alpha_f > 0, "every response ends in an answer; set 0"),
+            ):
+                if odd:
+                    raise ValueError(f"method=marginal: {key} is gapg's: {why}, or set method=gapg")
         return self
 
 

@@ -202,6 +202,48 @@ class RewardConfig(Section):
         return self
 
 
+class MarginalConfig(Section):
+    """With `method: marginal`: what a response is worth before anybody decides, and how the decision learns.
+
+    r is 1 for a right answer, S the chance that the policy answers instead of calling, c how right the cloud is.
+    """
+
+    score: Literal["log", "brier", "price"] = "log"
+    """`log`, `brier`: S is scored as a forecast of r, which is right for every price of a call; `price`: the expected
+    reward with a call at `reward.alpha_c`."""
+    weight: Annotated[float, Field(ge=0, le=FLOAT32)] = 1.0
+    """How much the decision's gradient counts."""
+    trace: tuple[Annotated[float, Field(ge=0, le=FLOAT32)], Annotated[float, Field(ge=0, le=FLOAT32)]] | None = None
+    """[a, b]: a response is worth a U + b r, with U by `score` (Brier's for `log`). Empty: [1, 0.5] for `log`, else
+    [1, 0], which with `weight: 1` is the exact gradient of the expected U."""
+    prices: tuple[Fraction01, Fraction01] = (0.0, 1.0)
+    """brier: the range of prices of a call, in right answers, that U is the mean over."""
+    cloud: Literal["ignore", "cached", "ask"] = "ignore"
+    """c: `ignore` takes it for 1 and connects to no cloud in training; `cached` takes the answers that are paid for
+    already, and 1 for the others; `ask` asks once for each prompt. `log` knows no c."""
+
+    @property
+    def trace_worth(self) -> tuple[float, float]:
+        """(a, b)."""
+        return self.trace or ((1.0, 0.5) if self.score == "log" else (1.0, 0.0))
+
+    @model_validator(mode="after")
+    def _possible(self) -> MarginalConfig:
+        low, high = self.prices
+        if low >= high:
+            raise ValueError(f"marginal.prices=[{low:g}, {high:g}]: give a range, such as [0, 1]")
+        if self.prices != (0.0, 1.0) and self.score != "brier":
+            raise ValueError(f"marginal.prices is the range of score=brier: leave it out for score={self.score}")
+        if self.cloud != "ignore" and self.score == "log":
+            raise ValueError(
+                f"marginal.cloud={self.cloud}: the log score has no term for how right the cloud is; set "
+                "marginal.score=brier (or price), or marginal.cloud=ignore"
+            )
+        if self.weight == 0 and max(self.trace_worth) == 0:
+            raise ValueError("marginal.weight=0 and marginal.trace=[0, 0]: nothing would be learned")
+        return self
+
+
 class LossConfig(Section):
     """The policy loss; the defaults are the paper's estimator, everything else is an option from GRPO's family."""
 

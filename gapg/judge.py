@@ -152,6 +152,8 @@ class Judge:
 
     The oracle is asked when any response calls, when no response is right (the prompt filter must know whether the
     cloud is; `ask_unsolved=False` where there is no filter), and otherwise only with `ask_always`.
+    masked: the responses are sampled with help forbidden. One that writes the phrase all the same, in tokens that are
+    not steered, is wrong; the oracle is asked with `ask_always` only, and then its failure makes the group unknown.
     thinking: the task's prompts open a think block (`gapg.model.endings.opens_think`).
     """
 
@@ -160,6 +162,7 @@ class Judge:
     ask_always: bool = False
     ask_unsolved: bool = True
     thinking: bool = False
+    masked: bool = False
 
     def start_step(self) -> None:
         """Begins the task's time budget anew, where it has one: before a training step and before an evaluation."""
@@ -172,7 +175,11 @@ class Judge:
         answers = [p.answer for p in parsed if p.answer is not None]
         verdicts = iter(verify(self.task, prompt, answers))
         local = [next(verdicts) if p.answer is not None else None for p in parsed]
-        needed = any(p.kind == "help" for p in parsed) or (self.ask_unsolved and Verdict.CORRECT not in local)
+        if self.masked:
+            parsed = [Parsed("both") if p.kind == "help" else p for p in parsed]
+            needed = self.ask_always
+        else:
+            needed = any(p.kind == "help" for p in parsed) or (self.ask_unsolved and Verdict.CORRECT not in local)
         asked = self.oracle.ask(self.task.question(prompt)) if needed or self.ask_always else None
         return PendingGroup(self.task, prompt, tuple(completions), parsed, local, needed, asked, self.thinking)
 

@@ -8,6 +8,10 @@ so the estimator is the true policy gradient of the expected reward), no ratio a
 no KL to a reference; `loss` in the config brings each of them back. What is added: a response may end by calling the
 cloud, which pays alpha_c < alpha_a if the cloud is right; the filter chooses which prompts a step learns from; the
 controller moves alpha_c to hold the cloud budget.
+
+`method: marginal` is the other half of the story: nobody decides while training. Responses are sampled with help
+forbidden, so each is right or wrong; the policy's own chance of calling instead is scored against that for every price
+of a call at once (`gapg.marginal`). It needs no cloud, no filter and no controller: a budget is a threshold, set later.
 """
 
 from __future__ import annotations
@@ -19,8 +23,8 @@ from typing import Any
 
 import torch
 
-from gapg.batches.batching import Example
 from gapg.console import Display
+from gapg.examples import sampled, sampled_masked
 from gapg.filtering import Selection, select
 from gapg.judge import Group, Outcome
 from gapg.model.finite import is_finite
@@ -84,12 +88,13 @@ def train_step(run: Run) -> dict[str, Any]:
     prompts = run.queue.next(config.rollout.prompts_per_step)
     ids_of = {p.id: run.task.render(p, run.tokenizer) for p in prompts}
 
+    marginal = config.method == "marginal"
     run.judge.start_step()
     with run.phases("rollout"):
         pending = {
             i: run.judge.submit(prompts[i], completions)
             for i, completions in run.engine.generate(
-                [ids_of[p.id] for p in prompts], config.rollout.samples_per_prompt, run.sampling("rollout")
+                [ids_of[p.id] for p in prompts], config.rollout.samples_per_prompt, run.sampling("rollout", run.help)
             )
         }
     with run.phases("oracle"):
@@ -98,19 +103,18 @@ def train_step(run: Run) -> dict[str, Any]:
     run.failure = outage.watch(run.state, groups)
 
     rng = random.Random(derive(config.seed, "filter", run.state.step))
-    selection = select(groups, config.budget.exact_rho if config.budget.filter else None, rng)
+    filtered = config.budget.filter and not marginal
+    selection = select(groups, config.budget.exact_rho if filtered else None, rng)
 
-    alpha_c = run.controller.alpha_c if config.budget.controller else config.reward.alpha_c
+    alpha_c = run.controller.alpha_c if config.budget.controller and not marginal else config.reward.alpha_c
     rollout_lost = health.is_lost(groups)
     kept = [] if rollout_lost else selection.kept
     rewards_PG = _rewards(run, kept, alpha_c)
-    examples = [
-        Example(ids_of[g.prompt.id], c.token_ids, rollout_logprobs=c.logprobs, group=p, sample=i)
-        for p, g in enumerate(kept)
-        for i, c in enumerate(g.completions)
-    ]
+    examples, masked = sampled(kept, ids_of) if run.help is None else sampled_masked(kept, ids_of, run.help)
     with run.phases("update"):
-        update = policy_update(run.model, run.optimizer, config, run.state.step, examples, rewards_PG, run.reference)
+        update = policy_update(
+            run.model, run.optimizer, config, run.state.step, examples, rewards_PG, run.reference, masked
+        )
         if not is_finite(run.model, getattr(torch, config.model.dtype)):
             raise _diverged(run, health.RUINED, "lower optim.lr")
     with run.phases("sync"):
@@ -118,19 +122,25 @@ def train_step(run: Run) -> dict[str, Any]:
 
     run.state.empty_steps += not selection.kept
     row = _metrics(run, groups, selection) | update | {"alpha_c": alpha_c, "rollout_lost": int(rollout_lost)}
-    row["groups/with_gradient"] = int((rewards_PG != rewards_PG[:, :1]).any(1).sum())
+    row["groups/with_gradient"] = len(kept) if marginal else int((rewards_PG != rewards_PG[:, :1]).any(1).sum())
     row["skipped"] += rollout_lost
     health.watch(run.state, row, selection)
     row["bad_steps"] = run.state.bad_steps
-    if config.budget.controller and not rollout_lost:
+    if config.budget.controller and not marginal and not rollout_lost:
         pace = learning_rate(config.optim, run.state.step, config.steps) / config.optim.lr
         run.controller.observe(row["call_fraction"], row["local_accuracy"], pace)
     return row
 
 
 def _rewards(run: Run, kept: list[Group], alpha_c: float) -> torch.Tensor:
-    """What the responses of D are worth, [P, G] float32. Raises Diverged where that is not a finite number."""
+    """What the responses of D are worth, [P, G] float32. Raises Diverged where that is not a finite number.
+
+    Under `method: marginal` that is r: 1 for a right answer, 0 for a wrong one.
+    """
     reward = run.config.reward
+    if run.config.method == "marginal":
+        right = [[float(o is Outcome.LOCAL_CORRECT) for o in g.outcomes] for g in kept]
+        return torch.tensor(right, dtype=torch.float32).reshape(len(kept), run.config.rollout.samples_per_prompt)
     try:
         table = [group_rewards(run.reward, reward.function, g, reward.alpha_a, alpha_c, reward.alpha_f) for g in kept]
     except RewardError as error:

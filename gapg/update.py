@@ -13,9 +13,11 @@ from gapg.batches import sharing
 from gapg.batches.batching import Example, PackedBatch, packed_batches
 from gapg.config import RunConfig
 from gapg.errors import ConfigError
+from gapg.marginal_loss import MarginalBatch, MarginalLoss, Masked
 from gapg.model.compiled import within_limit
 from gapg.model.policy import response_logprobs, response_loss
 from gapg.optim import clip_and_step, learning_rate
+from gapg_kernels.fused_policy_loss import FusedLoss
 from gapg_kernels.policy_loss import PolicyLossOptions, group_advantages, summarize
 
 
@@ -28,6 +30,7 @@ def policy_update(
     examples: Sequence[Example],
     rewards_PG: torch.Tensor,
     reference: PreTrainedModel | None = None,
+    masked: Masked | None = None,
 ) -> dict[str, Any]:
     """The policy loss over packed micro-batches and one optimizer step an epoch; none at all for an empty D.
 
@@ -42,6 +45,8 @@ def policy_update(
         examples: all responses of D, whose `group` and `sample` place them in the table.
         rewards_PG: [P, G] float32 on the CPU. P counts all prompts of D.
         reference: the frozen policy of the KL term, when `loss.kl_coef` asks for it.
+        masked: of responses sampled with help forbidden, whose examples say where the phrase could begin: the marginal
+            estimator instead (`gapg.marginal`). The table then says which are right.
 
     Returns:
         The metrics: learning rate, gradient norm, steps skipped, log-prob gap to the engine (NaN: it gave none), the
@@ -53,13 +58,13 @@ def policy_update(
     loss, device = config.loss, model.device
     if loss.tis_cap and any(len(e.rollout_logprobs) != len(e.response_ids) for e in examples):
         raise ConfigError("loss.tis_cap needs the log-probs of the rollout engine, which gave none: leave it empty")
-    chosen = with_gradient(config, examples, rewards_PG)
+    chosen = examples if masked else with_gradient(config, examples, rewards_PG)
     padded = config.update.pack is False
     saving = sharing.NOTHING if padded else _sharing(model, chosen)
     share = not padded and {"auto": saving.pays, "always": True, "never": False}[config.update.share_prompts]
     batches = packed_batches(
         chosen, config.token_cap, device, share=share, padded=padded,
-        every_position=not config.update.response_positions,
+        every_position=not config.update.response_positions, whole_groups=masked is not None,
     )  # fmt: skip
     tokens = sum(len(e.response_ids) for e in examples)
     denominator = max(1, tokens if loss.aggregation == "token_mean" else rewards_PG.numel())
@@ -69,6 +74,11 @@ def policy_update(
             None if reference is None else response_logprobs(reference, b, **forward) for b in batches
         ]
     table = rewards_PG.to(device)
+    marginal = None
+    if masked is not None:
+        masked = Masked(masked.cloud_P.to(device), masked.hazard_PG.to(device))
+        marginal = MarginalLoss(model, config, table, masked)
+        marginal.look_ahead(batches)
     old: list[torch.Tensor | None] = [None] * len(batches)
     lr, norms, stats, gaps = learning_rate(config.optim, step, config.steps), [0.0], [], list[torch.Tensor]()
     for epoch in range(loss.epochs if len(rewards_PG) else 0):
@@ -76,13 +86,17 @@ def policy_update(
         options = PolicyLossOptions(loss.advantage, clip, loss.tis_cap, loss.kl, loss.kl_coef)
         total = table.new_zeros(())
         for i, batch in enumerate(batches):
-            out = response_loss(
-                model, batch, table, denominator, options, **forward, old_logprob=old[i],
-                reference_logprob=reference_logprobs[i], with_entropy=loss.entropy,
-            )  # fmt: skip
+            out: FusedLoss | MarginalBatch
+            if marginal is not None:
+                out = marginal(batch, denominator)
+            else:
+                out = response_loss(
+                    model, batch, table, denominator, options, **forward, old_logprob=old[i],
+                    reference_logprob=reference_logprobs[i], with_entropy=loss.entropy,
+                )  # fmt: skip
+                stats.append(out.stats)
             out.loss.backward()
             total += out.loss.detach()
-            stats.append(out.stats)
             if epoch == 0:
                 old[i] = out.logprob if loss.epochs > 1 else None
                 given = (batch.target >= 0) & ~batch.rollout_logprob.isnan()
@@ -103,7 +117,7 @@ def policy_update(
         **_token_counts(config, examples, chosen, batches),
         "sharing/on": int(share),
         "sharing/predicted_speedup": saving.speedup,
-        **{f"policy/{name}": value for name, value in summarize(stats).items() if name in _shown(config)},
+        **(_loss_metrics(config, stats) if marginal is None else marginal.metrics()),
     }
 
 
@@ -141,8 +155,9 @@ def _token_counts(
     }
 
 
-def _shown(config: RunConfig) -> set[str]:
-    """The loss's statistics that say something; ratio and ess are to the engine's log-probs in a step's first epoch."""
+def _loss_metrics(config: RunConfig, stats: Sequence[torch.Tensor]) -> dict[str, float]:
+    """Those that say something; ratio and ess are to the engine's log-probs in a step's first epoch."""
     clip = {"clip_fraction"} if config.loss.clip else set()
     tis = {"tis_fraction"} if config.loss.tis_cap else set()
-    return {"loss", "ratio_min", "ratio_max", "ess", "rollout_nan_fraction", "kl", "entropy"} | clip | tis
+    shown = {"loss", "ratio_min", "ratio_max", "ess", "rollout_nan_fraction", "kl", "entropy"} | clip | tis
+    return {f"policy/{name}": value for name, value in summarize(stats).items() if name in shown}

@@ -118,3 +118,8 @@ def da_grpo(seed: int) -> Arm:
     """
     overrides = {"reward.function": "studies.da_grpo:rewards", **UNFILTERED}
     return Arm("DA-GRPO", overrides, seed, controller="studies.da_grpo:make_multiplier")
+
+
+def marginal(seed: int, predictions: tuple[Predictions, ...] = ()) -> Arm:
+    """The decision integrated out: one run for every budget, without a cloud."""
+    return Arm("marginal", {"method": "marginal"}, seed, predictions=predictions)

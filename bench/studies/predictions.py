@@ -7,9 +7,9 @@ from contextlib import closing
 
 from gapg.build import fitting_prompts, make_oracle
 from gapg.console import warn
-from gapg.evaluation.calibrate import help_control, masked
 from gapg.evaluation.evaluate import prediction, respond
 from gapg.files import write_whole
+from gapg.help_phrase import help_control, masked
 from gapg.jsonl import read_jsonl, to_json
 from gapg.judge import Group, Judge
 from gapg.runs.run import Run

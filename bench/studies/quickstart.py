@@ -19,12 +19,13 @@ from gapg.commands.train import begun, check
 from gapg.config import RunConfig, load_config
 from gapg.console import say, warn
 from gapg.errors import ConfigError
-from gapg.evaluation.calibrate import fit_bias, help_control, masked
+from gapg.evaluation.calibrate import fit_bias
 from gapg.evaluation.evaluate import Result, prediction
 from gapg.evaluation.report import print_table
 from gapg.evaluation.statistics import mcnemar
 from gapg.evaluation.validate import validate
 from gapg.files import remove_partials, write_whole
+from gapg.help_phrase import help_control, masked
 from gapg.jsonl import read_jsonl, to_json
 from gapg.reward import try_reward
 from gapg.runs import preset, stop

@@ -25,6 +25,7 @@ import record
 from gapg.build import make_task
 from gapg.commands.train import check as check_config
 from gapg.config import RunConfig, load_config
+from gapg.config_sections import MarginalConfig
 from gapg.errors import ConfigError
 from gapg.evaluation.validate import validate
 from gapg.files import remove_partials, write_whole
@@ -56,6 +57,8 @@ LATER: dict[str, tuple[Any, Any]] = {
     **dict.fromkeys(("deterministic", "model.compile", "optim.offload", "warm_start.optim.offload"), (False, None)),
     "model.parameters": ("float32", None),
     "model.liger": ("auto", False),
+    "method": ("gapg", None),
+    "marginal": (MarginalConfig().model_dump(mode="json"), None),
 }
 """Settings that runs were named without: the default, and what stood there before (None: nothing)."""
 

@@ -12,13 +12,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gapg.batches.decisions import Decisions, Tokens, lay_out_decisions
 from gapg_kernels.shared_layout import SharedPrompts, share_prompts
 from gapg_packing.pack import Int64s, PackedArrays, lay_out, pack
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt and one response: the response `sample` of row `group` of the reward table; `weight` scales its loss."""
+    """A prompt and one response: the response `sample` of row `group` of the reward table; `weight` scales its loss.
+
+    deciding: for each response token the tokens that could have begun the help phrase there instead (`method:
+    marginal`); of all examples or of none.
+    """
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
@@ -26,6 +31,7 @@ class Example:
     rollout_logprobs: Sequence[float] = ()
     group: int = 0
     sample: int = 0
+    deciding: Sequence[Tokens] = ()
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -41,7 +47,8 @@ class PackedBatch:
     input_ids, position_ids [T] int64; cu_seqlens [n+1] int32; response_index [R] int64: the position whose hidden state
     predicts `target` [R] int64 (-100: none); weight [R] float32; rollout_logprob [R] float32 (NaN where the engine gave
     none); group and sample [R] int64: the row's place in the reward table. With `shared` the segments are prompts, then
-    their responses, and the attention must know which belong together.
+    their responses, and the attention must know which belong together. With `decisions` the examples said where
+    the help phrase could begin.
     """
 
     input_ids: torch.Tensor
@@ -56,6 +63,7 @@ class PackedBatch:
     sample: torch.Tensor
     shared: SharedPrompts | None = None
     padded: bool = False
+    decisions: Decisions | None = None
 
 
 def packed_batches(
@@ -66,6 +74,7 @@ def packed_batches(
     share: bool = False,
     padded: bool = False,
     every_position: bool = False,
+    whole_groups: bool = False,
 ) -> list[PackedBatch]:
     """Packs examples into as few micro-batches of at most `token_cap` tokens as best-fit decreasing finds.
 
@@ -76,6 +85,7 @@ def packed_batches(
         share: one copy of a prompt for the responses of its group that are in a batch; not with `padded`.
         padded: rows of sequences of like length, each as long as the batch's longest; the padding counts.
         every_position: the positions that predict nothing are rows of the head too, with target -100 (for comparison).
+        whole_groups: keep a group in one batch, if it fits (with `share` it is kept anyway; not with `padded`).
 
     Raises ValueError naming an example that is longer than the cap.
     """
@@ -89,6 +99,9 @@ def packed_batches(
     elif share:
         groups, prompts = _groups(examples)
         bins, wide = pack(lengths, token_cap, groups=groups, prompt_lengths=prompts).bins, lengths
+    elif whole_groups:
+        groups, _ = _groups(examples)
+        bins, wide = pack(lengths, token_cap, groups=groups, prompt_lengths=np.zeros_like(lengths)).bins, lengths
     else:
         bins, wide = pack(lengths, token_cap).bins, lengths
     return _lay_out(examples, bins, wide, device, share=share, padded=padded, every_position=every_position)
@@ -127,10 +140,10 @@ def _lay_out(
         if arrays.cu_responses is not None:
             shared = share_prompts(arrays.cu_seqlens, arrays.cu_prompts, arrays.cu_responses, device)
         places = to(arrays.input_ids), to(arrays.position_ids), to(arrays.cu_seqlens), arrays.max_length
-        index, target, weight, logprob, group, sample = map(to, rows.of(arrays))
-        batches.append(
-            PackedBatch(*places, index, target, weight, logprob, group, sample, shared=shared, padded=padded)
-        )
+        of_rows, found = rows.of(arrays)
+        index, target, weight, logprob, group, sample = map(to, of_rows)
+        decisions = None if found is None else lay_out_decisions(*found, to)
+        batches.append(PackedBatch(*places, index, target, weight, logprob, group, sample, shared, padded, decisions))
     return batches
 
 
@@ -154,6 +167,9 @@ def _rows_of_like_length(lengths: Int64s, token_cap: int) -> tuple[list[Int64s],
     return bins, wide
 
 
+_Found = tuple[list[Tokens], Int64s, Int64s, NDArray[Any], bool]
+
+
 class _Rows:
     """What the rows of the head carry beside their tokens, by example and by token of its response."""
 
@@ -164,14 +180,20 @@ class _Rows:
         self.cell = np.array([(e.group, e.sample) for e in examples], np.int64)
         logprobs = (e.rollout_logprobs or [float("nan")] * len(e.response_ids) for e in examples)
         self.logprob = np.fromiter(chain.from_iterable(logprobs), np.float32, self.starts[-1])
+        deciding = list(chain.from_iterable(e.deciding for e in examples))
+        self.kinds: list[Tokens] = sorted({(), *deciding})
+        number = {kind: i for i, kind in enumerate(self.kinds)}
+        self.kind = np.array([number[kind] for kind in deciding], np.int64)
+        self.group_sizes = np.bincount(self.cell[responses > 0, 0])  # of responses with rows
 
-    def of(self, arrays: PackedArrays) -> tuple[NDArray[Any], ...]:
-        """A bin's response_index, target, weight, rollout_logprob, group and sample."""
+    def of(self, arrays: PackedArrays) -> tuple[tuple[NDArray[Any], ...], _Found | None]:
+        """A bin's response_index, target, weight, rollout_logprob, group and sample; and what its decisions are of."""
         of, index = arrays.sequence_ids, arrays.response_index
         at = arrays.position_ids[index] + 1 - self.prompts[of]  # within the response
         real = at < self.responses[of]  # beyond it lies padding
         of, at, index, target = of[real], at[real], index[real], arrays.targets[real]
         logprob, weight, cell = self.logprob[self.starts[of] + at], self.weight[of], self.cell[of]
+        kind = self.kind[self.starts[of] + at] if len(self.kind) else None
         if self.every_position:
             idle = np.setdiff1d(np.arange(len(arrays.input_ids)), index)
             index = np.concatenate([index, idle])
@@ -180,4 +202,14 @@ class _Rows:
                 for x, fill in ((target, -100), (weight, 0), (logprob, np.nan))
             )
             cell = np.concatenate([cell, np.zeros((len(idle), 2), np.int64)])
-        return index, target, weight, logprob, cell[:, 0].copy(), cell[:, 1].copy()
+        of_rows = index, target, weight, logprob, cell[:, 0].copy(), cell[:, 1].copy()
+        return of_rows, None if kind is None else self._decisions(kind, of, len(index) - len(of))
+
+    def _decisions(self, kind: Int64s, of: Int64s, idle: int) -> _Found:
+        """Of a bin with so many idle rows at its end: the arguments of `lay_out_decisions` but the last."""
+        members, response = np.unique(of, return_inverse=True)
+        cells = self.cell[members]
+        here = np.bincount(cells[:, 0], minlength=len(self.group_sizes))
+        whole = bool(((here == 0) | (here == self.group_sizes)).all())
+        kind, response = (np.concatenate([x, np.zeros(idle, np.int64)]) for x in (kind, response))
+        return self.kinds, kind, response, cells, whole

@@ -12,10 +12,11 @@ from gapg.commands.options import Calibrate
 from gapg.commands.target import Target, open_target
 from gapg.console import say
 from gapg.errors import ConfigError
-from gapg.evaluation.calibrate import Calibration, check_saves, help_control, masked, save_calibration
+from gapg.evaluation.calibrate import Calibration, check_saves, save_calibration
 from gapg.evaluation.calibration_curve import report
 from gapg.evaluation.masked_pass import masked_pass
 from gapg.files import write_whole
+from gapg.help_phrase import help_control, masked
 from gapg.jsonl import to_json
 from gapg.model.endings import opens_think
 from gapg.runs.outage import check_evaluation

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -22,15 +22,11 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from scipy.special import ndtri
-from transformers import PreTrainedTokenizerBase
 
 from gapg.errors import ConfigError
 from gapg.files import write_whole, writing
 from gapg.jsonl import to_json
-from gapg.judge import parse
-from gapg.tasks.base import ANSWER_OPEN, HELP_PHRASE
 from gapg_rollout.records import HelpControl, HelpSpelling
-from gapg_rollout.text import plain_text
 
 FILE = "help_calibration.json"
 """Beside a model's weights."""
@@ -39,50 +35,6 @@ LIMIT = 1000.0
 """A bias beyond which nothing changes."""
 
 FloatArray = NDArray[np.float64]
-
-
-def help_control(tokenizer: PreTrainedTokenizerBase) -> HelpControl:
-    """The help phrase in tokens, in every way that the tokenizer writes it, whatever stands before it.
-
-    Real tokenizers join its `<` with a blank or a mark into other tokens (` <`, `.<`). Each spelling is split where it
-    first differs from an answer block in the same place.
-
-    Raises ConfigError for a tokenizer that cannot tell the two endings apart.
-    """
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False))
-
-    found = []
-    for before in ("x", "x ", "x\n", *_joined(tokenizer)):
-        phrase = encode(before + HELP_PHRASE)
-        split = _shared(phrase, encode(before + ANSWER_OPEN))
-        # a token that only holds what stood before is no part of the phrase; one that joins both is
-        start = min(split, _shared(phrase, encode(before)))
-        # a word tokenizer may have swallowed a part of the phrase with what stood before
-        if split < len(phrase) and parse(plain_text(tokenizer, phrase[start:])).kind == "help":
-            found.append(HelpSpelling(phrase[split], tuple(phrase[start:split]), tuple(phrase[split + 1 :])))
-    if not found:
-        raise ConfigError("the tokenizer encodes the help phrase as a part of the answer tag: it cannot be calibrated")
-    return HelpControl(tuple(dict.fromkeys(found)))
-
-
-def _joined(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What the tokenizer joins with the beginning of the phrase in one token, after a letter."""
-    ids = sorted(i for token, i in tokenizer.get_vocab().items() if HELP_PHRASE[0] in token)
-    texts = [plain_text(tokenizer, [i]) for i in ids]
-    cuts = [(text, text.rfind(HELP_PHRASE[0])) for text in texts]
-    return [f"x{text[:cut]}" for text, cut in cuts if cut > 0 and HELP_PHRASE.startswith(text[cut:])]
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two lists begin with together."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def masked(control: HelpControl) -> HelpControl:
-    """Help forbidden; the margins of the responses still say where it would have come."""
-    return replace(control, bias=-math.inf)
 
 
 def fit_bias(margins: Sequence[float], cloud_fraction: float) -> float:

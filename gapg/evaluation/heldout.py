@@ -13,10 +13,11 @@ from gapg.build import fitting_prompts
 from gapg.config import RunConfig
 from gapg.console import say
 from gapg.errors import ConfigError
-from gapg.evaluation.calibrate import FILE, help_control, load_calibration
+from gapg.evaluation.calibrate import FILE, load_calibration
 from gapg.evaluation.evaluate import as_result, prediction, respond
 from gapg.evaluation.report import print_table
 from gapg.files import write_whole
+from gapg.help_phrase import help_control
 from gapg.jsonl import to_json
 from gapg.judge import Group, Judge
 from gapg.model.endings import opens_think

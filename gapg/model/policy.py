@@ -52,22 +52,17 @@ def response_loss(
     comes with backward. `rewards_PG` is the reward table of the whole step, on the model's device; the other arguments
     are as in `gapg_kernels.fused_policy_loss`.
     """
-    head = model.get_output_embeddings()
-    weight, main_grad = head.weight, None
-    if weight.requires_grad:
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight, dtype=torch.float32)
-        main_grad = weight.grad
+    weight, main_grad = head_weight(model)
     return fused_policy_loss(
         response_states(model, batch, compute),
-        weight.detach(),
+        weight,
         batch.target,
         rewards_PG,
         batch.group,
         batch.sample,
         denominator=denominator,
         options=options,
-        bias=head.bias,
+        bias=model.get_output_embeddings().bias,
         **logit_arguments(model, temperature),
         coefficient=batch.weight,
         old_logprob=old_logprob,
@@ -76,6 +71,14 @@ def response_loss(
         with_entropy=with_entropy,
         main_grad=main_grad,
     )
+
+
+def head_weight(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(the LM head's weight [V, H], detached; its float32 ``.grad``, where gradients are summed up, None if frozen)."""
+    weight: torch.Tensor = model.get_output_embeddings().weight
+    if weight.requires_grad and weight.grad is None:
+        weight.grad = torch.zeros_like(weight, dtype=torch.float32)
+    return weight.detach(), weight.grad if weight.requires_grad else None
 
 
 class LogitMap(NamedTuple):

@@ -18,6 +18,7 @@ from gapg.data import PromptQueue, split_validation
 from gapg.deterministic import use_deterministic_algorithms
 from gapg.errors import ConfigError
 from gapg.files import sync, writing
+from gapg.help_phrase import help_control, masked
 from gapg.judge import Judge
 from gapg.model import lora
 from gapg.model.endings import opens_think
@@ -33,7 +34,7 @@ from gapg.runs.tracking import Phases, Tracker
 from gapg.seeding import derive
 from gapg.tasks.base import STOP, Prompt, Task
 from gapg_rollout.oracle.cache import CacheError
-from gapg_rollout.records import Engine, Oracle, OracleAnswer, OracleUsage, Sampling
+from gapg_rollout.records import Engine, HelpControl, Oracle, OracleAnswer, OracleUsage, Sampling
 
 
 @dataclass(slots=True)
@@ -54,20 +55,23 @@ class Run:
     reward: RewardFunction
     tracker: Tracker
     state: TrainState
+    help: HelpControl | None
+    """How the rollouts steer the help phrase: forbidden under `method: marginal`, else not at all."""
     began_with: dict[str, str]
     """SHA-256 of the `model` that the first step changed and of the `data`; in the manifest of each checkpoint."""
     failure: OracleAnswer | None = None
     """An answer that failed in the last step."""
     phases: Phases = field(default_factory=Phases)
 
-    def sampling(self, label: str, *, temperature: float | None = None) -> Sampling:
+    def sampling(self, label: str, help: HelpControl | None = None) -> Sampling:
         """Sampling settings whose seed is drawn from (run seed, label, step)."""
         rollout = self.config.rollout
         return Sampling(
             max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature if temperature is None else temperature,
+            temperature=rollout.temperature,
             stop=STOP,
             seed=derive(self.config.seed, label, self.state.step),
+            help=help,
             thinking=self.judge.thinking,
         )
 
@@ -106,6 +110,7 @@ def build_run(
     Raises ConfigError and Stopped.
     """
     stop.look()
+    marginal = config.method == "marginal"
     if config.deterministic:
         use_deterministic_algorithms()
     root = folder / "checkpoints"
@@ -148,13 +153,21 @@ def build_run(
         optimizer=optimizer,
         engine=engine,
         oracle=oracle,
-        judge=Judge(task, oracle, ask_unsolved=config.budget.filter, thinking=opens_think(task, tokenizer)),
+        judge=Judge(
+            task,
+            oracle,
+            ask_always=marginal and config.marginal.cloud == "ask",
+            ask_unsolved=config.budget.filter,
+            thinking=opens_think(task, tokenizer),
+            masked=marginal,
+        ),
         queue=queue,
         validation=validation,
         controller=controller,
         reward=make_reward(config),
         tracker=Tracker(folder, state.step if last else -1, tensorboard=config.tensorboard, wandb=config.wandb),
         state=state,
+        help=masked(help_control(tokenizer)) if marginal else None,
         began_with=began_with,
     )
 

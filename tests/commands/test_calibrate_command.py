@@ -17,18 +17,10 @@ from transformers import PreTrainedModel
 from gapg.commands.cli import main
 from gapg.config import RunConfig, dump_config
 from gapg.errors import ConfigError
-from gapg.evaluation.calibrate import (
-    FILE,
-    Calibration,
-    MaskedPass,
-    check_saves,
-    help_control,
-    load_calibration,
-    masked,
-    save_calibration,
-)
+from gapg.evaluation.calibrate import FILE, Calibration, MaskedPass, check_saves, load_calibration, save_calibration
 from gapg.evaluation.calibration_curve import plot
 from gapg.evaluation.masked_pass import masked_pass
+from gapg.help_phrase import help_control, masked
 from gapg.jsonl import read_jsonl
 from gapg.tasks.base import STOP
 from gapg.tasks.countdown import Countdown

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg.evaluation.calibrate import help_control, masked
 from gapg.evaluation.evaluate import answer_logprobs
+from gapg.help_phrase import help_control, masked
 from gapg.tasks.base import STOP
 from gapg.tasks.countdown import Countdown
 from gapg_rollout.engines.transformers import TransformersEngine

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from gapg.batches.batching import Example, packed_batches
 from gapg.errors import ConfigError
-from gapg.evaluation.calibrate import fit_bias, help_control, masked
+from gapg.evaluation.calibrate import fit_bias
+from gapg.help_phrase import help_control, masked
 from gapg.judge import parse
 from gapg.model.policy import response_logprobs
 from gapg.tasks.base import HELP_PHRASE, STOP

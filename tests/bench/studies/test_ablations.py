@@ -12,7 +12,8 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg.config import load_config
-from gapg.evaluation.calibrate import fit_bias, help_control
+from gapg.evaluation.calibrate import fit_bias
+from gapg.help_phrase import help_control
 from gapg.tasks.base import HELP_PHRASE, STOP
 from gapg.tasks.countdown import Countdown
 from gapg_rollout.engines.transformers import TransformersEngine

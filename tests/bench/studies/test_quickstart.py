@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gapg.config import RunConfig
-from gapg.evaluation.calibrate import help_control
 from gapg.files import partial_name
+from gapg.help_phrase import help_control
 from gapg.jsonl import read_jsonl
 from gapg.runs import stop
 from gapg.runs.run import Run

@@ -1,0 +1,40 @@
+"""From judged groups to the examples that an update learns from, as the engine sampled them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from gapg.batches.batching import Example
+from gapg.help_phrase import deciding_tokens, masked_logprobs
+from gapg.judge import Group
+from gapg.marginal_loss import Masked
+from gapg_rollout.records import HelpControl
+
+
+def sampled(groups: Sequence[Group], ids_of: Mapping[str, Sequence[int]]) -> tuple[list[Example], None]:
+    """All responses of the groups. ids_of: each prompt's token ids."""
+    return [
+        Example(ids_of[g.prompt.id], c.token_ids, rollout_logprobs=c.logprobs, group=p, sample=i)
+        for p, g in enumerate(groups)
+        for i, c in enumerate(g.completions)
+    ], None
+
+
+def sampled_masked(
+    groups: Sequence[Group], ids_of: Mapping[str, Sequence[int]], help: HelpControl
+) -> tuple[list[Example], Masked]:
+    """The same where help was forbidden: with where it could have begun; and how right the cloud would be.
+
+    A cloud that was not asked counts as right.
+    """
+    examples, hazards = [], [[math.nan] * len(g.completions) for g in groups]
+    for e in sampled(groups, ids_of)[0]:
+        deciding = deciding_tokens(help, e.response_ids)
+        logprobs, hazards[e.group][e.sample] = masked_logprobs(groups[e.group].completions[e.sample], deciding)
+        examples.append(replace(e, rollout_logprobs=logprobs, deciding=deciding))
+    cloud = [1.0 if g.oracle_score is None else g.oracle_score for g in groups]
+    return examples, Masked(torch.tensor(cloud), torch.tensor(hazards, dtype=torch.float32))

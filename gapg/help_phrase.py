@@ -1,0 +1,88 @@
+"""The help phrase in a tokenizer's tokens: how it is written, and where in a response it could have begun."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerBase
+
+from gapg.errors import ConfigError
+from gapg.judge import parse
+from gapg.tasks.base import ANSWER_OPEN, HELP_PHRASE
+from gapg_rollout.records import Completion, HelpControl, HelpSpelling
+from gapg_rollout.text import plain_text
+
+
+def help_control(tokenizer: PreTrainedTokenizerBase) -> HelpControl:
+    """The help phrase in tokens, in every way that the tokenizer writes it, whatever stands before it.
+
+    Real tokenizers join its `<` with a blank or a mark into other tokens (` <`, `.<`). Each spelling is split where it
+    first differs from an answer block in the same place.
+
+    Raises ConfigError for a tokenizer that cannot tell the two endings apart.
+    """
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+    found = []
+    for before in ("x", "x ", "x\n", *_joined(tokenizer)):
+        phrase = encode(before + HELP_PHRASE)
+        split = _shared(phrase, encode(before + ANSWER_OPEN))
+        # a token that only holds what stood before is no part of the phrase; one that joins both is
+        start = min(split, _shared(phrase, encode(before)))
+        # a word tokenizer may have swallowed a part of the phrase with what stood before
+        if split < len(phrase) and parse(plain_text(tokenizer, phrase[start:])).kind == "help":
+            found.append(HelpSpelling(phrase[split], tuple(phrase[start:split]), tuple(phrase[split + 1 :])))
+    if not found:
+        raise ConfigError("the tokenizer encodes the help phrase as a part of the answer tag: it cannot be calibrated")
+    return HelpControl(tuple(dict.fromkeys(found)))
+
+
+def _joined(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the tokenizer joins with the beginning of the phrase in one token, after a letter."""
+    ids = sorted(i for token, i in tokenizer.get_vocab().items() if HELP_PHRASE[0] in token)
+    texts = [plain_text(tokenizer, [i]) for i in ids]
+    cuts = [(text, text.rfind(HELP_PHRASE[0])) for text in texts]
+    return [f"x{text[:cut]}" for text, cut in cuts if cut > 0 and HELP_PHRASE.startswith(text[cut:])]
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two lists begin with together."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def masked(control: HelpControl) -> HelpControl:
+    """Help forbidden; the margins of the responses still say where it would have come."""
+    return replace(control, bias=-math.inf)
+
+
+def deciding_tokens(control: HelpControl, response_ids: Sequence[int]) -> list[tuple[int, ...]]:
+    """For each token of a response that was sampled with help forbidden: the tokens that would have begun the phrase.
+
+    Ascending; empty where the phrase could not begin. It could where the tokens before end in a spelling's prefix, as
+    an engine sees it (`gapg_rollout.engines.help`).
+    """
+    ids = tuple(response_ids)
+    return [
+        tuple(sorted({s.token_id for s in control.spellings if ids[max(0, t - len(s.prefix_ids)) : t] == s.prefix_ids}))
+        for t in range(len(ids))
+    ]
+
+
+def masked_logprobs(completion: Completion, deciding: Sequence[tuple[int, ...]]) -> tuple[list[float], float]:
+    """(log pi~ of each token, among those that do not begin the phrase; the hazard -sum log(1 - p)) by the engine.
+
+    NaN where the engine saw the phrase in other places than `deciding` has them.
+    """
+    places = [t for t, tokens in enumerate(deciding) if tokens]
+    odds = completion.help_log_odds or ()
+    if len(odds) != len(places):
+        return [math.nan] * len(completion.logprobs), math.nan
+    hazards = [max(x, 0.0) + math.log1p(math.exp(-abs(x))) for x in odds]
+    logprobs = list(completion.logprobs)
+    for t, hazard in zip(places, hazards, strict=True):
+        logprobs[t] += hazard
+    return logprobs, sum(hazards)
