@@ -1,7 +1,8 @@
-"""The quickstart: GAPG beside its warm start, the task-tuned model with two routers, and the cloud alone.
+"""The quickstart: a method beside its warm start, the task-tuned model with two routers, and the cloud alone.
 
-GAPG and its task-tuned twin start from the same warm start and train side by side, in two processes. The folder is a
-run's as `gapg train` makes it, with the twin's in it; the same command goes on where a killed one stopped.
+The method (GAPG, or `--method marginal`) and its task-tuned twin start from the same warm start and train side by side,
+in two processes. The folder is a run's as `gapg train` makes it, with the twin's in it; the same command goes on where
+a killed one stopped.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from gapg.build import fitting_prompts, make_reward, oracle_account
 from gapg.commands.train import begun, check
 from gapg.config import RunConfig, load_config
+from gapg.config_sections import MarginalConfig
 from gapg.console import say, warn
 from gapg.errors import ConfigError
 from gapg.evaluation.calibrate import fit_bias
@@ -43,6 +45,9 @@ from studies.quickstart_picture import draw
 from studies.runs import open_run
 from studies.statistics import help_margins
 
+METHOD = {"gapg": "GAPG", "marginal": "marginal"}
+RIGHT_ALONE = MarginalConfig(score="brier", weight=0.0, trace=(0.0, 1.0))
+"""A response is worth whether it is right, and the decision learns nothing."""
 LAST_STEP_S = 120.0
 """How long a twin that is told to end may take for its step."""
 
@@ -101,7 +106,7 @@ def _train_and_compare(run: Run, twin: Process) -> None:
 
 
 def twin_config(config: RunConfig) -> RunConfig:
-    """The same run with calls that never pay: task-tuning only; help is not masked (in training that is unstable)."""
+    """The same run with calls that never pay: task-tuning only, with help masked in training as it is in the run."""
     # one cache and one cap: an answer is paid for once
     oracle = {
         "cache": config.oracle.cache or str(config.output_dir / "oracle.sqlite"),
@@ -113,6 +118,7 @@ def twin_config(config: RunConfig) -> RunConfig:
             "oracle": config.oracle.model_copy(update=oracle),
             "reward": config.reward.model_copy(update={"alpha_c": 0.0}),
             "budget": config.budget.model_copy(update={"filter": False, "controller": False}),
+            "marginal": RIGHT_ALONE if config.method == "marginal" else config.marginal,
             "threads": config.threads or max(1, cores() // 2),
         }
     )
@@ -230,10 +236,11 @@ def compare(config: RunConfig, bias: float) -> dict[str, Any]:
         {name: [row for row in rows if row["id"] in known] for name, rows in side.items()} for side in (ours, theirs)
     )
 
+    name = METHOD[config.method]
     results, tests = [_result("before training (T=1)", ours["heldout-before"])], []
     for decoding, mine in (
-        ("greedy", _result("GAPG, greedy, calibrated bias", ours["heldout-calibrated"])),
-        ("sampled", _result("GAPG, as trained (T=1)", ours["heldout-sampled"])),
+        ("greedy", _result(f"{name}, greedy, calibrated bias", ours["heldout-calibrated"])),
+        ("sampled", _result(f"{name}, as trained (T=1)", ours["heldout-sampled"])),
     ):
         heldout = theirs[f"heldout-{decoding}"]
         calibration = read_jsonl(predictions_path(tuned, f"validation-{decoding}", last))
@@ -245,9 +252,10 @@ def compare(config: RunConfig, bias: float) -> dict[str, Any]:
         for other in (chance, router):
             wins, losses, p = mcnemar(mine.correct, other.correct)
             tests.append({"a": mine.name, "b": other.name, "only_a": wins, "only_b": losses, "p": p})
-    results.append(_result("GAPG, greedy, no bias", ours["heldout-greedy"]))
+    results.append(_result(f"{name}, greedy, no bias", ours["heldout-greedy"]))
     results.append(offload("cloud only", ours["heldout-greedy"], [True] * len(known)))
     return {
+        "method": name,
         "cloud_fraction": c,
         "seed": config.seed,
         "oracle": config.oracle.kind,
