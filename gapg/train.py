@@ -77,8 +77,7 @@ def train(run: Run, validate: Validate) -> None:
             display.advance(
                 f"trained {row['groups/with_gradient']}/{config.rollout.prompts_per_step}  "
                 f"local {row['local_accuracy']:.2f}  called {row['call_fraction']:.2f}  "
-                f"together {row['accuracy']:.2f}  alpha_c {row['alpha_c']:.2f}  "
-                f"log-prob gap {row['logprob_gap']:.0e}"
+                f"together {row['accuracy']:.2f}  {_signal(row)}  log-prob gap {row['logprob_gap']:.0e}"
             )
 
 
@@ -157,6 +156,11 @@ def _rewards(run: Run, kept: list[Group], alpha_c: float) -> torch.Tensor:
 
 def _diverged(run: Run, what: str, fix: str) -> health.Diverged:
     return health.diverged(f"step {run.state.step + 1}", what, fix, checkpoint.newest(run.folder / "checkpoints"))
+
+
+def _signal(row: dict[str, Any]) -> str:
+    """What the decision follows: the price of a call, or how good a forecast of a right answer it is (0 is best)."""
+    return f"Brier {row['marginal/brier']:.3f}" if "marginal/brier" in row else f"alpha_c {row['alpha_c']:.2f}"
 
 
 def _metrics(run: Run, groups: list[Group], selection: Selection) -> dict[str, Any]:
