@@ -101,7 +101,10 @@ def packed_batches(
         bins, wide = pack(lengths, token_cap, groups=groups, prompt_lengths=prompts).bins, lengths
     elif whole_groups:
         groups, _ = _groups(examples)
-        bins, wide = pack(lengths, token_cap, groups=groups, prompt_lengths=np.zeros_like(lengths)).bins, lengths
+        pack(lengths, token_cap)  # for its errors
+        # the packer wants a prompt: one token that is not there for all of a group, and in the cap for one group
+        bins = pack(lengths + 1, token_cap + 1, groups=groups, prompt_lengths=np.ones_like(lengths)).bins
+        wide = lengths
     else:
         bins, wide = pack(lengths, token_cap).bins, lengths
     return _lay_out(examples, bins, wide, device, share=share, padded=padded, every_position=every_position)

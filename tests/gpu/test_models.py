@@ -20,9 +20,9 @@ from gapg.model import attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 # the trainer's requirements are more than a card's machine may have
-batching, config, optim, policy, route = (
+batching, config, marginal_loss, optim, policy, route = (
     pytest.importorskip(f"gapg.{name}")
-    for name in ("batches.batching", "config", "optim", "model.policy", "model.route")
+    for name in ("batches.batching", "config", "marginal_loss", "optim", "model.policy", "model.route")
 )
 
 SIZE: dict[str, Any] = dict(
@@ -79,3 +79,29 @@ def test_a_step_that_is_not_finite_is_skipped_on_the_card() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert not norm.isfinite() and torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("dtype, worst", [("float32", 1e-4), ("bfloat16", 3e-2)])
+def test_the_marginal_estimator_on_the_card_is_that_of_the_cpu(dtype: str, worst: float) -> None:
+    """Tokens 7 and 8 begin the phrase after a 5, and 9 begins it anywhere in every second response."""
+    draw = torch.Generator().manual_seed(2)
+    ids = [torch.randint(3, 7, (n,), generator=draw).tolist() for n in (5, 9, 2, 30, 17, 8, 3, 12)]
+    examples = [
+        batching.Example(
+            [1, 4 + i // 4], y, group=i // 4, sample=i % 4,
+            deciding=[(9,) if i % 2 else (7, 8) if t and y[t - 1] == 5 else () for t in range(len(y))],
+        )
+        for i, y in enumerate(ids)
+    ]  # fmt: skip
+    right = torch.randint(2, (2, 4), generator=draw).float()
+    found = []
+    for device, compute in (("cpu", "float32"), ("cuda", dtype)):
+        model = make("llama").to(device)
+        run = config.RunConfig(task="countdown", method="marginal", model={"dtype": compute})
+        masked = marginal_loss.Masked(torch.ones(2, device=device), torch.full((2, 4), torch.nan, device=device))
+        loss = marginal_loss.MarginalLoss(model, run, right.to(device), masked)
+        for batch in batching.packed_batches(examples, 4096, model.device, whole_groups=True):
+            loss(batch, 8.0).loss.backward()
+        found.append(torch.cat([p.grad.flatten().cpu() for p in model.parameters()]))
+    exact, got = found
+    assert (got - exact).norm() < worst * exact.norm()
