@@ -108,6 +108,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _marginal(self) -> RunConfig:
+        if self.method == "gapg" and self.marginal != MarginalConfig():
+            raise ValueError("marginal.*: settings of method=marginal; set that, or leave them out")
         if self.method == "marginal":
             loss, reward = self.loss, self.reward
             for key, odd, why in (

@@ -275,7 +275,7 @@ class UpdateConfig(Section):
     """What an update need not compute. None of it changes the gradient; each can be turned off to see what it saves."""
 
     skip_zero_advantage: bool = True
-    """Responses of zero advantage stay out (all, when every reward of a group is equal), unless there is a KL term."""
+    """Responses of zero advantage stay out (all, when every reward of a group is equal): gapg's alone, without KL."""
     response_positions: bool = True
     """Only positions that predict a response token go through the LM head."""
     pack: Literal["auto"] | bool = "auto"

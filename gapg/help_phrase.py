@@ -65,11 +65,12 @@ def deciding_tokens(control: HelpControl, response_ids: Sequence[int]) -> list[t
     Ascending; empty where the phrase could not begin. It could where the tokens before end in a spelling's prefix, as
     an engine sees it (`gapg_rollout.engines.help`).
     """
-    ids = tuple(response_ids)
-    return [
-        tuple(sorted({s.token_id for s in control.spellings if ids[max(0, t - len(s.prefix_ids)) : t] == s.prefix_ids}))
-        for t in range(len(ids))
-    ]
+    ids, after = tuple(response_ids), dict[tuple[int, ...], set[int]]()
+    for s in control.spellings:
+        after.setdefault(s.prefix_ids, set()).add(s.token_id)
+    lengths = {len(prefix) for prefix in after}
+    ends = ([ids[max(0, t - n) : t] for n in lengths] for t in range(len(ids)))
+    return [tuple(sorted(set().union(*(after.get(end, ()) for end in of_one)))) for of_one in ends]
 
 
 def masked_logprobs(completion: Completion, deciding: Sequence[tuple[int, ...]]) -> tuple[list[float], float]:

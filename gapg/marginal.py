@@ -13,7 +13,7 @@ policy's chance of beginning the help phrase at token t and log pi~ its log-prob
     J = E_pi~[U]        grad J = E_pi~[(U - b) grad log pi~(y) + grad U]
 
 The first term's baseline b is the mean of the group's others, so it is a sum over G - 1, the second over G. There is no
-sampling noise of the decision in either (Rao-Blackwell). All functions work elementwise, in float32 or float64, and are
+sampling noise of the decision in either. All functions work elementwise, in float32 or float64, and are
 finite for every hazard from 0 to infinity.
 """
 
@@ -76,7 +76,8 @@ def decision_slopes(
         size, scale = -x, slope.abs() * config.weight
     else:
         stays, (low, high) = (-x).exp(), config.prices
-        slope = torch.where((stays > low) & (stays <= high), cloud * stays - right, 0.0)
+        slope = torch.where(right > 0, cloud * torch.expm1(-x) - (1 - cloud), cloud * stays)  # c S - r, exact near 0
+        slope = torch.where((stays > low) & (stays <= high), slope, 0.0)
         size, scale = -x, slope.abs() * (config.weight * reward.alpha_a / (high - low))
     return size + scale.log(), slope.sign()
 

@@ -134,7 +134,7 @@ class MarginalLoss:
                 target=batch.target if rows is None else batch.target[rows],
                 loss=_nothing,
                 mask_columns=tokens,
-                **self._head() | {"main_grad": None},
+                **self._head(),
             )
             assert out.log_odds is not None
             found.append(torch.nn.functional.pad(out.log_odds, (0, most - len(tokens)), value=-torch.inf))

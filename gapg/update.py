@@ -101,7 +101,7 @@ def policy_update(
                 old[i] = out.logprob if loss.epochs > 1 else None
                 given = (batch.target >= 0) & ~batch.rollout_logprob.isnan()
                 gap = (out.logprob - batch.rollout_logprob).abs()
-                gaps.append(torch.where(given, gap, -1.0).max())
+                gaps.append(torch.where(given, gap, -1.0).amax() if len(gap) else total.new_tensor(-1.0))
         for param in model.parameters():
             if param.requires_grad and param.grad is None:  # every advantage was zero: a step with a zero gradient
                 param.grad = torch.zeros_like(param, dtype=torch.float32)

@@ -43,13 +43,13 @@ def lay_out_decisions(
     to: Callable[[NDArray[Any]], torch.Tensor],
 ) -> Decisions:
     """kind_R: which of `kinds` each row is; response_R: its response, 0 to B - 1; cells [B, 2]: group and sample."""
-    present = [kind for kind in range(len(kinds)) if (kind_R == kind).any()]
+    present = [kind for kind in range(len(kinds)) if (kind_R == kind).any()] or [kinds.index(())]
     rows = {kind: np.flatnonzero(kind_R == kind) for kind in present}
     deciding = [rows[kind] for kind in present if kinds[kind]]
     response = response_R[np.concatenate(deciding)] if deciding else np.zeros(0, np.int64)
     order, counts = np.argsort(response, kind="stable"), np.bincount(response, minlength=len(cells))
     place = np.full((len(cells), max(1, int(counts.max(initial=0)))), len(response), np.int64)
-    within = np.arange(len(order)) - np.repeat(np.concatenate([[0], counts.cumsum()[:-1]]), counts)
+    within = np.arange(len(order)) - np.repeat(counts.cumsum() - counts, counts)
     place[response[order], within] = order
     parts = tuple((kinds[kind], None if len(present) == 1 else to(rows[kind])) for kind in present)
     return Decisions(parts, to(place), to(response), to(cells[:, 0].copy()), to(cells[:, 1].copy()), whole)
