@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg.budget import BudgetController
 from gapg.config import RunConfig
+from gapg.config_sections import OracleConfig
 from gapg.console import say
 from gapg.errors import ConfigError, one_line
 from gapg.model.endings import check_endings
@@ -24,7 +25,9 @@ from gapg.model.memory import check_offload
 from gapg.reward import RewardFunction
 from gapg.tasks import call_member, find_object, load_task
 from gapg.tasks.base import Prompt, Solvable, Split, Task
-from gapg_rollout.oracle.cache import CacheError
+from gapg_rollout.oracle.cache import CacheError, sampling_settings
+from gapg_rollout.oracle.offline import CachedAnswers, OfflineOracle
+from gapg_rollout.oracle.solver import SolverOracle
 from gapg_rollout.records import Engine, Oracle
 
 
@@ -69,24 +72,51 @@ def make_oracle(run: RunConfig, task: Task, folder: Path) -> Oracle:
     """The config's oracle; its paid answers are kept in `folder` or where the config says. Raises ConfigError."""
     config = run.oracle
     if config.kind == "solver":
-        from gapg_rollout.oracle.solver import SolverOracle
-
-        if not isinstance(task, Solvable):
-            raise ConfigError(f"oracle.kind=solver: task {task.name!r} has no exact solver; use oracle.kind=openai")
-        # the oracle is part of the world, not of the run: the same problems are hard for it under every seed
-        return SolverOracle(task.solve, config.accuracy, wrong="0", samples=config.samples)
+        return _make_solver(config, task)
     from gapg_rollout.oracle.openai import OpenAIOracle
 
     settings = config.model_dump(exclude={"kind", "accuracy", "local_share", "cache", "account"})
-    cache = Path(config.cache) if config.cache else folder / "oracle.sqlite"
     try:
-        return OpenAIOracle(**settings, cache_path=cache, account=oracle_account(run, folder))
+        return OpenAIOracle(**settings, cache_path=_cache(config, folder), account=oracle_account(run, folder))
     except CacheError as error:
         raise ConfigError(f"oracle.cache: {' '.join(str(error).split())}") from None
     except (ValueError, OSError) as error:
         # the client's own words for its settings are the keys' last parts
         text = re.sub(r"(?<![\w.])(base_url|api_key_env)(?!\w)", r"oracle.\1", " ".join(str(error).split()))
         raise ConfigError(text if text.startswith("oracle.") else f"oracle: {text}") from None
+
+
+def asks_in_training(config: RunConfig) -> bool:
+    """Whether training sends questions to the cloud; `method: marginal` does with `marginal.cloud: ask` only."""
+    return config.method == "gapg" or config.marginal.cloud == "ask"
+
+
+def make_training_oracle(run: RunConfig, task: Task, folder: Path) -> Oracle:
+    """The config's oracle, or one that sends nothing where training asks nothing. Raises ConfigError."""
+    if asks_in_training(run):
+        return make_oracle(run, task, folder)
+    config = run.oracle
+    if run.marginal.cloud == "ignore":
+        return OfflineOracle()
+    if config.kind == "solver":
+        return OfflineOracle(_make_solver(config, task))
+    sampling = sampling_settings(config.temperature, config.max_tokens, config.max_tokens_field)
+    try:
+        cache = _cache(config, folder)
+        return OfflineOracle(CachedAnswers(config.base_url, config.model, sampling, config.samples, cache))
+    except CacheError as error:
+        raise ConfigError(f"marginal.cloud=cached: oracle.cache: {' '.join(str(error).split())}") from None
+
+
+def _make_solver(config: OracleConfig, task: Task) -> SolverOracle:
+    if not isinstance(task, Solvable):
+        raise ConfigError(f"oracle.kind=solver: task {task.name!r} has no exact solver; use oracle.kind=openai")
+    # the oracle is part of the world, not of the run: the same problems are hard for it under every seed
+    return SolverOracle(task.solve, config.accuracy, wrong="0", samples=config.samples)
+
+
+def _cache(config: OracleConfig, folder: Path) -> Path:
+    return Path(config.cache) if config.cache else folder / "oracle.sqlite"
 
 
 def oracle_account(run: RunConfig, folder: Path) -> str:

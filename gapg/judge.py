@@ -93,7 +93,8 @@ class Group:
     well_formed: for each response, whether it has exactly one terminal ending (for the format reward).
     oracle_score: mean correctness of the oracle's samples that came, in [0, 1]; None when not asked or failed.
     oracle_answers: what the oracle replied, for the record; empty when it was not asked.
-    unknown: the group needed the oracle and did not get it; it belongs in no batch and has no rewards.
+    unknown: the group needed the oracle and did not get it; it belongs in no batch and has no rewards. An oracle that
+    sends nothing (`OracleAnswer.offline`) fails nobody but the responses that call.
     limits: answers on which the verifier hit its limits. both_endings: responses with an answer and the phrase.
     thinking: the prompt opened a think block, which the responses have to close.
     """
@@ -111,7 +112,7 @@ class Group:
 
     @property
     def oracle_asked(self) -> bool:
-        return bool(self.oracle_answers)
+        return bool(self.oracle_answers) and not self.oracle_answers[0].offline
 
     @property
     def calls(self) -> int:
@@ -153,7 +154,8 @@ class Judge:
     The oracle is asked when any response calls, when no response is right (the prompt filter must know whether the
     cloud is; `ask_unsolved=False` where there is no filter), and otherwise only with `ask_always`.
     masked: the responses are sampled with help forbidden. One that writes the phrase all the same, in tokens that are
-    not steered, is wrong; the oracle is asked with `ask_always` only, and then its failure makes the group unknown.
+    not steered, is wrong; the oracle is asked with `ask_always` only, and then its failure makes the group unknown, but
+    not that it sends nothing: how right it is stays open there.
     thinking: the task's prompts open a think block (`gapg.model.endings.opens_think`).
     """
 
@@ -201,14 +203,16 @@ class PendingGroup:
         """Waits for the oracle, whose own deadlines bound the wait."""
         replies = tuple(self.asked.result()) if self.asked is not None else ()
         score = oracle_score(self.task, self.prompt, replies)
+        outcomes = tuple(_outcome(p, v, score) for p, v in zip(self.parsed, self.local, strict=True))
+        failed = self.needed and score is None and not any(reply.offline for reply in replies)
         return Group(
             self.prompt,
             self.completions,
-            tuple(_outcome(p, v, score) for p, v in zip(self.parsed, self.local, strict=True)),
+            outcomes,
             tuple(p.well_formed for p in self.parsed),
             oracle_score=score,
             oracle_answers=replies,
-            unknown=self.needed and score is None,
+            unknown=failed or Outcome.UNKNOWN in outcomes,
             limits=self.local.count(Verdict.LIMIT),
             both_endings=sum(p.kind == "both" for p in self.parsed),
             thinking=self.thinking,

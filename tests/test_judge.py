@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from gapg.judge import Group, Judge, Outcome, Parsed, parse, rewards
 from gapg.tasks.base import HELP_PHRASE
 from gapg.tasks.countdown import Countdown
+from gapg_rollout.oracle.offline import OfflineOracle
 from gapg_rollout.oracle.solver import SolverOracle
 from gapg_rollout.records import Completion, OracleAnswer, OracleUsage
 from gapg_rollout.text import THINK
@@ -288,6 +289,28 @@ class TestUnknown:
 
     def test_an_oracle_without_samples(self):
         assert judged([CALL], ScriptedOracle()).unknown
+
+    def test_an_oracle_that_sends_nothing_fails_only_who_calls(self):
+        group = judged([GOLD, CALL], OfflineOracle())
+        assert group.unknown and group.outcomes == (RIGHT, UNKNOWN) and not group.oracle_asked
+        for options in ({"masked": True, "ask_always": True}, {"ask_unsolved": True}):
+            group = judged([BAD, BAD], OfflineOracle(), **options)
+            assert not group.unknown and group.oracle_score is None and not group.oracle_asked
+
+
+class TestMasked:
+    """Help was forbidden: nobody can call, and the cloud is asked for its own sake or not at all."""
+
+    def test_it_is_asked_only_always(self):
+        oracle = ScriptedOracle(GOLD)
+        assert not judged([BAD, CALL], oracle, masked=True).unknown and not oracle.futures
+        group = judged([GOLD, CALL], oracle, masked=True, ask_always=True)
+        assert (len(oracle.futures), group.oracle_score) == (1, 1.0)
+        assert group.outcomes == (RIGHT, WRONG) and (group.calls, group.both_endings) == (0, 1)
+
+    def test_its_failure_makes_the_group_unknown(self):
+        group = judged([GOLD, BAD], ScriptedOracle(None), masked=True, ask_always=True)
+        assert group.unknown and group.oracle_asked and group.outcomes == (RIGHT, WRONG)
 
 
 class TestStochasticOracle:

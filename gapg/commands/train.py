@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from gapg.build import check_run, make_reward, make_task
+from gapg.build import asks_in_training, check_run, make_oracle, make_reward, make_task
 from gapg.config import RunConfig
 from gapg.console import say
 from gapg.errors import ConfigError
@@ -20,14 +20,14 @@ from gapg.model.load import load_tokenizer
 from gapg.reward import try_reward
 from gapg.runs import preset, run_identity
 from gapg.runs.outage import first_question
-from gapg.runs.run import build_run
+from gapg.runs.run import Run, build_run
 from gapg.runs.run_dir import open_folder, save_config
 from gapg.tasks.base import Task
 from gapg.tasks.members import check_members
 from gapg.threads import set_threads
 from gapg.train import train
 from gapg.warm_start import check_demonstrations, warm_start
-from gapg_rollout.records import OracleUsage
+from gapg_rollout.records import Oracle, OracleUsage
 
 PROCESSES = {"WORLD_SIZE": "RANK", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK", "PMI_SIZE": "PMI_RANK"}
 """What torchrun, and mpirun of Open MPI and of MPICH, tell each process: how many there are, and which one it is."""
@@ -49,8 +49,22 @@ def train_command(name: str, overrides: Mapping[str, str], *, resume: bool) -> N
         train(run, validate)
         model = run.save() / "model"
         say(f"trained: {model}")
+        if config.method == "marginal":
+            share = f"--cloud-fraction {config.budget.cloud_fraction:g}"
+            say(f"no budget is set yet, any is a calibration away: gapg calibrate {config.output_dir} {share}")
         if config.eval.heldout != 0:
-            evaluate(config, config.output_dir, task, run.tokenizer, run.engine, run.oracle, model=str(model))
+            oracle = _evaluation_oracle(run)
+            evaluate(config, config.output_dir, task, run.tokenizer, run.engine, oracle, model=str(model))
+
+
+def _evaluation_oracle(run: Run) -> Oracle:
+    """What the last evaluation asks: the oracle of training; a solver, which is free, in any case."""
+    if asks_in_training(run.config):
+        return run.oracle
+    if run.config.oracle.kind == "solver":
+        return make_oracle(run.config, run.task, run.folder)
+    say(f"no cloud is asked here, so calls stay unknown: gapg eval {run.folder} asks {run.config.oracle.model}")
+    return run.oracle
 
 
 def check(config: RunConfig) -> tuple[Task, PreTrainedTokenizerBase]:
@@ -80,10 +94,24 @@ def begun(
         asked = first_question(config, task)
         preset.remember(name, folder)
         save_config(config)
-        say(f"cloud budget {config.budget.cloud_fraction:.0%} of problems: rho = {config.budget.exact_rho}; {folder}/")
+        say(f"{_budget(config)}; {folder}/")
         set_threads(config)
         begin = folder / "warm-start" / "checkpoints"
         yield warm_start(config, begin, task, tokenizer) if config.warm_start else None, asked
+
+
+def _budget(config: RunConfig) -> str:
+    """What the run is trained to, in words."""
+    if config.method == "gapg":
+        return f"cloud budget {config.budget.cloud_fraction:.0%} of problems: rho = {config.budget.exact_rho}"
+    cloud = {
+        "ignore": "is not asked",
+        "cached": "counts by its cached answers",
+        "ask": "is asked about each problem",
+    }
+    price = f"a price of a call, alpha_c = {config.reward.alpha_c:g}"
+    goal = price if config.marginal.score == "price" else "every cloud budget at once"
+    return f"for {goal}; the cloud {cloud[config.marginal.cloud]}"
 
 
 def _refuse_many() -> None:

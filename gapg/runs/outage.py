@@ -8,9 +8,10 @@ from concurrent.futures import wait
 from contextlib import closing
 from heapq import nsmallest
 
-from gapg.build import make_oracle
+from gapg.build import asks_in_training, make_oracle, make_training_oracle
 from gapg.config import RunConfig
 from gapg.console import say, say_once, warn
+from gapg.errors import ConfigError
 from gapg.judge import Group
 from gapg.runs import stop
 from gapg.runs.state import TrainState
@@ -31,14 +32,37 @@ class OracleDown(RuntimeError):
 def first_question(config: RunConfig, task: Task) -> OracleUsage:
     """`check_cloud` with the config's oracle, whose answer is kept in the run's folder.
 
-    One sample is enough. A cloud that hangs has one time limit, or a minute: a busy one may ask for that.
+    One sample is enough. A cloud that hangs has one time limit, or a minute: a busy one may ask for that. Where
+    training asks nothing, nothing is asked here; answers that it is to find must be there (ConfigError).
     """
+    if not asks_in_training(config):
+        if config.marginal.cloud == "cached" and config.oracle.kind != "solver":
+            _check_cached(config, task)
+        return OracleUsage()
     deadline_s = min(config.oracle.deadline_s, max(60.0, config.oracle.timeout_s))
     one = config.oracle.model_copy(update={"samples": 1, "deadline_s": deadline_s})
     with closing(make_oracle(config.model_copy(update={"oracle": one}), task, config.output_dir)) as oracle:
         if config.oracle.kind != "solver":
             say(f"asking {config.oracle.model} at {config.oracle.base_url} a first question")
         return check_cloud(oracle, task)
+
+
+def _check_cached(config: RunConfig, task: Task) -> None:
+    """Says to how many training problems the cloud's answers are there. Raises ConfigError where that is none."""
+    prompts, known = task.prompts("train"), 0
+    with closing(make_training_oracle(config, task, config.output_dir)) as oracle:
+        for prompt in prompts:
+            stop.look()
+            first = oracle.ask(task.question(prompt)).result()[0]
+            if first.text is None and not first.offline:
+                raise ConfigError(f"marginal.cloud=cached: {first.error}")
+            known += first.text is not None
+    if not known:
+        raise ConfigError(
+            "marginal.cloud=cached: the cache has no answer to a training problem from this oracle.base_url, model, "
+            "temperature and max_tokens; name a file that has in oracle.cache, or set marginal.cloud=ignore"
+        )
+    say(f"the cloud's answers to {known} of {len(prompts)} training problems are cached; else it counts as right")
 
 
 def check_cloud(oracle: Oracle, task: Task) -> OracleUsage:
@@ -117,7 +141,7 @@ def tell(groups: Sequence[Group]) -> None:
 
 def failures(groups: Sequence[Group]) -> Iterator[OracleAnswer]:
     """The answers that failed."""
-    return (a for g in groups for a in g.oracle_answers if a.text is None)
+    return (a for g in groups if g.oracle_asked for a in g.oracle_answers if a.text is None)
 
 
 def _reason(group: Group) -> str:

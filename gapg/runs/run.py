@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg.budget import Controller
-from gapg.build import fitting_prompts, make_controller, make_engine, make_oracle, make_reward
+from gapg.build import fitting_prompts, make_controller, make_engine, make_reward, make_training_oracle
 from gapg.config import RunConfig
 from gapg.console import say
 from gapg.data import PromptQueue, split_validation
@@ -48,6 +48,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     engine: Engine
     oracle: Oracle
+    """What training may ask; one that sends nothing where `marginal.cloud` says so."""
     judge: Judge
     queue: PromptQueue
     validation: list[Prompt]
@@ -131,7 +132,7 @@ def build_run(
     announce(model, config, model.device)
     checkpoint.check_saves(root, model, tokenizer)
     optimizer = make_optimizer(model, config.optim, config.model.parameters)
-    oracle = make_oracle(config, task, folder)
+    oracle = make_training_oracle(config, task, folder)
     prompts = fitting_prompts(config, task, tokenizer, "train")
     train, validation = split_validation(prompts, config.eval.problems, config.seed)
     controller = controller or make_controller(config)
@@ -156,7 +157,7 @@ def build_run(
         judge=Judge(
             task,
             oracle,
-            ask_always=marginal and config.marginal.cloud == "ask",
+            ask_always=marginal and config.marginal.cloud != "ignore",
             ask_unsolved=config.budget.filter,
             thinking=opens_think(task, tokenizer),
             masked=marginal,

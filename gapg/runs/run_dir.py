@@ -34,6 +34,9 @@ MAY_CHANGE = (
 )  # fmt: skip
 """How the keys of a run begin that a resume may set anew."""
 
+CHOOSES_CACHED = ("oracle.base_url", "oracle.max_tokens_field", "oracle.cache")
+"""Of these, the keys that choose which answers `marginal.cloud: cached` finds."""
+
 
 @contextmanager
 def open_folder(config: RunConfig, *, resume: bool) -> Iterator[None]:
@@ -93,8 +96,9 @@ def _check_same_settings(began: RunConfig, now: RunConfig) -> None:
         {key: value for key, value in flat(config.model_dump(mode="json")).items() if value != {}}
         for config in (began, now)
     )
+    kept = CHOOSES_CACHED if began.method == "marginal" and began.marginal.cloud == "cached" else ()
     for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE):
+        if before.get(key) != after.get(key) and (key in kept or not key.startswith(MAY_CHANGE)):
             raise ConfigError(
                 f"{key}: the run began with {before.get(key)!r}, not {after.get(key)!r}, and a resumed run stays the "
                 "same; drop the option or put the file back, or choose another --output-dir"

@@ -107,7 +107,7 @@ class OracleAnswer:
 
     permanent: it failed for what waiting does not mend (the key, the account, the spending cap), so no other question
     will be answered either. own: it failed for what is in the question or in the model's reply to it, which says
-    nothing of others.
+    nothing of others. offline: nobody was asked, because the oracle sends nothing; that is no failure of a cloud.
     """
 
     text: str | None
@@ -118,6 +118,7 @@ class OracleAnswer:
     cost: float = 0.0
     permanent: bool = False
     own: bool = False
+    offline: bool = False
 
 
 @dataclass(frozen=True, slots=True)

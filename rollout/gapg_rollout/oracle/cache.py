@@ -56,6 +56,13 @@ def cache_key(
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def sampling_settings(
+    temperature: float | None, max_tokens: int, max_tokens_field: str
+) -> dict[str, float | int | None]:
+    """What a request says of sampling, and a cached answer depends on. A temperature of None is left out."""
+    return {max_tokens_field: max_tokens} | ({} if temperature is None else {"temperature": temperature})
+
+
 class AnswerCache:
     """A table from key to answer, and the accounts they were paid from, for any number of threads and processes.
 

@@ -16,7 +16,7 @@ from threading import Lock, Thread
 from typing import Literal
 
 from gapg_rollout.oracle.breaker import Attempt, Breaker, Unavailable
-from gapg_rollout.oracle.cache import AnswerCache, CacheError, cache_key
+from gapg_rollout.oracle.cache import AnswerCache, CacheError, cache_key, sampling_settings
 from gapg_rollout.oracle.connection import connect, most_bytes, post
 from gapg_rollout.oracle.endpoint import read_endpoint
 from gapg_rollout.oracle.limits import Ledger, RateLimiter
@@ -104,9 +104,7 @@ class OpenAIOracle:
         self._model = model
         self._samples = samples
         self._max_tokens = max_tokens
-        self._sampling: dict[str, float | int | None] = {max_tokens_field: max_tokens}
-        if temperature is not None:
-            self._sampling["temperature"] = temperature
+        self._sampling = sampling_settings(temperature, max_tokens, max_tokens_field)
         self._timeout_s = timeout_s
         self._deadline_s = deadline_s
         self._max_retries = max_retries

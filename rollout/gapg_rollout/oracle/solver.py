@@ -58,18 +58,24 @@ class SolverOracle:
     def ask(self, question: OracleQuestion) -> Future[list[OracleAnswer]]:
         """A future, already done, of all samples. Each counts as a request: nothing here is worth a cache."""
         future: Future[list[OracleAnswer]] = Future()
-        future.set_result([self._answer(question.id, k) for k in range(self._samples)])
+        answers = self.recall(question)
+        failed = sum(answer.text is None for answer in answers)
+        requests, failures = self.usage.requests + len(answers), self.usage.failures + failed
+        self.usage = replace(self.usage, requests=requests, failures=failures)
+        future.set_result(answers)
         return future
 
+    def recall(self, question: OracleQuestion) -> list[OracleAnswer]:
+        """The same answers, counted nowhere: a solver knows them without being asked."""
+        return [self._answer(question.id, k) for k in range(self._samples)]
+
     def _answer(self, question_id: str, sample: int) -> OracleAnswer:
-        self.usage = replace(self.usage, requests=self.usage.requests + 1)
         try:
             text = self._solve(question_id) if self.knows(question_id, sample) else self._wrong
             if not isinstance(text, str):
                 raise TypeError(f"{text!r:.60} is no text")
             return OracleAnswer(text)
         except Exception as error:  # a failed oracle is an answer without text, never an exception
-            self.usage = replace(self.usage, failures=self.usage.failures + 1)
             return OracleAnswer(None, error=f"the solver failed on {question_id!r}: {type(error).__name__}: {error}")
 
     def restore(self, usage: OracleUsage) -> None:
