@@ -11,7 +11,8 @@ from gapg.evaluation.heldout import evaluate
 
 
 def evaluate_command(wanted: Eval, overrides: Mapping[str, str]) -> None:
-    """Evaluates greedily and at the training temperature; prints the table, writes summary.json and predictions.jsonl.
+    """Evaluates greedily and at the training temperature, and how good a forecast the decision is; prints tables,
+    writes summary.json, predictions.jsonl and reliability.png.
 
     Raises ConfigError where the folder or the config is missing, or brings code, naming the fix; and OracleDown.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from gapg import config_keys
 from gapg.config import RunConfig
@@ -42,17 +42,22 @@ class OfModel(Options):
 
 
 class Eval(OfModel):
-    """Evaluate a checkpoint or any Hugging Face model folder on held-out problems, greedy and sampled."""
+    """Evaluate a checkpoint or any Hugging Face model folder on held-out problems, greedy and sampled, and how good a
+    forecast of a right answer its decision is."""
 
 
 class Calibrate(OfModel):
-    """Find the bias on the help phrase that gives a call fraction, and save it beside the model.
+    """Find the bias on the help phrase that gives a call fraction, or calls where a right answer is unlikely, and save
+    it beside the model.
 
     Decodes the training problems once with help masked. `gapg eval` reads what is saved.
     """
 
     cloud_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Part of the problems that may go to the cloud; empty: the config's budget.cloud_fraction."""
+    call_below: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Instead: call where the chance of a right answer is below this. For policies of method=marginal, decoded
+    greedily, whose chance of answering was trained by a proper score to be that."""
     temperature: float = 0.0
     """The decoding to calibrate; 0 is greedy."""
     problems: int | None = None
@@ -67,6 +72,14 @@ class Calibrate(OfModel):
         if value != 0 and value < 0.01:
             raise ValueError(f"temperature={value:g}: must be 0 (greedy), or 0.01 or above")
         return value
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Calibrate:
+        if self.call_below is not None and self.cloud_fraction is not None:
+            raise ValueError("--call-below and --cloud-fraction are two ways to say when to call: give one of them")
+        if self.call_below is not None and self.temperature:
+            raise ValueError("--call-below is for greedy decoding, whose calls are not drawn: leave out --temperature")
+        return self
 
 
 class Config(Options):

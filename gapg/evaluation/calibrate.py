@@ -1,4 +1,5 @@
-"""A logit bias on the help phrase that gives a wanted call fraction for one decoding (greedy calls less than T=1).
+"""A logit bias on the help phrase that gives a wanted call fraction for one decoding (greedy calls less than T=1), or
+calls where a right answer is less likely than wanted.
 
 One pass with help forbidden tells what any bias would do. A biased response is the masked one up to where it calls, so
 a problem calls greedily iff its `help_margin` exceeds -bias. Sampled, a masked path y has the probability of its steps
@@ -34,6 +35,8 @@ FILE = "help_calibration.json"
 LIMIT = 1000.0
 """A bias beyond which nothing changes."""
 
+NOWHERE = "no response came near the help phrase: no bias makes it call"
+
 FloatArray = NDArray[np.float64]
 
 
@@ -47,14 +50,18 @@ def fit_bias(margins: Sequence[float], cloud_fraction: float) -> float:
     """
     highest = max((m for m in margins if math.isfinite(m)), default=None)
     if highest is None:
-        raise ValueError("no response came near the help phrase: a bias cannot reach the wanted call fraction")
+        raise ValueError(NOWHERE)
     reachable = sorted((min(m, highest + 2.0) for m in margins if m > -math.inf), reverse=True)
-    calls = round(cloud_fraction * len(margins))
+    return _bias_below(reachable, min(round(cloud_fraction * len(margins)), len(reachable)))
+
+
+def _bias_below(margins: Sequence[float], calls: int) -> float:
+    """The bias that calls on the first so many of these descending margins."""
     if calls == 0:
-        return -reachable[0] - 1.0
-    if calls >= len(reachable):
-        return -reachable[-1] + 1.0
-    return -(reachable[calls - 1] + reachable[calls]) / 2
+        return -margins[0] - 1.0
+    if calls == len(margins):
+        return -margins[-1] + 1.0
+    return -(margins[calls - 1] + margins[calls]) / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,7 @@ class MaskedPass:
     """N problems decoded once with help masked, and so everything that a bias would change about them.
 
     margin_N: `help_margin`; inf where the response called all the same, in a spelling that is not steered.
-    log_odds_NP: `help_log_odds`, filled up with -inf. Used when temperature > 0 only.
+    log_odds_NP: `help_log_odds`, filled up with -inf; greedily those at temperature 1.
     local_N: 1 where the masked answer is right. cloud_N: the cloud's score in [0, 1], nan where it failed, or None when
     it was not asked.
     """
@@ -77,8 +84,17 @@ class MaskedPass:
         """[N] the chance that each problem calls under this bias; greedily 0 or 1."""
         if self.temperature == 0:
             return (self.margin_N + bias > 0).astype(np.float64)
-        log_stays_N = -np.logaddexp(0.0, self.log_odds_NP + bias / self.temperature).sum(1)
-        return np.where(np.isposinf(self.margin_N), 1.0, -np.expm1(log_stays_N))
+        return -np.expm1(-self.hazard(bias))
+
+    def hazard(self, bias: float = 0.0) -> FloatArray:
+        """[N] x: exp(-x) is the chance that a policy with this bias goes all along the masked response."""
+        passed_N = np.logaddexp(0.0, self.log_odds_NP + bias / (self.temperature or 1.0)).sum(1)
+        return np.where(np.isposinf(self.margin_N), np.inf, passed_N)
+
+    @property
+    def stays(self) -> FloatArray:
+        """[N] S, the policy's own chance that it answers."""
+        return np.exp(-self.hazard())
 
     @property
     def reachable(self) -> float:
@@ -96,6 +112,28 @@ class MaskedPass:
             middle = (low + high) / 2
             low, high = (middle, high) if self.chances(middle).mean() < cloud_fraction else (low, middle)
         return high
+
+    def fit_below(self, chance: float) -> tuple[float, float]:
+        """(the bias whose greedy calls agree best with S < chance, the part of the problems on which they do).
+
+        Both rank problems, by the margin of one token and by the chances of all, and not quite alike. Of biases that
+        agree as well the one that calls least. Raises ValueError when no problem came near the phrase.
+        """
+        below_N, near_N = self.stays < chance, np.isfinite(self.margin_N)
+        if not near_N.any():
+            raise ValueError(NOWHERE)
+        margin_U, of_N = np.unique(-self.margin_N[near_N], return_inverse=True)
+        gain_U = np.bincount(of_N, weights=np.where(below_N[near_N], 1.0, -1.0))
+        calls = int(np.argmax(np.concatenate([[0.0], gain_U.cumsum()])))
+        bias = _bias_below((-margin_U).tolist(), calls)
+        return bias, float(np.mean(below_N == (self.chances(bias) > 0)))
+
+    def right_among(self, bias: float) -> tuple[float, float]:
+        """How many of the masked answers are right, of the problems (answered, called) with this bias; NaN of none."""
+        of = np.stack([1.0 - self.chances(bias), self.chances(bias)])
+        with np.errstate(invalid="ignore"):
+            answered, called = (of @ self.local_N / of.sum(1)).tolist()
+        return answered, called
 
     def accuracy(self, bias: float) -> tuple[float, float | None]:
         """(answered locally and right, right together or None without the cloud), of the problems; sampled: expected.
@@ -119,13 +157,15 @@ class MaskedPass:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """One entry of `help_calibration.json`: decode at `temperature` with `control` to call on `cloud_fraction`.
+    """One entry of `help_calibration.json`: decode at `temperature` with `control` to call on `cloud_fraction`, or
+    where the chance of a right answer is below `call_below`. One of the two is None.
 
     called: the part of the n calibration problems that calls. interval: 95%, of the call fraction on `new` others.
+    agreement: the part of them on which that is what the chance says; None of a fraction.
     """
 
     temperature: Annotated[FiniteFloat, Field(ge=0)]
-    cloud_fraction: FiniteFloat
+    cloud_fraction: FiniteFloat | None
     bias: FiniteFloat
     called: float
     calibrated_on: str
@@ -133,6 +173,19 @@ class Calibration:
     interval: tuple[float, float]
     new: int
     spellings: tuple[HelpSpelling, ...]
+    call_below: FiniteFloat | None = None
+    agreement: FiniteFloat | None = None
+
+    def __post_init__(self) -> None:
+        if (self.cloud_fraction is None) == (self.call_below is None):
+            raise ValueError("cloud_fraction or call_below must be given, and not both")
+
+    @property
+    def key(self) -> tuple[float, bool, float]:
+        """What tells entries apart, in the order of the file."""
+        if self.call_below is not None:
+            return self.temperature, True, self.call_below
+        return self.temperature, False, self.cloud_fraction or 0.0
 
     @property
     def control(self) -> HelpControl:
@@ -141,7 +194,8 @@ class Calibration:
     @property
     def label(self) -> str:
         how = "greedy" if self.temperature == 0 else f"sampled, T={self.temperature:g}"
-        return f"{how}, calibrated to {100 * self.cloud_fraction:.4g}%"
+        _, below, wanted = self.key
+        return f"{how}, {'calls below' if below else 'calibrated to'} {100 * wanted:.4g}%"
 
 
 _ENTRIES = TypeAdapter(list[Calibration])
@@ -169,15 +223,14 @@ def check_saves(model_folder: Path) -> None:
 
 
 def save_calibration(model_folder: Path, entry: Calibration) -> Path:
-    """Adds an entry to the model's file, in the place of an older one of the same temperature and fraction.
+    """Adds an entry to the model's file, in the place of an older one for the same.
 
     Raises DiskFull, and ConfigError where the folder cannot be written or its file is broken.
     """
     path = model_folder / FILE
     with _alone(model_folder):
-        key = (entry.temperature, entry.cloud_fraction)
-        kept = [e for e in load_calibration(model_folder) if (e.temperature, e.cloud_fraction) != key]
-        entries = sorted([*kept, entry], key=lambda e: (e.temperature, e.cloud_fraction))
+        kept = [e for e in load_calibration(model_folder) if e.key != entry.key]
+        entries = sorted([*kept, entry], key=lambda e: e.key)
         write_whole(path, to_json([asdict(e) for e in entries], indent=1) + "\n")
     return path
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +27,20 @@ def respond(
     sampling: Sampling,
     *,
     title: str | None = None,
+    known: Mapping[int, Completion] | None = None,
 ) -> list[Group]:
-    """One judged response a prompt, in the order of the prompts. Raises Stopped where it is no part of a step."""
-    ids = [task.render(p, tokenizer) for p in prompts]
+    """One judged response a prompt, in the order of the prompts. Raises Stopped where it is no part of a step.
+
+    known: the responses that need no decoding, by the index of their prompt.
+    """
+    known = known or {}
+    open_ = [i for i in range(len(prompts)) if i not in known]
+    ids = [task.render(prompts[i], tokenizer) for i in open_]
     judge.start_step()
-    pending = {}
-    with Display(title or "evaluate", len(prompts), quiet=title is None) as display:
-        for i, completions in engine.generate(ids, 1, sampling):
-            pending[i] = judge.submit(prompts[i], completions)
+    pending = {i: judge.submit(prompts[i], [completion]) for i, completion in known.items()}
+    with Display(title or "evaluate", len(prompts), done=len(known), quiet=title is None) as display:
+        for j, completions in engine.generate(ids, 1, sampling):
+            pending[open_[j]] = judge.submit(prompts[open_[j]], completions)
             display.advance()
             stop.look()
     return [pending[i].result() for i in range(len(prompts))]
@@ -54,7 +60,7 @@ class Result:
 
     def row(self) -> dict[str, Any]:
         """The figures of `summary.json`. Of all `n` problems: `call_fraction`, and `local_accuracy` (answered locally
-        and right). Of those where no oracle failed: `accuracy`. NaN, which is null in files, of no problems."""
+        and right). Of those where no oracle failed: `accuracy`. NaN, which is null in files, of none."""
         row: dict[str, Any] = {"name": self.name, "n": len(self.called)}
         for key, hits in (
             ("accuracy", self.correct),
@@ -69,12 +75,14 @@ class Result:
 
 def as_result(name: str, groups: Sequence[Group]) -> Result:
     """Single-response groups as a result. A call whose oracle failed is a call all the same; only `correct` leaves it
-    out (report their count beside it)."""
+    out (report their count beside it). Where calls were not asked about at all it is empty: without them all it would
+    be a precision."""
     outcomes = [g.outcomes[0] for g in groups]
+    known = [] if any(g.unknown and not g.oracle_asked for g in groups) else outcomes
     return Result(
         name,
         called=[g.calls > 0 for g in groups],
-        correct=[o in (Outcome.LOCAL_CORRECT, Outcome.CLOUD_CORRECT) for o in outcomes if o is not Outcome.UNKNOWN],
+        correct=[o in (Outcome.LOCAL_CORRECT, Outcome.CLOUD_CORRECT) for o in known if o is not Outcome.UNKNOWN],
         local_correct=[o is Outcome.LOCAL_CORRECT for o in outcomes],
     )
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from gapg.console import Display, warn
 from gapg.evaluation.calibrate import MaskedPass
 from gapg.evaluation.evaluate import finite, oracle_error
-from gapg.judge import Group, oracle_score, parse, verify
+from gapg.judge import Group, Outcome, oracle_score, parse, verify
+from gapg.runs import stop
 from gapg.tasks.base import Budgeted, Prompt, Task, Verdict
 from gapg_rollout.records import Completion, Engine, Oracle, Sampling
 from gapg_rollout.text import spoken
@@ -26,7 +27,10 @@ def masked_pass(
     sampling: Sampling,
     oracle: Oracle | None,
 ) -> tuple[MaskedPass, list[dict[str, Any]], list[Group]]:
-    """Decodes each problem once with help masked; the rows from which anyone can judge again; what the cloud said."""
+    """Decodes each problem once with help masked; the rows from which anyone can judge again; what the cloud said.
+
+    Raises Stopped.
+    """
     if isinstance(task, Budgeted):
         task.start_step()
     ids = [task.render(p, tokenizer) for p in prompts]
@@ -38,6 +42,7 @@ def masked_pass(
             if oracle is not None:
                 asked[i] = oracle.ask(task.question(prompts[i]))
             display.advance()
+            stop.look()
     rows, groups = [], []
     for i, prompt in enumerate(prompts):
         replies = tuple(asked[i].result()) if oracle is not None else ()
@@ -50,9 +55,9 @@ def masked_pass(
         warn(f"{unsteered} responses wrote the help phrase in other tokens than it is steered in; they call always")
     reasoned = sum(spoken(row["response"], row["thinking"]) != row["response"] for row in rows)
     if reasoned:
-        warn(f"{reasoned} responses reason in a think block: the bias works in there too, where no call counts")
+        warn(f"{reasoned} responses reason in a think block: S and the bias count in there too, where no call counts")
     odds = [c.help_log_odds or () for c in (done[i] for i in range(len(prompts)))]
-    width = max(map(len, odds))
+    width = max(map(len, odds), default=0)
     decoded = MaskedPass(
         temperature=sampling.temperature,
         margin_N=np.array([_margin(row) for row in rows]),
@@ -60,6 +65,8 @@ def masked_pass(
         local_N=np.array([float(r["local_correct"]) for r in rows]),
         cloud_N=None if oracle is None else np.array([r["oracle_score"] for r in rows], dtype=np.float64),
     )
+    for row, stays in zip(rows, decoded.stays.tolist(), strict=True):
+        row["answer_chance"] = stays
     return decoded, rows, groups
 
 
@@ -72,6 +79,8 @@ def _row(task: Task, prompt: Prompt, completion: Completion, thinking: bool) -> 
         "gold": prompt.answer,
         "response": completion.text,
         "thinking": thinking,
+        "finish_reason": completion.finish_reason,
+        "outcome": (Outcome.LOCAL_CORRECT if right else Outcome.LOCAL_WRONG).value,
         "local_correct": right,
         "called_anyway": parsed.kind == "help",
         "help_margin": finite(completion.help_margin),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,29 @@ def print_table(rows: Sequence[dict[str, Any]], cloud_fraction: float | None = N
         )
         table.add_row(*map(printable, cells))
     tables.print(table)
+
+
+def print_reliability(figures: Mapping[str, Any], no_forecast: str | None) -> None:
+    """What `gapg.evaluation.reliability` found, on standard output; and why S was not trained to be a forecast."""
+    table = Table(title=f"the decision (greedy, help masked, n = {figures['n']})")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for key, name in (
+        ("right", "right alone"),
+        ("brier", "Brier score of S"),
+        ("auroc", "AUROC of S"),
+        ("margin_auroc", "AUROC of the help margin"),
+    ):
+        low, high = figures[f"{key}_low"], figures[f"{key}_high"]
+        known = not math.isnan(figures[key])
+        table.add_row(name, f"{figures[key]:.3f}  ({low:.3f} to {high:.3f})" if known else "undefined")
+    table.add_row("calibration error of S", f"{figures['ece']:.3f}  ({figures['ece_by_chance']:.3f} if calibrated)")
+    table.add_row("log score of S", f"{figures['log_score']:.3f}")
+    tables.print(table)
+    trained = (
+        "trained to be that of a right answer" if no_forecast is None else f"not trained to be that ({no_forecast})"
+    )
+    tables.print(printable(f"S: the chance that the policy answers instead of calling, {trained}"))
 
 
 def save_figure(figure: Figure, path: Path) -> None:

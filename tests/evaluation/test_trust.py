@@ -335,7 +335,7 @@ def test_it_is_said_before_anything_is_asked(
     assert "unknown" in captured.out
     assert "0.000  (0.000 to 1.000)" not in captured.out
     rows = [json.loads(line) for line in (run / "eval" / "step-1" / "predictions.jsonl").read_text().splitlines()]
-    assert {row["decoding"] for row in rows} == {"greedy", "sampled"}
+    assert {row["decoding"] for row in rows} == {"greedy, help masked", "greedy", "sampled"}
     assert {bool(row["oracle_error"]) for row in rows if row["outcome"] == "unknown"} == {True}
     assert {row["oracle_error"] for row in rows if row["outcome"] != "unknown"} == {None}
     summary = json.loads((run / "eval" / "step-1" / "summary.json").read_text())

@@ -143,4 +143,4 @@ def test_a_run_knows_that_its_prompts_open_a_think_block(
     finally:
         run.close()
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
-    assert [json.loads(line)["thinking"] for line in lines] == [True] * 4
+    assert [json.loads(line)["thinking"] for line in lines] == [True] * 6

@@ -59,6 +59,8 @@ def test_a_whole_run_asks_the_cloud_nothing(
     predictions = read_jsonl(folder / "predictions.jsonl")
     unknown = [row for row in predictions if row.get("outcome") == "unknown"]
     assert unknown and all(row["reward"] is None and "not asked" in row["oracle_error"] for row in unknown)
+    sampled = next(row for row in json.loads((folder / "summary.json").read_text())["rows"] if row["unknown"])
+    assert sampled["accuracy"] is None and sampled["unknown"] > 0  # without the calls it would be a precision
     rows = read_jsonl(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1]
     assert rows[1]["oracle/requests"] == rows[1]["groups/unknown"] == 0
