@@ -1,5 +1,6 @@
 """`method: marginal` and the cloud: not asked, known from what was paid for, or asked. Counted at a real server."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
