@@ -1,9 +1,9 @@
 """Makes studies: training runs, and of each study a table, a picture and a JSON of its figures.
 
     python bench/study.py list                          each study and its question
-    python bench/study.py NAME [--key value …]          one study; `all` makes every one
+    python bench/study.py NAME … [--key value …]        these studies; `all` makes every one
     python bench/study.py quickstart [--key value …]    one GAPG run beside its task-tuned twin, in minutes
-    python bench/study.py --redraw                      the tables and pictures of the committed figures again
+    python bench/study.py --redraw                      the committed tables and pictures again, from the same figures
 
 Every key of the config is an option too: --optim.lr 1e-4. The same command goes on where a killed one stopped.
 """
@@ -75,8 +75,8 @@ def run(argv: list[str]) -> None:
         options = Options.model_validate(given)
     except ValidationError as error:
         raise ConfigError(explain(Options, error)) from None
-    if len(words) != (not options.redraw):
-        raise ConfigError("usage: python bench/study.py list | all | NAME | --redraw [--key value …]; --help says more")
+    if bool(words) == options.redraw:
+        raise ConfigError("usage: python bench/study.py list | all | NAME … | --redraw [--key value …]; --help says more")
     if words == ["quickstart"]:
         if spare := given.keys() - {"config", "resume"}:
             raise ConfigError(f"--{min(spare).replace('_', '-')}: quickstart is one run; give --seed, --output-dir")
@@ -99,8 +99,8 @@ def run(argv: list[str]) -> None:
     elif words == ["list"]:
         width = max(map(len, STUDIES))
         print("\n".join(f"{name:<{width}}  {study.question}" for name, study in STUDIES.items()))
-    elif words[0] not in (*STUDIES, "all"):
-        raise ConfigError(f"no study {words[0]!r}: use one of quickstart, {', '.join(STUDIES)} or all")
+    elif unknown := [word for word in words if word not in STUDIES and words != ["all"]]:
+        raise ConfigError(f"no study {unknown[0]!r}: use some of {', '.join(STUDIES)}, or quickstart or all alone")
     elif not make_studies(list(STUDIES) if words == ["all"] else words, STUDIES, options, overrides):
         sys.exit(1)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gapg.config import RunConfig
 from gapg.jsonl import read_jsonl
@@ -19,6 +19,8 @@ HEADLINE_SEEDS = (20, 21, 22, 23, 24)
 """For what the project claims: baselines, budgets, filter and controller."""
 SEEDS = HEADLINE_SEEDS[:3]
 """For everything else."""
+FRESH_SEEDS = (40, 41, 42, 43, 44)
+"""For `marginal` beside all others: nothing was tuned on them."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,21 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Entrant:
+    """A method of a comparison along the whole curve: the run it is made from, and whom it calls first."""
+
+    name: str
+    arm: Callable[[int], Arm] = field(repr=False)
+    """The run of a seed; entrants of one run name arms of the same label."""
+    predictions: Predictions | None = None
+    """Rows of {"id", "split": "validation" or "heldout", "score": the highest is called first, "local": 0 or 1, right
+    without a call}, one a problem. Without "local" it is the run's own greedy answer with help masked that counts.
+    None: the score is the margin of the help phrase in that answer."""
+    sees: Literal["answer", "prompt"] = "answer"
+    """What it decides by. One that sees the answer can also use the answer's log-probs and length."""
+
+
+@dataclass(frozen=True)
 class Finished:
     """An arm whose run is trained and whose predictions are all there."""
 
@@ -80,6 +97,12 @@ class Finished:
 FIXED_PRICE: Mapping[str, str] = {"budget.controller": "false"}
 """alpha_c stays where the config starts it."""
 UNFILTERED: Mapping[str, str] = {"budget.filter": "false"}
+MASKED: Mapping[str, str] = {
+    "method": "marginal", "marginal.score": "brier", "marginal.trace": "[0, 1]", "marginal.weight": "0",
+}  # fmt: skip
+"""Task-tuning: help is forbidden in the rollouts, a right answer is worth 1, and the decision is not trained."""
+HELP_NOT_SHOWN: Mapping[str, str] = {"task.args.help_shown": "false"}
+"""Countdown's demonstrations without a call."""
 
 
 def gapg(seed: int, predictions: tuple[Predictions, ...] = ()) -> Arm:
@@ -92,9 +115,31 @@ def gapg_at(cloud_fraction: float, seed: int) -> Arm:
     return Arm(f"GAPG, {cloud_fraction:.0%}", {"budget.cloud_fraction": f"{cloud_fraction:g}"}, seed)
 
 
+def gapg_fixed(alpha_c: float, seed: int) -> Arm:
+    """The filter, and a fixed price in the controller's place."""
+    return Arm(f"GAPG, alpha_c {alpha_c:g}", {"reward.alpha_c": f"{alpha_c:g}", **FIXED_PRICE}, seed)
+
+
+def reward_alone(alpha_c: float, seed: int) -> Arm:
+    """`collaboration_aware` at a price."""
+    return Arm(
+        f"reward alone, alpha_c {alpha_c:g}", {"reward.alpha_c": f"{alpha_c:g}", **UNFILTERED, **FIXED_PRICE}, seed
+    )
+
+
 def task_tuned(seed: int, predictions: tuple[Predictions, ...] = ()) -> Arm:
-    """Calls never pay: task-tuning only. Help is not masked, which would be unstable in training."""
+    """Calls never pay: task-tuning only. Help is not masked: `masked` does that."""
     return Arm("task-tuned", {"reward.alpha_c": "0", **UNFILTERED, **FIXED_PRICE}, seed, predictions=predictions)
+
+
+def masked(seed: int) -> Arm:
+    """Masked rollouts alone, rewarded for right answers: the model that routers are put on."""
+    return Arm("task-tuned, masked", MASKED, seed)
+
+
+def without_help(arm: Arm) -> Arm:
+    """The same from a warm start whose demonstrations never call."""
+    return replace(arm, label=f"{arm.label}, help not shown", overrides={**arm.overrides, **HELP_NOT_SHOWN})
 
 
 def warm_start(seed: int, predictions: tuple[Predictions, ...] = ()) -> Arm:
@@ -118,6 +163,14 @@ def da_grpo(seed: int) -> Arm:
     """
     overrides = {"reward.function": "studies.da_grpo:rewards", **UNFILTERED}
     return Arm("DA-GRPO", overrides, seed, controller="studies.da_grpo:make_multiplier")
+
+
+def da_grpo_at(cloud_fraction: float, start: float, seed: int) -> Arm:
+    """DA-GRPO trained to a cloud fraction, its multiplier starting at `start` (of alpha_a = 1)."""
+    default = da_grpo(seed)
+    own = {"budget.cloud_fraction": f"{cloud_fraction:g}", "reward.alpha_c": f"{1 - start:g}"}
+    label = f"DA-GRPO, {cloud_fraction:.0%}, lambda {start:g}"
+    return replace(default, label=label, overrides={**default.overrides, **own})
 
 
 def marginal(seed: int, predictions: tuple[Predictions, ...] = ()) -> Arm:

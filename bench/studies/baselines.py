@@ -29,7 +29,7 @@ from studies.report import (
     table_of,
     verdict,
 )
-from studies.routers import doubt, self_consistency
+from studies.routers import doubt, reading, self_consistency
 from studies.statistics import Difference, FloatArray, help_margins, threshold_for
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ OWN_LOG_PROBS = {"GAPG, its log-prob": "answer_logprob_mean", "GAPG, its log-pro
 ROUTERS = (RANDOM, PROMPT, *LOG_PROBS, VOTES, *OWN_LOG_PROBS)
 """They decide who answers after the training; the other methods are trained to decide."""
 METHODS = (WARM, *ROUTERS[:5], AWARE, "DA-GRPO", "GAPG, std scaling", *OWN_LOG_PROBS, OURS)
-FRACTIONS = (0.1, 0.2, 0.3, 0.5)
+FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 """Call fractions at which GAPG is compared, beside the one it is trained to: each method's own may lie elsewhere."""
 MONEY = (0.1, 0.3, 0.5, 1.0)
 """Parts of a cloud call that a problem may cost, for the table of accuracy against money."""
@@ -86,14 +86,15 @@ def with_routers(finished: Sequence[Finished]) -> tuple[pd.DataFrame, dict[tuple
             continue
         prompts = run.rows(PROMPT_ROUTER.name)
         by_id = {row["id"]: row["score"] for row in prompts if row["split"] == "heldout"}
-        agreement, voted = self_consistency([row for row in run.rows(HELDOUT_SAMPLES.name) if row["id"] in known])
+        read, samples = reading(run.config.task.name), run.rows(HELDOUT_SAMPLES.name)
+        agreement, voted = self_consistency([row for row in samples if row["id"] in known], read)
         parts += [
             mine.assign(arm=RANDOM, score=0.0),
             mine.assign(arm=PROMPT, score=mine["id"].map(by_id)),
             mine.assign(arm=VOTES, score=agreement, local=voted),
         ]
         calibration[PROMPT, seed] = np.array([row["score"] for row in prompts if row["split"] == "calibration"])
-        calibration[VOTES, seed] = self_consistency(run.rows(CALIBRATION_SAMPLES.name))[0]
+        calibration[VOTES, seed] = self_consistency(run.rows(CALIBRATION_SAMPLES.name), read)[0]
     return pd.concat(parts, ignore_index=True), calibration
 
 
@@ -173,9 +174,22 @@ def about(record: Record) -> dict[str, float]:
     return {key: record["rows"][-1].get(key, unsaid) for key, unsaid in UNSAID.items()}
 
 
+def differences(record: Record) -> list[Difference]:
+    """Those of the record, and where it is older than a call fraction of ours, that of the seeds' curves there."""
+    found: list[Difference] = list(record["comparisons"])
+    missing = set(FRACTIONS).difference(d.get("cloud_fraction") for d in found) if len(record["seeds"]) > 1 else ()
+    curves = grouped((row for row in record["rows"] if "curve" in row), "method")
+    for fraction in sorted(missing):
+        at = {name: [row["curve"][round(fraction * (GRID.size - 1))] for row in r] for (name,), r in curves.items()}
+        for name in METHODS[:-1]:
+            d = statistics.compare_seeds(at[OURS], at[name])
+            found.append({"a": OURS, "b": name, "cloud_fraction": fraction, **d})
+    return found
+
+
 def less(record: Record, at: float | str, text: Callable[[Difference], str]) -> Callable[[list[Row]], str]:
     """A column's text: GAPG less the method of the line, at this call fraction or in "apgr"."""
-    found = {d["b"]: d for d in record["comparisons"] if d.get("cloud_fraction", "apgr") == at}
+    found = {d["b"]: d for d in differences(record) if d.get("cloud_fraction", "apgr") == at}
     return lambda rows: text(found[rows[0]["method"]]) if rows[0]["method"] in found else ""
 
 
@@ -211,15 +225,17 @@ def _equal_calls(record: Record, own: Lines, ends: Lines) -> Table:
 
 def _along_the_curve(record: Record, others: Lines) -> Table:
     """All along the curve, because the runs are not trained to the same call fraction."""
-    fractions = dict.fromkeys(d["cloud_fraction"] for d in record["comparisons"] if "cloud_fraction" in d)
-    at = {**{f: f"{f:.0%} called" for f in fractions}, "apgr": "APGR"}
+    said = dict.fromkeys(d["cloud_fraction"] for d in record["comparisons"] if "cloud_fraction" in d)
+    later = dict.fromkeys(d["cloud_fraction"] for d in differences(record)[len(record["comparisons"]) :])
+    at: dict[float | str, str] = {f: f"{f:.0%} called" for f in said} | {"apgr": "APGR"}
+    at |= {f: f"{f:.0%} called" for f in later}
 
     def verdicts(rows: list[Row]) -> str:
         found = {name: less(record, key, verdict)(rows) for key, name in at.items()}
         words = {word: [name for name, v in found.items() if v == word] for word in ("better", "worse")}
         return "; ".join(f"{word} at {', '.join(where)}" for word, where in words.items() if where) or "same"
 
-    places = ", ".join(name for key, name in at.items() if key != "apgr")
+    places = ", ".join(at[f] for f in said)
     title = f"GAPG less it, points (95%), at exactly {places}, and in APGR (points of the gap)"
     columns = [(name, less(record, key, interval)) for key, name in at.items()]
     return table_of(f"{title}; {covered(len(record['seeds']))}", others, [NAME, *columns, ("GAPG is", verdicts)])

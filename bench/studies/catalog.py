@@ -6,8 +6,13 @@ from studies.ablations import DEMONSTRATIONS, FILTER_CONTROLLER, GROUP_SIZE, KL,
 from studies.baselines import BASELINES
 from studies.budgets import BUDGETS
 from studies.cloud import COLLAPSE, ORACLE
+from studies.marginal import MARGINAL, MARGINAL_NUMBERS
+from studies.marginal_ablation import MARGINAL_ABLATION
+from studies.other_tasks import OTHER_TASKS
 from studies.report import Study
 from studies.shift import SHIFT
+from studies.training_cost import TRAINING_COST
+from studies.weak_cloud import WEAK_CLOUD
 
 STUDIES: dict[str, Study] = {
     study.name: study
@@ -22,5 +27,11 @@ STUDIES: dict[str, Study] = {
         KL,
         ORACLE,
         SHIFT,
+        MARGINAL,
+        MARGINAL_NUMBERS,
+        MARGINAL_ABLATION,
+        OTHER_TASKS,
+        WEAK_CLOUD,
+        TRAINING_COST,
     )
 }

@@ -10,8 +10,8 @@ so it is exactly GAPG's advantage of the reward `correct - lambda called`. Where
 alpha_a - lambda, which stands where GAPG has alpha_c; where it is wrong a call costs lambda, where GAPG gives 0.
 
 One choice is this project's: lambda starts not at 0 but at alpha_a - alpha_c of the config, so that a call pays what it
-pays at GAPG's first step. From 0 a right call would be worth a right answer, and the first hundred steps would teach to
-call always.
+pays at GAPG's first step: `reward.alpha_c` is where it starts, 0.4 for a lambda of 0.6. From 0 a right call would be
+worth a right answer, and the first hundred steps would teach to call always.
 """
 
 from __future__ import annotations

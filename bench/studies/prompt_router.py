@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,8 +32,11 @@ from gapg.optim import clip_and_step, learning_rate
 from gapg.runs.run import Run
 from gapg.seeding import derive
 from gapg.tasks.base import Prompt, Task
-from studies.arms import Predictions, Rows
+from studies import arms
+from studies.answers import Answers, OwnAnswers, own_answers, score_rows
+from studies.arms import Entrant, Predictions, Rows
 from studies.predictions import TRAIN_MASKED, heldout, make_predictions
+from studies.self_check import recipe_for, trained
 from studies.statistics import FloatArray
 
 PRETRAINED = "microsoft/deberta-v3-base"
@@ -210,3 +214,76 @@ def prompt_router(run: Run) -> Rows:
 
 
 PROMPT_ROUTER = Predictions("prompt_router", prompt_router)
+
+# ---- the better of two sources of labels
+
+SCRATCH, DEVICE = "scratch", "device"
+"""Encoders beside the names of Hugging Face: the small one, and a copy of the device model as it is after training."""
+FOLDS = 5
+Score = Callable[[Answers], FloatArray]
+"""[n] log-odds of failure, by the prompts of these answers."""
+
+
+def cross_fitted(encoder: str, run: Run) -> Rows:
+    """The better of two routers, by AUC on the validation problems.
+
+    One learns from the training problems, which are easier to a model that was trained on them. The other learns from
+    the validation problems, in folds: each is scored by the router that did not see it, and the held-out ones by the
+    mean of all. encoder: `SCRATCH`, `DEVICE`, or a Hugging Face folder or name. Raises ConfigError for one that cannot
+    be loaded.
+    """
+    answers = own_answers(run)
+    prompts = {p.id: p for p in (*run.queue.prompts, *run.validation, *heldout(run))}
+
+    def learn(pairs: Answers, label: str) -> Score:
+        if encoder == DEVICE:
+            return _device_router(run, pairs, label)
+        failed = [w > 0 for w in pairs.wrong.tolist()]
+        model = None if encoder == SCRATCH else encoder
+        of_pairs = [prompts[i] for i in pairs.ids]
+        seed = derive(run.config.seed, label)
+        router = train_prompt_router(of_pairs, failed, run.task, run.tokenizer, seed, model=model)
+        return lambda others: router.scores([prompts[i] for i in others.ids])
+
+    score = learn(answers.training, "training problems")
+    known = score(answers.validation), score(answers.heldout)
+    folded = _in_folds(answers, learn, run.config.seed)
+    failed = [w > 0 for w in answers.validation.wrong.tolist()]
+    of_training, of_validation = (auc(scores, failed) for scores, _ in (known, folded))
+    say(f"prompt router, {encoder}: AUC {of_training:.3f} from training problems, {of_validation:.3f} from others")
+    better = known if of_training >= of_validation else folded
+    return score_rows(answers, *(torch.from_numpy(scores) for scores in better))
+
+
+def _in_folds(answers: OwnAnswers, learn: Callable[[Answers, str], Score], seed: int) -> tuple[FloatArray, FloatArray]:
+    """Scores of the validation and of the held-out problems, by routers that learned from other validation problems."""
+    n = len(answers.validation.ids)
+    order = random.Random(derive(seed, "prompt router", "folds")).sample(range(n), n)
+    validation, others = np.zeros(n), np.zeros(len(answers.heldout.ids))
+    for fold in range(FOLDS):
+        mine = order[fold::FOLDS]
+        score = learn(answers.validation.part(sorted(set(order) - set(mine))), f"fold {fold}")
+        validation[mine] = score(answers.validation.part(mine))
+        others += score(answers.heldout) / FOLDS
+    return validation, others
+
+
+def _device_router(run: Run, pairs: Answers, label: str) -> Score:
+    """A copy of the device model, asked for P(true) before it answers; a part of the pairs chooses the epoch."""
+    n, label = len(pairs.ids), f"prompt router, {label}"
+    order = random.Random(derive(run.config.seed, label)).sample(range(n), n)
+    kept = max(1, round(KEPT * n))
+    asked = pairs.prompts_alone()
+    check = trained(run, asked.part(order[kept:]), asked.part(order[:kept]), recipe_for(run), label)
+    return lambda others: check.scores(others.prompts_alone()).double().numpy()
+
+
+def cross_fitted_router(encoder: str) -> Predictions:
+    """Predictions of `cross_fitted` with this encoder."""
+    return Predictions(f"prompt-only-{encoder.strip('./').replace('/', '-')}", partial(cross_fitted, encoder))
+
+
+ENTRANTS = (
+    Entrant("+ prompt-only router, from scratch", arms.masked, cross_fitted_router(SCRATCH), sees="prompt"),
+    Entrant("+ prompt-only router, the device model", arms.masked, cross_fitted_router(DEVICE), sees="prompt"),
+)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from gapg.config import RunConfig
 from gapg.evaluation.report import save_figure
 from gapg.files import write_whole
 from studies.arms import Arm, Finished, Rows
+from studies.by_problem import read_problems, write_problems
 from studies.statistics import Difference
 
 Record = dict[str, Any]
@@ -29,6 +31,18 @@ class Table:
     columns: Sequence[str]
     cells: Sequence[Sequence[str]]
     """Rows of texts, as many as there are columns."""
+
+
+@dataclass(frozen=True)
+class ByProblem:
+    """A study's figures, each from the table of what happened on every problem, which is kept beside its JSON."""
+
+    collect: Callable[[list[Finished]], pd.DataFrame]
+    """The table of the finished runs, as `studies.by_problem` keeps it."""
+    figures: Callable[[pd.DataFrame], tuple[Rows, list[Difference]]]
+
+    def measure(self, runs: list[Finished]) -> tuple[Rows, list[Difference]]:
+        return self.figures(self.collect(runs))
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,8 @@ class Study:
     """Keys that no command may override, beside those that arms set: the study takes them as it has them."""
     notes: str = ""
     """What a reader needs to know of the rows."""
+    by_problem: ByProblem | None = field(default=None, repr=False)
+    """For a study whose figures come from a file of what happened on each problem: `measure` is its two steps."""
 
 
 # ---- texts
@@ -142,6 +158,19 @@ def markdown(table: Table) -> str:
 # ---- pages
 
 
+def measured(study: Study, runs: list[Finished], folder: Path) -> tuple[Rows, list[Difference]]:
+    """The study's rows and comparisons; what they are made from, problem by problem, is in `folder` then."""
+    if study.by_problem is None:
+        return study.measure(runs)
+    path = problems_path(study, folder)
+    write_problems(path, study.by_problem.collect(runs))
+    return study.by_problem.figures(read_problems(path))
+
+
+def problems_path(study: Study, folder: Path) -> Path:
+    return folder / f"{study.name}.problems.jsonl.xz"
+
+
 def write_study(study: Study, record: Record, folder: Path) -> None:
     """NAME.json, and NAME.md, NAME.png drawn from it; each whole. README.md of the folder is `redraw`'s."""
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
@@ -157,10 +186,18 @@ def draw_study(study: Study, record: Record, folder: Path) -> None:
 
 
 def redraw(studies: Mapping[str, Study], folder: Path) -> list[str]:
-    """Draws every study of a results folder again, and its README.md; returns their names."""
+    """Draws every study of a results folder again, and its README.md; returns their names.
+
+    Where what happened on each problem lies there, all figures are computed from it again.
+    """
     found = records(studies, folder)
     for name, record in found.items():
-        draw_study(studies[name], record, folder)
+        if (of := studies[name].by_problem) and (path := problems_path(studies[name], folder)).exists():
+            record["rows"], record["comparisons"] = of.figures(read_problems(path))
+            record["tables"] = [asdict(table) for table in studies[name].tables(record)]
+            write_study(studies[name], record, folder)
+        else:
+            draw_study(studies[name], record, folder)
     draw_readme(studies, folder)
     return list(found)
 
@@ -201,13 +238,15 @@ def section(study: Study, record: Record) -> str:
     trained = _revisions(run["revision"] for run in record["runs"])
     measured = _revisions(r for run in record["runs"] for r in run["measured"])
     made = f"trained at {trained}" + ("" if measured == trained else f", measured at {measured}")
+    kept = problems_path(study, Path()).name
     where, unknown = record["machine"], max(run["unknown"] for run in record["runs"])
     lost = f"The cloud failed on up to {unknown} predictions of a run, which are left out. " if unknown else ""
     foot = (
         f"{len(record['runs'])} runs, seeds {', '.join(map(str, seeds))}{fewer}: `{command(record)}`, "
         f"analysed at revision {_revisions([record['revision']])}, {made}, "
         f"on {where['device'] if where['device'] != 'cpu' else where['cpu']}. "
-        f"{lost}Raw figures: [{name}.json]({name}.json)."
+        f"{lost}Raw figures: [{name}.json]({name}.json)"
+        + (f", computed by `--redraw` from [{kept}]({kept})." if study.by_problem else ".")
     )
     parts = [record["question"], study.notes, *map(markdown, study.tables(record)), f"![]({name}.png)", foot]
     return "\n\n".join(filter(None, parts)) + "\n"

@@ -14,7 +14,7 @@ from gapg.errors import ConfigError
 from studies.arms import Arm, Finished
 from studies.pool import do_all
 from studies.predictions import STANDARD
-from studies.report import Record, Study, draw_readme, markdown, write_study
+from studies.report import Record, Study, draw_readme, markdown, measured, write_study
 from studies.runs import Place, by_name, check, make_run, place
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _write(
         return False
     runs = [Finished(p.arm, p.folder, p.config) for p in plan]
     try:
-        rows, comparisons = study.measure(runs)
+        rows, comparisons = measured(study, runs, options.output)
     except ConfigError as error:
         warn(f"{study.name}: not written: {error}")
         return False

@@ -1,8 +1,9 @@
-"""Problems that the model was not trained on: whether it knows when to call."""
+"""Problems that the model was not trained on: whether it knows when to call, and how likely it is to be right."""
 
 from __future__ import annotations
 
 import inspect
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,9 @@ import pandas as pd
 
 from gapg.config import RunConfig
 from gapg.errors import ConfigError
+from gapg.evaluation.evaluate import prediction
+from gapg.evaluation.reliability import auroc, bin_scores, brier, ece, ece_by_chance
+from gapg.help_phrase import deciding_tokens, help_control, masked, masked_logprobs
 from gapg.runs.run import Run
 from gapg.seeding import derive
 from gapg.tasks.arithmetic import random_trace, traces
@@ -20,12 +24,13 @@ from gapg.tasks.base import Prompt
 from gapg.tasks.countdown import Countdown
 from studies import arms, drawing
 from studies.arms import Finished, Predictions, Rows
-from studies.predictions import greedy_masked
+from studies.predictions import heldout, judged
 from studies.report import Column, Record, Row, Study, Table, grouped, mean_of, seeds_of, table_of, verdict
 from studies.settings import LAST
-from studies.statistics import Difference, compare_seeds, help_margins, threshold_for
+from studies.statistics import Difference, FloatArray, compare_seeds, help_margins, threshold_for
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PROBLEMS = 1000
@@ -39,6 +44,9 @@ EDGES = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)
 """Borders between bins of the help margin, in logits; at 0 help and the best other token are equally likely."""
 NEAR = 1.0
 """The call boundary: margins up to this far from 0."""
+OURS = "GAPG"
+BINS = 10
+"""Bins of equally many problems by S, for the picture."""
 
 
 @dataclass(frozen=True)
@@ -93,18 +101,31 @@ def make_problems(shape: Shape, n: int, seed: int) -> list[Prompt]:
 
 
 def shifted(run: Run) -> Rows:
-    """Greedy predictions with help forbidden on every shifted set, named by `set`; the same problems for every run."""
+    """Greedy predictions with help forbidden on held-out problems and every shifted set, named by `set`; the same
+    problems for every run. `stays`: S, the policy's own chance of giving this answer instead of calling."""
     rollout = run.config.rollout
     longer = rollout.model_copy(update={"max_new_tokens": LONGER * rollout.max_new_tokens})
     roomy = replace(run, config=run.config.model_copy(update={"rollout": longer}))
+    sets = {
+        name: make_problems(shape, PROBLEMS, derive(0, "shift", name)) for name, shape in shapes(run.config).items()
+    }
     return [
         {"set": name, **row}
-        for name, shape in shapes(run.config).items()
-        for row in greedy_masked(roomy, f"shift: {name}", make_problems(shape, PROBLEMS, derive(0, "shift", name)))
+        for name, prompts in {TRAINED: heldout(run), **sets}.items()
+        for row in _with_stays(roomy, f"shift: {name}", prompts)
     ]
 
 
-SHIFTED = Predictions("shifted", shifted)
+def _with_stays(run: Run, name: str, prompts: Sequence[Prompt]) -> Rows:
+    control, rows = masked(help_control(run.tokenizer)), []
+    for group in judged(run, name, derive(run.config.seed, "product", name), prompts, 0.0, control):
+        (completion,) = group.completions
+        _, hazard = masked_logprobs(completion, deciding_tokens(control, completion.token_ids))
+        rows.append(prediction(group, run.config.reward) | {"stays": math.exp(-hazard)})
+    return rows
+
+
+SHIFTED = Predictions("shifted-stays", shifted)
 
 
 def ways(problem: str, max_value: int) -> int:
@@ -140,15 +161,25 @@ def boundary(margins: pd.Series, local: pd.Series) -> dict[str, Any]:
 
 
 def measure(finished: list[Finished]) -> tuple[Rows, list[Difference]]:
-    """A row a seed and set; calls are greedy, at the threshold set on the training problems."""
+    """A row a method, seed and set; calls are greedy, at the threshold set on the training problems. Compared are each
+    method's calls on a shifted set with those on the problems as trained on, and the Brier scores of S on each set."""
     rows = []
     for run in finished:
         threshold = threshold_for(help_margins(run.rows("train-masked")), run.config.budget.cloud_fraction)
-        sets = {(TRAINED,): run.rows("heldout-masked")} | grouped(run.rows(SHIFTED.name), "set")
+        sets = grouped(run.rows(SHIFTED.name), "set")
         rows += [_set_row(run, name, of_set, threshold) for (name,), of_set in sets.items()]
-    of_sets = {name: [row["called"] for row in of_set] for (name,), of_set in grouped(rows, "set").items()}
-    pairs = ((name, compare_seeds(called, of_sets[TRAINED])) for name, called in of_sets.items() if name != TRAINED)
-    return rows, [{"a": name, "b": TRAINED, "what": "called", **d} for name, d in pairs]
+    groups = grouped(rows, "method", "set")
+    comparisons: list[Difference] = []
+    for (method, name), of_set in groups.items():
+        called, brier_score = ([row[key] for row in of_set] for key in ("called", "brier"))
+        if name != TRAINED:
+            as_trained = [row["called"] for row in groups[method, TRAINED]]
+            more = compare_seeds(called, as_trained)
+            comparisons.append({"a": name, "b": TRAINED, "what": "called", "method": method, **more})
+        if method != OURS and (OURS, name) in groups:
+            less = compare_seeds(brier_score, [row["brier"] for row in groups[OURS, name]])
+            comparisons.append({"a": method, "b": OURS, "what": "Brier score of S", "set": name, **less})
+    return rows, comparisons
 
 
 def _set_row(run: Finished, name: str, predictions: Sequence[Row], threshold: float) -> dict[str, Any]:
@@ -160,6 +191,7 @@ def _set_row(run: Finished, name: str, predictions: Sequence[Row], threshold: fl
             "local": [float(row["outcome"] == "local_correct") for row in known],
             "cloud": [float(row["oracle_score"]) for row in known],
             "ways": [ways(row["id"], max_value) for row in known],
+            "stays": [row["stays"] for row in known],
         }
     )
     table["called"] = (table["margin"] > threshold).astype(float)
@@ -167,8 +199,11 @@ def _set_row(run: Finished, name: str, predictions: Sequence[Row], threshold: fl
     for low, high in WAYS:
         inside = table[table["ways"].between(low, high)]
         buckets.append({"ways": [low, high], "n": len(inside), **(decisions(inside) if len(inside) else {})})
-    price = float(np.mean([row["alpha_c"] for row in run.metrics()[-LAST:]]))
+    cloud = float(table["cloud"].mean())
+    # the marginal method is trained at every price, so its boundary stands for none
+    price = None if run.config.method == "marginal" else float(np.mean([r["alpha_c"] for r in run.metrics()[-LAST:]]))
     return {
+        "method": run.arm.label,
         "set": name,
         "seed": run.arm.seed,
         "n": len(table),
@@ -176,19 +211,43 @@ def _set_row(run: Finished, name: str, predictions: Sequence[Row], threshold: fl
         "called_unbiased": float((table["margin"] > 0).mean()),
         "accuracy": float(table["cloud"].where(table["called"] > 0, table["local"]).mean()),
         "local_alone": float(table["local"].mean()),
-        "cloud_alone": float(table["cloud"].mean()),
+        "cloud_alone": cloud,
         "buckets": buckets,
         "boundary": boundary(table["margin"], table["local"]),
         "alpha_c": price,
-        "implied": price * float(table["cloud"].mean()),
+        "implied": None if price is None else price * cloud,
+        **calibration(table["stays"].to_numpy(), table["local"].to_numpy()),
     }
 
 
+def calibration(stays: FloatArray, right: FloatArray) -> dict[str, Any]:
+    """How good a forecast of a right answer S is: its mean, Brier score, calibration error beside the one that chance
+    alone would leave, and the AUROC (None where all answers are alike); `reliability`: the bins of the picture."""
+    area = auroc(stays, right)
+    return {
+        "stays": float(stays.mean()),
+        "brier": brier(stays, right),
+        "ece": ece(stays, right),
+        "ece_by_chance": ece_by_chance(stays),
+        "auroc": None if math.isnan(area) else area,
+        "reliability": [{"n": b.n, "stays": b.score, "right": b.right} for b in bin_scores(stays, right, BINS)],
+    }
+
+
+def rows_of(record: Record) -> Rows:
+    """Older records are of GAPG alone, and do not say so."""
+    return [{"method": OURS, **row} for row in record["rows"]]
+
+
 def tables(record: Record) -> list[Table]:
-    sets = grouped(record["rows"], "set").values()
-    more = {d["a"]: {"better": "more", "worse": "fewer", "same": "same"}[verdict(d)] for d in record["comparisons"]}
-    name: Column = ("", lambda rows: str(rows[0]["set"]))
-    number: Column = ("problems", mean_of("n", "{:.0f}".format))
+    sets = grouped(rows_of(record), "method", "set").values()
+    words = {"better": "more", "worse": "fewer", "same": "same"}
+    calls_less = {
+        (d.get("method", OURS), d["a"]): words[verdict(d)] for d in record["comparisons"] if d["what"] == "called"
+    }
+    method: Column = ("method", lambda rows: str(rows[0]["method"]))
+    name: Column = ("problems", lambda rows: str(rows[0]["set"]))
+    number: Column = ("n", mean_of("n", "{:.0f}".format))
     calls: list[Column] = [("called", seeds_of("called")), ("fails alone", seeds_of("failed"))]
     by_set: list[Column] = [
         ("calls that were needed", seeds_of("precision")),
@@ -197,11 +256,11 @@ def tables(record: Record) -> list[Table]:
         ("local alone", seeds_of("local_alone")),
         ("cloud alone", seeds_of("cloud_alone")),
         ("called, no threshold", seeds_of("called_unbiased")),
-        (f"calls, beside {TRAINED}", lambda rows: more.get(rows[0]["set"], "")),
+        (f"calls, beside {TRAINED}", lambda rows: calls_less.get((rows[0]["method"], rows[0]["set"]), "")),
     ]
     needed: list[Column] = [("calls needed", seeds_of("precision")), ("failures called", seeds_of("recall"))]
-    buckets = [[{"set": row["set"], **row["buckets"][i]} for row in rows] for rows in sets for i in range(len(WAYS))]
-    edge = [[{**row, **row["boundary"]} for row in rows] for rows in sets]
+    buckets = [[{**_named(row), **row["buckets"][i]} for row in rows] for rows in sets for i in range(len(WAYS))]
+    edge = [[{**row, **row["boundary"]} for row in rows] for rows in sets if rows[0]["implied"] is not None]
     at_edge: list[Column] = [
         (f"problems with a margin within {NEAR:g} of 0", mean_of("near", "{:.0f}".format)),
         ("right alone there", mean_of("right_near", "{:.3f}".format)),
@@ -210,11 +269,37 @@ def tables(record: Record) -> list[Table]:
     first = "Greedy, with the threshold of the help phrase set on the training problems"
     second = "By difficulty: in how many ways the target can be reached"
     third = "The implied threshold: where help and an answer are equally likely"
-    return [
-        table_of(first, sets, [name, number, *calls, *by_set]),
-        table_of(second, buckets, [name, ("ways to the target", _ways), number, *calls, *needed]),
-        table_of(third, edge, [name, *at_edge]),
+    made = [
+        table_of(first, sets, [method, name, number, *calls, *by_set]),
+        table_of(second, buckets, [method, name, ("ways to the target", _ways), number, *calls, *needed]),
+        table_of(third, edge, [method, name, *at_edge]),
     ]
+    return made + [_calibration_table(record, list(sets), [method, name])] * all("brier" in rows[0] for rows in sets)
+
+
+def _calibration_table(record: Record, sets: Sequence[list[Row]], first: list[Column]) -> Table:
+    less = {(d["a"], d["set"]): d for d in record["comparisons"] if d["what"] != "called"}
+
+    def than_ours(rows: list[Row]) -> str:
+        d = less.get((rows[0]["method"], rows[0]["set"]))
+        return "" if d is None else {"better": "worse", "worse": "better", "same": "same"}[verdict(d)]
+
+    three = "{:.3f}".format
+    columns: list[Column] = [
+        ("right alone", seeds_of("local_alone")),
+        ("mean S", seeds_of("stays")),
+        ("Brier score", mean_of("brier", three)),
+        ("calibration error", mean_of("ece", three)),
+        ("of which by chance", mean_of("ece_by_chance", three)),
+        ("AUROC", mean_of("auroc", three)),
+        (f"Brier score is, than {OURS}'s", than_ours),
+    ]
+    title = "S, the policy's own chance of answering, as a forecast of a right answer (greedy, help forbidden)"
+    return table_of(title, sets, [*first, *columns])
+
+
+def _named(row: Row) -> Row:
+    return {"method": row["method"], "set": row["set"]}
 
 
 def _ways(rows: list[Row]) -> str:
@@ -223,40 +308,61 @@ def _ways(rows: list[Row]) -> str:
 
 
 def draw(figure: Figure, record: Record) -> None:
-    """Calls against failures by set, the same by difficulty, precision and recall, and success by the help margin."""
-    sets, difficulty, both, margins = drawing.panels(figure, 4, width=4.8)
-    centres = [EDGES[0] - 1.5, *(np.add(EDGES[:-1], EDGES[1:]) / 2), EDGES[-1] + 1.5]
-    for ((name,), rows), colour in zip(grouped(record["rows"], "set").items(), drawing.COLOURS, strict=False):
-        of_seeds = pd.DataFrame(rows)
-        sets.plot(of_seeds["failed"], of_seeds["called"], "o", color=colour, label=name)
-        both.plot(of_seeds["recall"], of_seeds["precision"], "o", color=colour)
+    """Calls against failures by set, the same by difficulty, precision and recall, success by the help margin, and S as
+    a forecast. GAPG by dots, another method by triangles."""
+    every = rows_of(record)
+    known = all("reliability" in row for row in every)
+    sets, difficulty, both, margins, *forecast = drawing.panels(figure, 4 + known, width=4.8)
+    colours = dict(zip(dict.fromkeys(row["set"] for row in every), drawing.COLOURS, strict=False))
+    for (method, name), rows in grouped(every, "method", "set").items():
+        colour, mark = colours[name], "o" if method == OURS else "^"
+        of_seeds, label = pd.DataFrame(rows), name if method == OURS else None
+        sets.plot(of_seeds["failed"], of_seeds["called"], mark, color=colour, label=label)
+        both.plot(of_seeds["recall"], of_seeds["precision"], mark, color=colour)
         buckets = pd.DataFrame([bucket for row in rows for bucket in row["buckets"] if bucket["n"]])
-        difficulty.scatter(buckets["failed"], buckets["called"], 3 + buckets["n"] / 15, color=colour, alpha=0.7)
-        bins = pd.DataFrame([{"bin": i, **b} for row in rows for i, b in enumerate(row["boundary"]["bins"])])
-        bins["right"] = bins["n"] * bins["right"].astype(float)
-        # over the seeds, weighed by their problems; 0 / 0, an empty bin, is not drawn
-        of_bins = bins.groupby("bin").sum()
-        margins.plot(centres, of_bins["right"] / of_bins["n"], "o-", color=colour, markersize=4, label=name)
-    for axis, title in ((sets, "sets, a dot a seed"), (difficulty, "by the number of ways to the target")):
-        axis.plot([0, 1], [0, 1], color=drawing.GREY, linewidth=0.8, linestyle="--")
+        difficulty.scatter(
+            buckets["failed"], buckets["called"], 3 + buckets["n"] / 15, color=colour, alpha=0.7, marker=mark
+        )
+        if method == OURS:
+            _draw_margins(margins, rows, colour, name)
+        for axis in forecast:
+            bins = pd.DataFrame([b for row in rows for b in row["reliability"]]).sort_values("stays")
+            axis.plot(bins["stays"], bins["right"], mark, color=colour, markersize=4, alpha=0.6)
+    others = [method for (method,) in grouped(every, "method") if method != OURS]
+    marks = f"a dot a seed; triangles: {', '.join(others)}" if others else "a dot a seed"
+    for axis, title in ((sets, f"sets, {marks}"), (difficulty, "by the number of ways to the target")):
         axis.set(xlabel="fails alone", ylabel="called", title=title)
+    for axis in forecast:
+        axis.set(xlabel="S", ylabel="right alone", title=f"S as a forecast, {BINS} bins a seed")
+    for axis in (sets, difficulty, *forecast):
+        axis.plot([0, 1], [0, 1], color=drawing.GREY, linewidth=0.8, linestyle="--")
     both.set(xlabel="recall: failures that are called", ylabel="precision: calls that fail alone")
     both.set_title("calls against its own failures")
-    implied = float(np.mean([row["implied"] for row in record["rows"]]))
+    implied = float(np.mean([row["implied"] for row in every if row["implied"] is not None]))
     margins.axhline(implied, color="black", linewidth=0.8, linestyle="--", label="alpha_c P(oracle right)")
     margins.axvline(0, color="black", linewidth=0.8)
-    margins.set(xlabel="help margin, logits", ylabel="right alone", title="success at the call boundary")
-    for axis in (sets, difficulty, both, margins):
+    margins.set(xlabel="help margin, logits", ylabel="right alone", title=f"success at {OURS}'s call boundary")
+    for axis in (sets, difficulty, both, margins, *forecast):
         drawing.percent(axis, x=axis is not margins, y=True)
     for axis in (sets, margins):
         axis.legend(fontsize=drawing.SMALL)
 
 
+def _draw_margins(axis: Axes, rows: list[Row], colour: str, name: str) -> None:
+    centres = [EDGES[0] - 1.5, *(np.add(EDGES[:-1], EDGES[1:]) / 2), EDGES[-1] + 1.5]
+    bins = pd.DataFrame([{"bin": i, **b} for row in rows for i, b in enumerate(row["boundary"]["bins"])])
+    bins["right"] = bins["n"] * bins["right"].astype(float)
+    # over the seeds, weighed by their problems; 0 / 0, an empty bin, is not drawn
+    of_bins = bins.groupby("bin").sum()
+    axis.plot(centres, of_bins["right"] / of_bins["n"], "o-", color=colour, markersize=4, label=name)
+
+
 SHIFT = Study(
     "shift",
-    "On problems unlike those trained on: does calling rise with difficulty, and is it the model's own failures?",
+    "On problems unlike those trained on: does calling rise with difficulty, is it the model's own failures, and is its"
+    " chance of answering still the chance of being right?",
     arms.SEEDS,
-    lambda seed: [arms.gapg(seed, predictions=(SHIFTED,))],
+    lambda seed: [arms.gapg(seed, predictions=(SHIFTED,)), arms.marginal(seed, predictions=(SHIFTED,))],
     measure,
     tables,
     draw,

@@ -34,36 +34,45 @@ GAP_SHARES = (0.2, 0.5, 0.8)
 """The shares of the gap at which RouteLLM counts calls: CPT(20%), CPT(50%), CPT(80%)."""
 
 
+DIFFERENT = "the runs were measured on different held-out problems and cannot be compared"
+
+
 def problems(runs: Sequence[Finished]) -> pd.DataFrame:
     """The table of finished runs. Problems on which the cloud failed in any of them are left out of all.
 
     Raises ValueError where the runs were measured on different problems.
     """
-    table = pd.concat([_of_run(run) for run in runs], ignore_index=True)
-    seen = [tuple(of_run["id"]) for _, of_run in table.groupby(["arm", "seed"], sort=False)]
+    table = pd.concat([of_run(run) for run in runs], ignore_index=True)
+    seen = [tuple(ids) for _, ids in table.groupby(["arm", "seed"], sort=False)["id"]]
     if any(ids != seen[0] for ids in seen):
-        raise ValueError("the runs were measured on different held-out problems and cannot be compared")
+        raise ValueError(DIFFERENT)
     failed = table.loc[table["cloud"].isna() | table["correct"].isna(), "id"]
     return table[~table["id"].isin(failed)].reset_index(drop=True)
 
 
-def _of_run(run: Finished) -> pd.DataFrame:
-    masked, sampled = (pd.DataFrame(run.rows(f"heldout-{how}")) for how in ("masked", "sampled"))
-    if masked["id"].tolist() != sampled["id"].tolist():
-        raise ValueError("the runs were measured on different held-out problems and cannot be compared")
+def of_run(run: Finished) -> pd.DataFrame:
+    """The table of one run. Raises ValueError where its predictions are of different problems."""
+    masked, sampled = run.rows("heldout-masked"), pd.DataFrame(run.rows("heldout-sampled"))
+    alone = of_answers(masked)
+    if alone["id"].tolist() != sampled["id"].tolist():
+        raise ValueError(DIFFERENT)
     outcome = sampled["outcome"]
     called = outcome.str.startswith("cloud") | (outcome == "unknown")
     right = np.where(called, sampled["oracle_score"].astype(float), outcome == "local_correct")
+    about = {"arm": run.arm.label, "seed": run.arm.seed}
+    trained = {"called": called.astype(float), "correct": np.where(outcome == "unknown", np.nan, right)}
+    return alone.assign(**about, **trained)
+
+
+def of_answers(masked: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """id, score, local and cloud of predictions decoded greedily with help masked."""
+    rows = pd.DataFrame(masked)
     return pd.DataFrame(
         {
-            "arm": run.arm.label,
-            "seed": run.arm.seed,
-            "id": masked["id"],
-            "called": called.astype(float),
-            "correct": np.where(outcome == "unknown", np.nan, right),
-            "score": help_margins(masked.to_dict("records")),
-            "local": (masked["outcome"] == "local_correct").astype(float),
-            "cloud": masked["oracle_score"].astype(float),
+            "id": rows["id"],
+            "score": help_margins(masked),
+            "local": (rows["outcome"] == "local_correct").astype(float),
+            "cloud": rows["oracle_score"].astype(float),
         }
     )
 
@@ -238,6 +247,28 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
     """
     half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
     return fmean(values) - half, fmean(values) + half
+
+
+def p_value(per_seed: Sequence[float]) -> float:
+    """Of Student's two-sided test that the mean is 0. 1 of one seed, which says nothing of another."""
+    if len(per_seed) < 2:
+        return 1.0
+    if len(set(per_seed)) == 1:
+        return float(per_seed[0] == 0)
+    return float(2 * stats.t.sf(abs(fmean(per_seed)) / stats.sem(per_seed), len(per_seed) - 1))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values as corrected for being several (Holm 1979): all below 0.05 together are wrong in one study of 20.
+
+    The k-th smallest of m is multiplied by m - k + 1, and is no smaller than those before it.
+    """
+    values = np.asarray(p, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    rising = np.maximum.accumulate(values[order] * np.arange(values.size, 0, -1))
+    corrected = np.empty_like(values)
+    corrected[order] = np.minimum(rising, 1.0)
+    return [float(value) for value in corrected]
 
 
 def bootstrap_interval(differences: FloatArray) -> tuple[float, float]:

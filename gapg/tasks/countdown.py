@@ -11,6 +11,7 @@ import hashlib
 import random
 import re
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations_with_replacement
 from typing import Literal
@@ -37,6 +38,8 @@ class Countdown:
     max_number, max_target, max_value: the largest number given, target, and value on the way.
     problems: how many to draw at random; without it every problem is enumerated (for small settings only).
     heldout: fraction of the problems held out, cut by a hash of the problem and `seed`.
+    split: `problem` cuts between problems, so a held-out one mostly shares its numbers with a training problem;
+        `numbers` cuts between sets of numbers, which no training and held-out problem then share.
     style: `tiny` prompts with the bare problem, for models made here; `chat` explains task and endings in words.
     help_shown: whether demonstrations ever call; without, the same traces all end in an answer.
     Raises ValueError on settings that leave no problems.
@@ -55,6 +58,7 @@ class Countdown:
         seed: int = 0,
         style: Literal["tiny", "chat"] = "tiny",
         help_shown: bool = True,
+        split: Literal["problem", "numbers"] = "problem",
     ) -> None:
         counts = (numbers,) if isinstance(numbers, int) else tuple(numbers)
         if not counts or not all(2 <= n <= 6 for n in counts):
@@ -63,6 +67,8 @@ class Countdown:
             raise ValueError(f"style: must be 'tiny' or 'chat', not {style!r}")
         if not 0 < heldout < 1:
             raise ValueError(f"heldout: must be a fraction between 0 and 1, not {heldout!r}")
+        if split not in ("problem", "numbers"):
+            raise ValueError(f"split: must be 'problem' or 'numbers', not {split!r}")
         self.help_shown = help_shown
         self.style, self.max_word, self.max_value = style, max(max_number, max_target, max_value), max_value
         self.traces = lru_cache(maxsize=2048)(lambda numbers: arithmetic.traces(numbers, max_value))
@@ -71,11 +77,14 @@ class Countdown:
         else:
             found = _draw(counts, max_number, max_target, max_value, problems, seed)
         made = [Prompt(f"{text} = {target}", f"{text} = {target} :", gold, self.name) for text, target, gold in found]
-        made.sort(key=lambda p: hashlib.sha256(f"{seed}:{p.id}".encode()).digest())
-        cut = int(heldout * len(made))
-        if not 0 < cut < len(made):
+        made.sort(key=lambda p: _order(seed, p.id))
+        held = _held_out(made, int(heldout * len(made)), seed, split)
+        if not 0 < len(held) < len(made):
             raise ValueError(f"countdown: {len(made)} problems are too few to hold out a fraction of {heldout}")
-        self._splits: dict[Split, tuple[Prompt, ...]] = {"train": tuple(made[cut:]), "heldout": tuple(made[:cut])}
+        self._splits: dict[Split, tuple[Prompt, ...]] = {
+            "train": tuple(p for p in made if p.id not in held),
+            "heldout": tuple(p for p in made if p.id in held),
+        }
 
     def _enumerate(self, counts: Iterable[int], max_number: int, max_target: int) -> list[tuple[str, int, str]]:
         found = []
@@ -152,6 +161,37 @@ def _parse(text: str) -> tuple[tuple[int, ...], int]:
     if match is None:
         raise ValueError(f"no Countdown problem (`3 8 15 = 39`): {text[:80]!r}")
     return tuple(map(int, match[1].split())), int(match[2])
+
+
+def _order(seed: int, text: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{text}".encode()).digest()
+
+
+def _held_out(problems: Sequence[Prompt], n: int, seed: int, split: str) -> set[str]:
+    """Ids of the first n problems; by `numbers`, of whole sets of numbers drawn by a hash until they are n or more."""
+    if split == "problem":
+        return {p.id for p in problems[:n]}
+    sets: dict[str, list[str]] = {}
+    for p in problems:
+        sets.setdefault(p.id.partition(" = ")[0], []).append(p.id)  # numbers stand there in rising order
+    held = set[str]()
+    for numbers in sorted(sets, key=lambda numbers: _order(seed, numbers)):
+        if len(held) >= n:
+            break
+        held.update(sets[numbers])
+    return held
+
+
+def computed(answer: str) -> tuple[Fraction, tuple[int, ...]] | None:
+    """What an answer comes to: its exact value, and the numbers it uses, sorted; None where it is no expression.
+
+    Answers of one value from the same numbers are one answer, in whatever spelling: what a vote counts.
+    """
+    try:
+        value, used = arithmetic.evaluate(answer.partition("=")[0])
+    except ValueError:
+        return None
+    return value, tuple(used)
 
 
 def _check(answer: str, numbers: list[int], target: int) -> Verdict:

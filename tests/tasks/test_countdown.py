@@ -1,6 +1,7 @@
 """Countdown: the problems, the demonstrations, the tokenizer, and a verifier that model output cannot fool or run."""
 
 import ast
+import hashlib
 import operator
 import random
 import time
@@ -15,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from gapg.judge import parse
 from gapg.tasks.arithmetic import TooLarge, evaluate, traces
 from gapg.tasks.base import HELP_PHRASE, STOP, Demonstrated, Prompt, Solvable, Tokenized, Verdict
-from gapg.tasks.countdown import Countdown
+from gapg.tasks.countdown import Countdown, computed
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,50 @@ def test_deterministic_and_split_by_seed(task):
     assert again.prompts("train") == task.prompts("train")
     assert {p.id for p in all_prompts(other)} == {p.id for p in all_prompts(task)}
     assert set(other.prompts("heldout")) != set(task.prompts("heldout"))
+
+
+def numbers_of(prompts):
+    return {p.id.partition(" = ")[0] for p in prompts}
+
+
+@pytest.mark.parametrize("more", [{"max_number": 9}, {"numbers": [3, 4], "problems": 300, "max_number": 12}])
+def test_split_by_numbers(more):
+    """No numbers on both sides, which between problems nearly all are; the same problems; the part asked for."""
+    apart, mixed = Countdown(split="numbers", seed=9, **more), Countdown(seed=9, **more)
+    assert not numbers_of(apart.prompts("train")) & numbers_of(apart.prompts("heldout"))
+    assert numbers_of(mixed.prompts("train")) & numbers_of(mixed.prompts("heldout"))
+    assert {p.id for p in all_prompts(apart)} == {p.id for p in all_prompts(mixed)}
+    n, largest = len(mixed.prompts("heldout")), 40
+    assert n <= len(apart.prompts("heldout")) < n + largest
+    # shuffled as the problems are, so that any first part of a split is a fair sample of it
+    order = [p for split in ("heldout", "train") for p in mixed.prompts(split)]
+    for split in ("train", "heldout"):
+        mine = set(apart.prompts(split))
+        assert [p for p in order if p in mine] == list(apart.prompts(split))
+    assert Countdown(split="numbers", seed=9, **more).prompts("heldout") == apart.prompts("heldout")
+    assert set(Countdown(split="numbers", seed=8, **more).prompts("heldout")) != set(apart.prompts("heldout"))
+
+
+def test_the_default_split_stays(task):
+    """By what it was before there was another: runs are named by their settings, and resumed on these problems."""
+    text = "\n".join(p.id for split in ("train", "heldout") for p in task.prompts(split))
+    assert (
+        hashlib.sha256(text.encode()).hexdigest() == "50ce556f28a9518d5a7a67b83da1e8fcfb1125c663dc525503cf775d8db9fca6"
+    )
+    assert Countdown(split="problem").prompts("heldout") == task.prompts("heldout")
+
+
+def test_a_split_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="split: must be 'problem' or 'numbers', not 'number'"):
+        Countdown(split="number")
+    with pytest.raises(ValueError, match="too few to hold out"):
+        Countdown(max_number=1, max_target=4, heldout=0.5, split="numbers")
+
+
+def test_what_an_answer_computes():
+    assert computed("8 * 3 + 15") == computed("15+(3 × 8) = 39") == (39, (3, 8, 15))
+    assert computed("13 * 3") == (39, (3, 13)) and computed("1 / 2") == (Fraction(1, 2), (1, 2))
+    assert computed("8 *") is computed("") is computed("1 / 0") is computed("(" * 1000) is None
 
 
 def test_made_quickly():

@@ -91,7 +91,7 @@ def test_at_equal_calls(runs: Runs, drawn: Drawn) -> None:
     # and with help in it 0, 1, 2 as the help phrase has it
     assert at_budget["GAPG, its log-prob with help in it"] == pytest.approx([0.9, 0.7])
     less = {(d["b"], d.get("cloud_fraction", "apgr")): d for d in record["comparisons"]}
-    assert {at for _, at in less} == {0.1, 0.2, 0.3, 0.5, "apgr"}
+    assert {at for _, at in less} == {0.1, 0.2, 0.3, 0.5, 0.7, 0.9, "apgr"}
     assert less[PROMPT, 0.3]["per_seed"] == pytest.approx((0.0, -0.2))
     assert less[PROMPT, 0.3]["wins"] == 0
     table = BASELINES.tables(record)[0]
@@ -113,7 +113,7 @@ def test_a_method_that_beats_gapg_is_named_with_where(runs: Runs, drawn: Drawn) 
     ours, theirs = (np.trapezoid(of(record, name, "curve")[0], GRID) for name in ("GAPG", PROMPT))
     assert less["apgr"]["mean"] == pytest.approx((ours - theirs) / 0.3, abs=1e-4)
     row = line(BASELINES.tables(record)[1], PROMPT)
-    assert row[1] == "-20.0 (-20.0 to -20.0)" and len(row) == 7
+    assert row[1] == "-20.0 (-20.0 to -20.0)" and len(row) == 9
     assert row[-1].startswith("worse at 10% called, 20% called, 30% called") and row[-1].endswith("APGR")
     assert line(BASELINES.tables(record)[0], PROMPT)[-1] == "worse"
     assert line(BASELINES.tables(record)[0], "DA-GRPO")[-1] == "better"

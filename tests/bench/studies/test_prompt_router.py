@@ -1,7 +1,7 @@
 """The router that reads the prompt alone: it learns what can be learned, keeps pairs aside, and repeats itself."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, PreTrainedTokenizerBase
 
+from gapg.batches.batching import Example
 from gapg.errors import ConfigError
+from gapg.runs.run import Run
 from gapg.tasks.base import Prompt
 from gapg.tasks.countdown import Countdown
-from studies.prompt_router import Recipe, auc, train_prompt_router
+from studies import predictions
+from studies.answers import Answers, OwnAnswers
+from studies.prompt_router import (
+    DEVICE,
+    SCRATCH,
+    Recipe,
+    Score,
+    _in_folds,
+    auc,
+    cross_fitted_router,
+    train_prompt_router,
+)
 
 QUICK = Recipe(lr=3e-3, epochs=4, batch_size=32, weight_decay=0.01, dropout=0.0)
 Pairs = tuple[list[Prompt], list[bool]]
@@ -108,6 +121,43 @@ def test_next_to_nothing_to_learn_from_is_no_crash(
     router = train_prompt_router(prompts, failed, countdown, tokenizer, seed=0, recipe=QUICK)
     assert router.auc == 0.5
     assert np.isfinite(router.scores(prompts)).all()
+
+
+def test_a_problem_is_scored_by_routers_that_did_not_see_it() -> None:
+    """A router that remembers: 1 where it learned the problem, else 0."""
+    empty = Answers([], [], torch.zeros(0))
+    ids = [f"p{i}" for i in range(23)]
+    validation = Answers(ids, [Example([1], [], group=i) for i in range(23)], torch.zeros(23))
+    seen: list[str] = []
+
+    def learn(pairs: Answers, label: str) -> Score:
+        seen.extend(pairs.ids)
+        return lambda others: np.array([float(i in pairs.ids or i == "h0") for i in others.ids])
+
+    heldout = Answers(["h0", "h1"], [Example([1], [])] * 2, torch.zeros(2))
+    mine, others = _in_folds(OwnAnswers(empty, validation, heldout), learn, seed=0)
+    assert mine.tolist() == [0.0] * 23
+    assert sorted(seen) == sorted(ids * 4), "each is learned from in four folds of five"
+    assert others == pytest.approx([1.0, 0.0])
+
+
+@pytest.mark.parametrize("encoder", [SCRATCH, DEVICE])
+def test_rows_of_a_run(start: Callable[..., Run], encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("studies.prompt_router.SMALL", QUICK)
+    run = start()
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    rows = cross_fitted_router(encoder).make(run)
+    others = [p.id for p in predictions.heldout(run)]
+    assert [row["id"] for row in rows] == [*(p.id for p in run.validation), *others]
+    assert {row["local"] for row in rows} == {0, 1}
+    assert len({row["score"] for row in rows}) > 10
+    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+
+
+def test_an_encoder_names_its_predictions(start: Callable[..., Run]) -> None:
+    assert cross_fitted_router("some/encoder").name == "prompt-only-some-encoder"
+    with pytest.raises(ConfigError, match="no-such-folder"):
+        cross_fitted_router("./no-such-folder").make(start())
 
 
 def test_the_area_by_hand() -> None:

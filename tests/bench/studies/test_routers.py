@@ -16,8 +16,10 @@ from gapg.tasks.base import HELP_PHRASE
 from gapg.tasks.countdown import Countdown
 from gapg_rollout.oracle.solver import SolverOracle
 from gapg_rollout.records import Completion
-from studies.routers import doubt, self_consistency
+from studies.routers import doubt, reading, self_consistency
 from studies.statistics import help_margins
+
+TEXT = reading("maths")
 
 
 def row(countdown: Countdown, text: str, logprobs: tuple[float, ...], margin: float | None = None) -> dict[str, Any]:
@@ -77,14 +79,24 @@ def test_votes_by_hand() -> None:
         ("d", [(one, True), ("1 + 1", False), (both, False), ("", False), ("", False)]),
         ("e", [("1 + 1", False)] * 5),
     )
-    score, local = self_consistency(rows)
+    score, local = self_consistency(rows, TEXT)
     assert score == pytest.approx([0.4, 0.0, 0.6, 0.8, 1.0])
     assert local.tolist() == [1, 0, 1, 1, 0]
     # rows of one problem need not lie together
-    score, local = self_consistency([*rows[:2], *rows[5:], *rows[2:5]])
+    score, local = self_consistency([*rows[:2], *rows[5:], *rows[2:5]], TEXT)
     assert score == pytest.approx([0.4, 0.0, 0.6, 0.8, 1.0])
     with pytest.raises(ValueError, match="equally many"):
-        self_consistency(rows[:-1])
+        self_consistency(rows[:-1], TEXT)
+
+
+def test_countdown_votes_count_what_answers_compute() -> None:
+    """Three spellings of 39 from 3, 8, 15 are one answer; 39 from other numbers, and what is no expression, are not."""
+    texts = ["9 * 4 + 3", "( 8 * 3 ) + 15", "8 * 3 +", "15 + 3 * 8", "15+(8*3) = 39"]
+    rows = sampled(("a", [(answer(text), i in (1, 3, 4)) for i, text in enumerate(texts)]))
+    assert [x.tolist() for x in self_consistency(rows, reading("countdown"))] == [[pytest.approx(0.4)], [1.0]]
+    assert [x.tolist() for x in self_consistency(rows, TEXT)] == [[pytest.approx(0.8)], [0.0]]
+    (score,), (local,) = self_consistency(sampled(("a", [(answer("8 * +"), False)] * 5)), reading("countdown"))
+    assert (score, local) == (1.0, 0.0), "nothing that can be read is no answer"
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=5, max_size=5), min_size=1, max_size=8), st.integers(0, 3))
@@ -92,7 +104,7 @@ def test_a_vote_is_right_with_its_answer(problems: list[list[int]], right: int) 
     """0 stands for no answer; where all samples agree there is nothing to doubt."""
     texts = ["", answer("1"), answer("2"), answer("3")]
     rows = sampled(*((str(i), [(texts[k], k == right > 0) for k in ks]) for i, ks in enumerate(problems)))
-    score, local = self_consistency(rows)
+    score, local = self_consistency(rows, TEXT)
     for ks, s, was_right in zip(problems, score, local, strict=True):
         most = max(ks.count(k) for k in (1, 2, 3))
         assert s == pytest.approx(1 - most / 5)

@@ -1,21 +1,29 @@
 """Shifted problems, and the study of calls against failures on tables made by hand."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from matplotlib.figure import Figure
 
 from gapg.config import load_config
 from gapg.errors import ConfigError
+from gapg.help_phrase import help_control
 from gapg.runs.run import Run
 from gapg.tasks.base import Verdict
 from gapg.tasks.countdown import Countdown
 from studies import shift
 from studies.arms import Finished
+from studies.predictions import heldout
 from studies.report import Record, Study
 from studies.shift import SHIFT, SHIFTED, TRAINED, boundary, decisions, make_problems, shapes, ways
+
+RESULTS = Path(__file__).parents[3] / "bench" / "results" / "studies"
 
 
 @pytest.mark.parametrize("name", ["4 numbers", "numbers of 21 to 40", "targets of 61 to 100"])
@@ -83,21 +91,23 @@ def test_success_at_the_boundary() -> None:
 @pytest.fixture
 def finished(finish: Callable[..., Finished], predicted: Callable[..., dict[str, Any]]) -> list[Finished]:
     """40 problems a set, the margin falling from 2.05 by 0.1 a problem, wrong alone on the first 20. At the threshold
-    12 of 40 are called (margins over 0.9); elsewhere every margin is a logit higher and nothing is right alone."""
+    12 of 40 are called (margins over 0.9); elsewhere every margin is a logit higher and nothing is right alone. S is
+    a half everywhere for GAPG; the marginal method's is 0.1 where it is wrong on the trained set, and 0.9 elsewhere."""
     runs = []
-    for seed in (20, 21):
-        (arm,) = SHIFT.arms(seed)
+    for arm in (arm for seed in (20, 21) for arm in SHIFT.arms(seed)):
+        surely = [0.5, 0.5] if arm.label == "GAPG" else [0.1, 0.9]
         rows = [
-            predicted(i, "local_wrong" if i < 20 else "local_correct", 2.05 - 0.1 * i) | {"id": f"1 {i + 2} = {i + 3}"}
+            predicted(i, "local_wrong" if i < 20 else "local_correct", 2.05 - 0.1 * i)
+            | {"id": f"1 {i + 2} = {i + 3}", "set": TRAINED, "stays": surely[i >= 20]}
             for i in range(40)
         ]
         elsewhere = [
-            row | {"set": name, "help_margin": row["help_margin"] + 1.0, "outcome": "local_wrong"}
+            row | {"set": name, "help_margin": row["help_margin"] + 1.0, "outcome": "local_wrong", "stays": surely[1]}
             for name in shapes(load_config("quickstart"))
             for row in rows
         ]
         metrics = [{"step": s, "call_fraction": 0.3, "alpha_c": 0.5} for s in range(1, 31)]
-        runs.append(finish(arm, {"heldout-masked": rows, "train-masked": rows, SHIFTED.name: elsewhere}, metrics))
+        runs.append(finish(arm, {"train-masked": rows, SHIFTED.name: rows + elsewhere}, metrics))
     return runs
 
 
@@ -105,7 +115,7 @@ def test_the_study_on_a_table_made_by_hand(
     finished: list[Finished], drawn: Callable[[Study, list[Finished]], Record]
 ) -> None:
     record = drawn(SHIFT, finished)
-    assert len(record["rows"]) == 2 * 4
+    assert len(record["rows"]) == 2 * 2 * 4
     trained = next(row for row in record["rows"] if row["set"] == TRAINED)
     assert (trained["called"], trained["failed"]) == (pytest.approx(0.3), 0.5)
     assert (trained["precision"], trained["recall"]) == (1.0, pytest.approx(0.6))
@@ -117,19 +127,40 @@ def test_the_study_on_a_table_made_by_hand(
     # ten more problems are called
     four = next(row for row in record["rows"] if row["set"] == "4 numbers")
     assert (four["called"], four["failed"], four["recall"]) == (pytest.approx(0.55), 1.0, pytest.approx(0.55))
-    assert all(d["mean"] == pytest.approx(0.25) and d["low"] == pytest.approx(0.25) for d in record["comparisons"])
-    sets, by_ways, edge = SHIFT.tables(record)
-    assert [row[-1] for row in sets.cells] == ["", "more", "more", "more"]
-    assert sets.cells[0][:4] == [TRAINED, "40", "30.0% (30.0 to 30.0%)", "50.0% (50.0 to 50.0%)"]
-    assert by_ways.cells[2][:4] == [TRAINED, "3 to 4", "0", "–"]
-    assert edge.cells[0] == [TRAINED, "20", "0.550", "0.500"]
+    more = [d for d in record["comparisons"] if d["what"] == "called"]
+    assert all(d["mean"] == pytest.approx(0.25) and d["low"] == pytest.approx(0.25) for d in more)
+    sets, by_ways, edge, forecast = SHIFT.tables(record)
+    assert [row[-1] for row in sets.cells] == ["", "more", "more", "more"] * 2
+    assert sets.cells[0][:5] == ["GAPG", TRAINED, "40", "30.0% (30.0 to 30.0%)", "50.0% (50.0 to 50.0%)"]
+    assert by_ways.cells[2][:5] == ["GAPG", TRAINED, "3 to 4", "0", "–"]
+    # the marginal method stands at no price, so nothing is implied
+    assert edge.cells[0] == ["GAPG", TRAINED, "20", "0.550", "0.500"] and len(edge.cells) == 4
+    # Brier, calibration error, its part by chance, AUROC
+    assert forecast.cells[0][4:] == ["0.250", "0.000", "0.063", "0.500", ""]
+    ours, elsewhere = forecast.cells[4], forecast.cells[5]
+    assert ours[:2] == ["marginal", TRAINED] and [*ours[4:6], *ours[7:]] == ["0.010", "0.100", "1.000", "better"]
+    assert [elsewhere[4], elsewhere[5], *elsewhere[7:]] == ["0.810", "0.900", "–", "worse"]
 
 
 def test_one_seed_tells_nothing_of_another(finished: list[Finished]) -> None:
-    rows, comparisons = SHIFT.measure(finished[:1])
-    assert [(d["low"], d["high"]) for d in comparisons] == [(-1.0, 1.0)] * 3
-    sets = SHIFT.tables({"rows": rows, "comparisons": comparisons, "seeds": [20]})[0]
-    assert [row[-1] for row in sets.cells] == ["", "same", "same", "same"]
+    rows, comparisons = SHIFT.measure(finished[:2])
+    assert [(d["low"], d["high"]) for d in comparisons] == [(-1.0, 1.0)] * (2 * 3 + 4)
+    sets, _, _, forecast = SHIFT.tables({"rows": rows, "comparisons": comparisons, "seeds": [20]})
+    assert [row[-1] for row in sets.cells] == ["", "same", "same", "same"] * 2
+    assert [row[-1] for row in forecast.cells[4:]] == ["same"] * 4
+
+
+def test_a_record_of_gapg_alone_is_drawn_as_it_was() -> None:
+    """Older records have no method and no S."""
+    record = json.loads((RESULTS / "shift.json").read_text())
+    new = {"method", "stays", "brier", "ece", "ece_by_chance", "auroc", "reliability"}
+    old = [{key: value for key, value in row.items() if key not in new} for row in record["rows"]]
+    record = record | {"rows": [row for row in old if row["alpha_c"] is not None]}
+    sets, _, _ = SHIFT.tables(record)
+    assert [row[0] for row in sets.cells] == ["GAPG"] * 4
+    figure = Figure(layout="constrained")
+    SHIFT.draw(figure, record)
+    assert len(figure.axes) == 4
 
 
 def test_the_predictions_of_a_real_policy(start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,8 +168,19 @@ def test_the_predictions_of_a_real_policy(start: Callable[..., Run], monkeypatch
     run = start("run")
     limit = run.config.rollout.max_new_tokens
     rows = shift.shifted(run)
-    assert [row["set"] for row in rows] == [name for name in shapes(run.config) for _ in range(20)]
+    known = len(heldout(run))
+    assert [row["set"] for row in rows[:known]] == [TRAINED] * known
+    assert [row["set"] for row in rows[known:]] == [name for name in shapes(run.config) for _ in range(20)]
     assert {row["outcome"] for row in rows} <= {"local_correct", "local_wrong"}
     assert all(row["oracle_score"] is not None for row in rows)
     assert run.config.rollout.max_new_tokens == limit, "longer responses are the study's own affair"
     assert [row["response"] for row in shift.shifted(run)] == [row["response"] for row in rows]
+    # S is the product of the chances, token by token, of not beginning the phrase
+    (phrase,) = [s.token_id for s in help_control(run.tokenizer).spellings]
+    for prompt, row in list(zip(heldout(run), rows, strict=False))[:5]:
+        given = run.task.render(prompt, run.tokenizer)
+        response = run.tokenizer.encode(row["response"], add_special_tokens=False)
+        with torch.no_grad():
+            logits = run.engine.model(torch.tensor([[*given, *response]])).logits[0].double()  # type: ignore[attr-defined]
+        p = logits.softmax(1)[len(given) - 1 : -1, phrase]
+        assert row["stays"] == pytest.approx(float((1 - p).prod()), rel=1e-4)

@@ -1,5 +1,6 @@
 """Accuracy at equal calls and intervals: on tables small enough to work out by hand, and their properties."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from gapg.jsonl import to_json
 from studies.arms import Arm, Finished, predictions_path
@@ -24,7 +26,9 @@ from studies.statistics import (
     compare,
     compare_seeds,
     curve,
+    holm,
     measures,
+    p_value,
     problems,
     shares_at,
     t_interval,
@@ -244,6 +248,28 @@ def test_a_figure_a_seed_is_compared_over_seeds() -> None:
     for a, b in (([0.1], [0.1, 0.2]), ([], [])):
         with pytest.raises(ValueError):
             compare_seeds(a, b)
+
+
+def test_a_p_value_is_that_of_the_interval() -> None:
+    """Below 0.05 exactly where the 95% interval leaves 0 out; by scipy's own test; and by hand at t = 2.776, df 4."""
+    rng = np.random.default_rng(1)
+    for per_seed in rng.normal(0.8, 1.0, size=(200, 5)).tolist():
+        low, high = t_interval(per_seed)
+        assert (p_value(per_seed) < 0.05) == (low > 0 or high < 0)
+        assert p_value(per_seed) == pytest.approx(stats.ttest_1samp(per_seed, 0).pvalue)
+    assert (p_value([0.1]), p_value([0.0, 0.0]), p_value([0.1, 0.1])) == (1.0, 1.0, 0.0)
+
+
+@given(st.lists(st.sampled_from([0.0, 1e-4, 0.01, 0.011, 0.02, 0.3, 1.0]), max_size=7))
+def test_holms_correction_is_bonferronis_of_every_set_that_a_comparison_is_in(p: Floats) -> None:
+    """The closed test: the largest of |S| min(S) over all sets S of the comparisons with this one among them."""
+    sets = [s for n in range(1, len(p) + 1) for s in itertools.combinations(range(len(p)), n)]
+    want = [min(1.0, max(len(s) * min(p[j] for j in s) for s in sets if i in s)) for i in range(len(p))]
+    assert holm(p) == pytest.approx(want)
+
+
+def test_holms_correction_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
 # ---- the table of finished runs
