@@ -76,7 +76,7 @@ def run(argv: list[str]) -> None:
     except ValidationError as error:
         raise ConfigError(explain(Options, error)) from None
     if bool(words) == options.redraw:
-        raise ConfigError("usage: python bench/study.py list | all | NAME … | --redraw [--key value …]; --help says more")
+        raise ConfigError("usage: python bench/study.py list | all | NAME … | --redraw [--key value …]; see --help")
     if words == ["quickstart"]:
         if spare := given.keys() - {"config", "resume"}:
             raise ConfigError(f"--{min(spare).replace('_', '-')}: quickstart is one run; give --seed, --output-dir")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import random
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,13 +14,18 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from gapg.batches.batching import Example, PackedBatch, packed_batches
 from gapg.config import RunConfig, load_config
+from gapg.marginal_loss import Masked
 from gapg.update import with_gradient
 from gapg_kernels.policy_loss import group_advantages
 from peers import updates
-from update_step_report import OURS
+from update_step_report import MARGINAL, OURS
 
 SETTINGS = ("pack", "response_positions", "skip_zero_advantage", "share_prompts")
-IMPLS = (*OURS, *updates.PEERS)
+IMPLS = (*OURS, *MARGINAL, *updates.PEERS)
+PLACES = dict(zip(MARGINAL, (2, math.inf), strict=True))
+"""In each response; where a tokenizer writes the phrase in several tokens, it can begin at few."""
+HELP = 0
+"""The token that begins the phrase, which no response holds."""
 
 VOCAB = 151_936
 QWEN = {
@@ -74,23 +80,32 @@ class Case:
         """Tokens of the longest sequence."""
         return max(map(len, self.data[0]))
 
-    def config(self, savings: int, dtype: str = "bfloat16") -> RunConfig:
-        """Of a run whose updates are this one, by the first so many of our savings."""
+    def config(self, name: str, dtype: str = "bfloat16") -> RunConfig:
+        """Of a run whose updates are this one, by that implementation of ours."""
+        savings = OURS.index(name) if name in OURS else len(SETTINGS)
         on = [i < savings for i in range(len(SETTINGS))]
         values = [str(x).lower() for x in on[:3]] + ["always" if on[3] else "never"]
         given = {f"update.{name}": value for name, value in zip(SETTINGS, values, strict=True)}
         given |= {"token_cap": str(self.token_cap), "model.dtype": dtype}
+        given |= {"method": "marginal"} if name in MARGINAL else {}
         given |= {"optim.lr": str(updates.LR), "optim.warmup_steps": "0"}
         sizes = {"prompts_per_step": self.prompts, "samples_per_prompt": self.samples}
         sizes |= {"max_prompt_tokens": self.prompt, "max_new_tokens": self.longest - self.prompt}
         return load_config("quickstart", given | {f"rollout.{name}": str(size) for name, size in sizes.items()})
 
-    def batches(self, savings: int) -> list[PackedBatch]:
-        """As `policy_update` makes them, on the CPU."""
+    def masked(self, name: str) -> tuple[list[Example], Masked]:
+        """The responses as sampled with help forbidden, for the marginal estimator; the engine told no hazards."""
         examples, table = self.data
-        config = self.config(savings)
+        places = PLACES[name]
+        asked = [replace(e, deciding=_spread(len(e.response_ids), places)) for e in examples]
+        return asked, Masked(torch.ones(len(table)), torch.full_like(table, torch.nan))
+
+    def batches(self, name: str) -> list[PackedBatch]:
+        """As `policy_update` makes them for that implementation, on the CPU."""
+        config, (examples, table) = self.config(name), self.data
+        chosen = self.masked(name)[0] if name in MARGINAL else with_gradient(config, examples, table)
         return packed_batches(
-            with_gradient(config, examples, table), config.token_cap, torch.device("cpu"), share=savings > 3,
+            chosen, config.token_cap, torch.device("cpu"), share=config.update.share_prompts == "always",
             padded=config.update.pack is False, every_position=not config.update.response_positions,
         )  # fmt: skip
 
@@ -100,6 +115,14 @@ class Case:
         advantages = group_advantages(table)
         weights = [float(advantages[e.group, e.sample]) for e in examples]
         return list(updates.padded(examples, weights, float(table.numel()), sequences))
+
+
+def _spread(tokens: int, places: float) -> list[tuple[int, ...]]:
+    """Which tokens could begin the phrase at each of a response's tokens: one, at so many places evenly apart."""
+    if places >= tokens:
+        return [(HELP,)] * tokens
+    at = {int(tokens * i // (places + 1)) for i in range(1, int(places) + 1)}
+    return [(HELP,) if t in at else () for t in range(tokens)]
 
 
 @lru_cache(maxsize=4)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -24,7 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import record
-from gapg.batches.batching import PackedBatch
+from gapg.batches.batching import PackedBatch, one_batch
+from gapg.batches.decisions import Decisions
+from gapg.marginal_loss import MarginalLoss, Masked
 from gapg.model import attention
 from gapg.model.memory_trace import head_bytes
 from gapg.model.policy import response_loss
@@ -33,15 +36,18 @@ from gapg_kernels.policy_loss import PolicyLossOptions
 from peers import updates
 from record import Row
 from update_cases import Case
-from update_step_report import OURS
+from update_step_report import MARGINAL
 
 ATTENTION = ("attention", "bmm")  # bmm: of scores where there is no fused kernel
 
 _aten = torch.ops.aten
-_NOT_COUNTED: dict[Any, Callable[..., int]] = {
-    op: lambda *_, **__: 0 for op in (_aten._flash_attention_forward, _aten._flash_attention_backward)
+_COUNTED_HERE: dict[Any, Callable[..., int]] = {
+    _aten._flash_attention_forward: lambda *_, **__: 0,
+    _aten._flash_attention_backward: lambda *_, **__: 0,
+    _aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1],
 }
-"""Attention's flops are `_pairs`'; torch 2.11's counter refuses grouped heads."""
+"""Attention's flops are `_pairs`'; torch 2.11's counter refuses grouped heads. Of a product that is added in place
+PyTorch's counter knows nothing."""
 
 
 def counted_rows(case: Case, impls: Sequence[str]) -> list[Row]:
@@ -51,7 +57,7 @@ def counted_rows(case: Case, impls: Sequence[str]) -> list[Row]:
         try:
             found = _count(case, name)
         except Exception as error:
-            if name in OURS:
+            if name not in updates.PEERS:
                 raise
             rows.append(record.error_row(str(case), name, error))
             continue
@@ -68,10 +74,10 @@ def update_flops(case: Case, name: str, size: int) -> float:
 
 
 def _count(case: Case, name: str) -> dict[str, tuple[float, str]]:
-    batches = _batches(case, name, case.token_cap if name in OURS else updates.MICRO_BATCH)
+    batches = _batches(case, name, case.token_cap if name not in updates.PEERS else updates.MICRO_BATCH)
     largest = max(batches, key=_tokens)
     one, two = _one_and_two(case, name, largest)
-    given = case.given if name in OURS else sum(int(b.mask.sum()) for b in batches)
+    given = case.given if name not in updates.PEERS else sum(int(b.mask.sum()) for b in batches)
     return {
         "flops": (_flops(case, name, batches, largest, one, two), "flop"),
         "bytes": (max(extended(one.peaks, two.peaks, case.model.num_hidden_layers)), "B"),
@@ -82,7 +88,7 @@ def _count(case: Case, name: str) -> dict[str, tuple[float, str]]:
 
 
 def _batches(case: Case, name: str, size: int) -> list[Any]:
-    return replace(case, token_cap=size).batches(OURS.index(name)) if name in OURS else case.padded(size)
+    return replace(case, token_cap=size).batches(name) if name not in updates.PEERS else case.padded(size)
 
 
 class Run(NamedTuple):
@@ -105,8 +111,12 @@ def _flops(case: Case, name: str, batches: list[Any], counted: Any, one: Run, tw
     layers, width = case.model.num_hidden_layers, case.model.hidden_size
     layer, head = two.flops - one.flops, 2 * one.flops - two.flops
     tokens, rows = (sum(map(part, batches)) / part(counted) for part in (_tokens, lambda b: _rows(name, b)))
-    products = head * rows + layers * layer * tokens
-    return products + 14 * layers * width * sum(map(_pairs, batches))
+    if name in MARGINAL:  # its head's products hang on the places too, of which a batch has more or fewer a row
+        whole = one_batch(case.masked(name)[0], torch.device("cpu"), share=True)
+        heads = run_layers(case, 1, name, whole).flops - layer * _tokens(whole) / _tokens(counted)
+    else:
+        heads = head * rows
+    return heads + layers * layer * tokens + 14 * layers * width * sum(map(_pairs, batches))
 
 
 def _tokens(batch: PackedBatch | updates.Padded) -> int:
@@ -137,7 +147,8 @@ def _one_and_two(case: Case, name: str, batch: Any) -> tuple[Run, Run]:
 
 def run_layers(case: Case, layers: int, name: str, batch: Any) -> Run:
     """Counts one micro-batch of an implementation through so many layers, on CUDA's route."""
-    loss, kind = (loss_of_ours, attention.NAME) if name in OURS else (updates.PEERS[name], "sdpa")
+    kind = "sdpa" if name in updates.PEERS else attention.NAME
+    loss = partial(marginal_loss, case) if name in MARGINAL else updates.PEERS.get(name, loss_of_ours)
     shape = type(case.model)(**{**case.model.to_dict(), "num_hidden_layers": layers, "layer_types": None})
     on_cuda = mock.patch.object(flash, "has_flash", lambda device: True)
     with on_cuda, torch.random.fork_rng(devices=[]), FakeTensorMode() as fakes:
@@ -145,7 +156,7 @@ def run_layers(case: Case, layers: int, name: str, batch: Any) -> Run:
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         fake = faked(batch, fakes.from_tensor)
-        with FlopCounterMode(display=False, custom_mapping=_NOT_COUNTED) as counter, _Live() as live:
+        with FlopCounterMode(display=False, custom_mapping=_COUNTED_HERE) as counter, _Live() as live:
             with torch.autocast("cpu", torch.bfloat16, enabled=not isinstance(fake, PackedBatch)):
                 out = loss(model, fake)
             out.backward()
@@ -156,15 +167,32 @@ def run_layers(case: Case, layers: int, name: str, batch: Any) -> Run:
 def faked(batch: Any, fake: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, updates.Padded):
         return batch.tensors(fake)
-    found = {f.name: fake(x) for f in fields(batch) if isinstance(x := getattr(batch, f.name), Tensor)}
+    found: dict[str, Any] = {f.name: fake(x) for f in fields(batch) if isinstance(x := getattr(batch, f.name), Tensor)}
     if batch.shared is not None:
         found["shared"] = batch.shared._make(fake(x) if isinstance(x, Tensor) else x for x in batch.shared)
+    if batch.decisions is not None:
+        found["decisions"] = _faked_decisions(batch.decisions, fake)
     return replace(batch, **found)
+
+
+def _faked_decisions(decisions: Decisions, fake: Callable[[Tensor], Tensor]) -> Decisions:
+    found: dict[str, Any] = {name: fake(getattr(decisions, name)) for name in ("place", "response", "group", "sample")}
+    found["parts"] = tuple((tokens, None if rows is None else fake(rows)) for tokens, rows in decisions.parts)
+    return replace(decisions, **found)
 
 
 def loss_of_ours(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     options = PolicyLossOptions()
     return response_loss(model, batch, torch.empty(1, 2), 1.0, options, compute=torch.bfloat16).loss
+
+
+def marginal_loss(case: Case, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """With the hazards that it needs first."""
+    shape = (case.prompts, case.samples)
+    known = Masked(torch.empty(shape[0]), torch.empty(shape))
+    loss = MarginalLoss(model, case.config(MARGINAL[0]), torch.empty(shape), known)
+    loss.look_ahead([batch])
+    return loss(batch, 1.0).loss
 
 
 class _Live(TorchDispatchMode):

@@ -49,7 +49,7 @@ from peers import updates
 from record import Row
 from update_cases import CASES, IMPLS, QWEN, REAL, SMALL, Case, own_case, parse_shape
 from update_count import counted_rows, update_flops
-from update_step_report import OURS
+from update_step_report import MARGINAL, OURS
 
 COUNTED = record.RESULTS / "update_step" / "counted.json"
 ROUNDS = {"cpu": 3, "cuda": 5}
@@ -68,17 +68,17 @@ class Trainer:
         make = AutoModelForCausalLM.from_config
         with self.device:
             self.model = make(case.model, attn_implementation=attention.NAME, dtype=torch.float32).train()
-        self.optimizer = make_optimizer(self.model, self.config(0).optim)
+        self.optimizer = make_optimizer(self.model, self.config(OURS[0]).optim)
         for p in self.model.parameters():  # so that AdamW's moments are there before the first update
             p.grad = torch.zeros_like(p)
         clip_and_step(self.optimizer, 0.0, 1.0)
 
-    def config(self, savings: int) -> RunConfig:
-        return self.case.config(savings, "bfloat16" if self.device.type == "cuda" else "float32")
+    def config(self, name: str) -> RunConfig:
+        return self.case.config(name, "bfloat16" if self.device.type == "cuda" else "float32")
 
     def sizes(self, name: str) -> list[int]:
         """What to have in memory at once, most first: our token cap, or a peer's sequences in a micro-batch."""
-        if name not in OURS:
+        if name in updates.PEERS:
             return halves(updates.MICRO_BATCH, 1)
         return halves(self.token_cap, self.case.longest)
 
@@ -87,14 +87,17 @@ class Trainer:
         """Alike for all of ours: the plan's batch puts every position through the head, as the first of them does."""
         if self.device.type == "cpu":
             return self.case.token_cap
-        return fitting_token_cap(self.model, self.config(0), self.device)
+        return fitting_token_cap(self.model, self.config(OURS[0]), self.device)
 
     def step(self, name: str, size: int) -> Step:
         """One update by that implementation."""
-        if name in OURS:
+        if name not in updates.PEERS:
             examples, table = self.case.data
-            config = self.config(OURS.index(name)).model_copy(update={"token_cap": size})
-            return lambda: policy_update(self.model, self.optimizer, config, 0, examples, table)
+            masked = None
+            if name in MARGINAL:
+                examples, masked = self.case.masked(name)
+            config = self.config(name).model_copy(update={"token_cap": size})
+            return lambda: policy_update(self.model, self.optimizer, config, 0, examples, table, masked=masked)
         batches = sorted(self.case.padded(size), key=lambda batch: -batch.ids.numel())
         return partial(self._peer_step, updates.PEERS[name], [b.tensors(lambda x: x.to(self.device)) for b in batches])
 
@@ -142,7 +145,7 @@ def out_of_memory(error: Exception) -> bool:
 
 def metric_of(name: str) -> tuple[str, str]:
     """Metric and unit of an implementation's size."""
-    return report.TOKEN_CAP if name in OURS else report.SEQUENCES
+    return report.SEQUENCES if name in updates.PEERS else report.TOKEN_CAP
 
 
 @dataclass

@@ -28,7 +28,7 @@ from gapg_kernels.policy_loss import group_advantages
 from peers import updates
 from record import Row
 from update_cases import CASES, IMPLS, TOY, Case
-from update_step_report import OURS, SEQUENCES, TOKEN_CAP, TRL, WORK
+from update_step_report import MARGINAL, OURS, SEQUENCES, TOKEN_CAP, TRL, WORK
 
 attention.register()
 TINY = Case("tiny", TOY, 24, 0.5, prompts=2, samples=4, response=8, token_cap=512)
@@ -54,8 +54,11 @@ def test_counted_work_falls_with_each_saving_and_the_record_holds_it(counted: li
     pictures.grid(update_step_report.panels(rows), tmp_path / "cpu.png", "One update")
     assert (tmp_path / "cpu.png").stat().st_size > 0
 
-    head, _, *lines = update_step_report.counted_table(rows, list(updates.PEERS)).splitlines()
+    table, *text = update_step_report.counted_table(rows, list(updates.PEERS)).split("\n\n")
+    head, _, *lines = table.splitlines()
     assert head == "|  | tiny, P=24 |" and [line.split(" | ")[0][2:] for line in lines] == impls
+    (text,) = text
+    assert text.startswith("`method: marginal`") and f"{found[MARGINAL[1], 'flops'] / flops[-1]:.3f}." in text
 
 
 def test_bytes_are_those_that_are_alive(counted: list[Row]) -> None:
@@ -69,10 +72,10 @@ def test_bytes_are_those_that_are_alive(counted: list[Row]) -> None:
     assert {found[name, "tokens of the micro-batch"] for name in updates.PEERS} == {widest.ids.numel()}
 
 
-@pytest.mark.parametrize("name", [OURS[0], OURS[-1], *updates.PEERS])
+@pytest.mark.parametrize("name", [OURS[0], OURS[-1], *MARGINAL, *updates.PEERS])
 def test_counts_of_one_layer_and_two_extend_to_five(name: str) -> None:
     """But for a few bytes, in which Python's collector of cycles shows."""
-    batch: Any = TINY.batches(OURS.index(name))[0] if name in OURS else TINY.padded()[0]
+    batch: Any = TINY.batches(name)[0] if name not in updates.PEERS else TINY.padded()[0]
     one, two, five = (update_count.run_layers(TINY, n, name, batch) for n in (1, 2, 5))
     assert five.flops == one.flops + 4 * (two.flops - one.flops)
     assert list(five.peaks) == pytest.approx(update_count.extended(one.peaks, two.peaks, 5), rel=1e-4)
@@ -91,7 +94,7 @@ def test_a_peers_gradient_is_that_of_the_log_probs_weighed_by_advantage(name: st
     model.zero_grad()
     _, table = TINY.data
     advantages = group_advantages(table) / table.numel()
-    for batch in TINY.batches(3):
+    for batch in TINY.batches(OURS[3]):
         (-advantages[batch.group, batch.sample] * response_logprobs(model, batch)).sum().backward()
     scale = max(float(p.grad.abs().max()) for p in model.parameters())
     assert scale > 1e-4
@@ -102,7 +105,7 @@ def test_a_peers_gradient_is_that_of_the_log_probs_weighed_by_advantage(name: st
 def test_flops_hang_on_no_micro_batch_that_was_counted(counted: list[Row]) -> None:
     """The smallest of them tells the same as the largest; fewer sequences at once pad less."""
     found = {row["impl"]: row["median"] for row in counted if row["metric"] == "flops"}
-    sizes = {name: TINY.token_cap if name in OURS else updates.MICRO_BATCH for name in IMPLS}
+    sizes = {name: updates.MICRO_BATCH if name in updates.PEERS else TINY.token_cap for name in IMPLS}
     assert {name: update_count.update_flops(TINY, name, sizes[name]) for name in IMPLS} == pytest.approx(
         found, rel=1e-9
     )
@@ -117,11 +120,11 @@ def test_the_plan_that_chooses_the_cap_covers_every_variant() -> None:
     cuda = torch.device("cuda")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, attn_implementation=attention.NAME, dtype=torch.float32)
-    case = replace(case, token_cap=fitting_token_cap(model, case.config(0), cuda, 20 * GIB))
-    plan = plan_memory(model, case.config(0), cuda, 20 * GIB)
+    case = replace(case, token_cap=fitting_token_cap(model, case.config(OURS[0]), cuda, 20 * GIB))
+    plan = plan_memory(model, case.config(OURS[0]), cuda, 20 * GIB)
     assert case.longest <= case.token_cap and plan.total <= 19 * GIB
     for name in OURS:
-        largest = max(case.batches(OURS.index(name)), key=lambda batch: batch.input_ids.numel())
+        largest = max(case.batches(name), key=lambda batch: batch.input_ids.numel())
         one, two = (update_count.run_layers(case, n, name, largest) for n in (1, 2))
         alive = max(update_count.extended(one.peaks, two.peaks, 6))
         assert 0.5 * plan.tokens < largest.input_ids.numel() <= case.token_cap
