@@ -51,10 +51,10 @@ Step = tuple[str, int]
 
 
 class Chains:
-    """Plain arithmetic (Solvable, Demonstrated, Tokenized): `37 + 48 - 45 * 2 =`, computed from left to right.
+    """Plain arithmetic (Solvable, Demonstrated, Tokenized): `27 + 18 - 25 * 2 =`, computed from left to right.
 
     Nothing is searched for, as in Countdown: each step has one right outcome, and a longer chain goes wrong more often.
-    A response writes every step: `37 + 48 = 85 ; 85 - 45 = 40 ; 40 * 2 = 80 <answer> 80 </answer>`.
+    A response writes every step: `27 + 18 = 45 ; 45 - 25 = 20 ; 20 * 2 = 40 <answer> 40 </answer>`.
 
     numbers: how many numbers a chain may have. max_number, max_value: the largest number given, and value on the way;
     all values are in 1..max_value. problems, heldout: how many are drawn, and the part of them that is held out.
@@ -67,8 +67,8 @@ class Chains:
     def __init__(
         self,
         numbers: Sequence[int] = (2, 3, 4, 5),
-        max_number: int = 50,
-        max_value: int = 120,
+        max_number: int = 35,
+        max_value: int = 100,
         problems: int = 10_000,
         heldout: float = 0.25,
         seed: int = 0,
@@ -106,7 +106,7 @@ class Chains:
         return OracleQuestion(prompt.id, ({"role": "user", "content": text},))
 
     def solve(self, question_id: str) -> str:
-        """An answer block for `37 + 48 - 45`. Raises ValueError for what is no chain."""
+        """An answer block for `27 + 18 - 25`. Raises ValueError for what is no chain."""
         return f"{ANSWER_OPEN} {_values(*_parse(question_id))[-1]} {ANSWER_CLOSE}"
 
     def demonstrations(self, seed: int) -> Sequence[Demonstration]:
@@ -160,7 +160,7 @@ def _parse(text: str) -> tuple[int, list[Step]]:
     words = text.split()
     steps = list(zip(words[1::2], map(int, words[2::2]), strict=True))
     if not steps or any(sign not in "+-*" for sign, _ in steps):
-        raise ValueError(f"no chain (`37 + 48 - 45`): {text[:80]!r}")
+        raise ValueError(f"no chain (`27 + 18 - 25`): {text[:80]!r}")
     return int(words[0]), steps
 
 

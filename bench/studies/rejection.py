@@ -142,5 +142,7 @@ def half_tuned(seed: int) -> Arm:
 
 
 REJECTION = Predictions("rejection", rejection)
-ENTRANTS = (Entrant("+ rejection training", arms.masked, REJECTION),)
-EQUAL_UPDATES = Entrant("+ rejection training, 150 + 150 updates", half_tuned, REJECTION)
+ENTRANTS = (
+    Entrant("+ rejection training", arms.masked, REJECTION),
+    Entrant("+ rejection training, 150 + 150 updates", half_tuned, REJECTION),
+)

@@ -55,7 +55,7 @@ def test_the_loss_is_the_log_score() -> None:
 
 
 def test_the_decision_is_learned_and_the_policy_stays(start: Callable[..., Run]) -> None:
-    run = start(**OWN, steps="25", optim__lr="3e-3", optim__warmup_steps="1")
+    run = start(**OWN, steps="15", optim__lr="5e-3", optim__warmup_steps="1")
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     rows, copied = learn(run)
     assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())

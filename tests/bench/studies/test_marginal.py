@@ -29,10 +29,11 @@ def test_every_run_is_on_problems_and_seeds_that_nothing_was_tuned_on(study: Stu
     assert {config.task.args["seed"] for config in configs} == {9}
     by_numbers = {config.task.args.get("split") for config in configs}
     assert by_numbers == {"numbers" if study is MARGINAL_NUMBERS else None}
-    # the same number of updates, from the same number of samples, for all that are trained
-    trained = [config for config in configs if config.steps]
-    assert len(trained) >= len(configs) - 1
-    assert {(c.steps, c.rollout.prompts_per_step, c.rollout.samples_per_prompt) for c in trained} == {(300, 32, 8)}
+    # the same number of updates, from the same number of samples, for all that are trained; of one half are supervised
+    updates = [config.steps for config in configs if config.steps]
+    assert len(updates) >= len(configs) - 1
+    assert sorted(set(updates)) == ([150, 300] if study is MARGINAL else [300]) and updates.count(150) <= 1
+    assert {(c.rollout.prompts_per_step, c.rollout.samples_per_prompt) for c in configs} == {(32, 8)}
 
 
 def test_what_two_studies_share_is_one_run(tmp_path: Path) -> None:
