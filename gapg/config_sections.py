@@ -275,7 +275,8 @@ class UpdateConfig(Section):
     """What an update need not compute. None of it changes the gradient; each can be turned off to see what it saves."""
 
     skip_zero_advantage: bool = True
-    """Responses of zero advantage stay out (all, when every reward of a group is equal): gapg's alone, without KL."""
+    """Responses of zero advantage stay out (all, when every reward of a group is equal), unless there is a KL term.
+    With `method: marginal`, where none is zero, equal responses of a group go in once, weighted by their number."""
     response_positions: bool = True
     """Only positions that predict a response token go through the LM head."""
     pack: Literal["auto"] | bool = "auto"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -38,3 +39,18 @@ def sampled_masked(
         examples.append(replace(e, rollout_logprobs=logprobs, deciding=deciding))
     cloud = [1.0 if g.oracle_score is None else g.oracle_score for g in groups]
     return examples, Masked(torch.tensor(cloud), torch.tensor(hazards, dtype=torch.float32))
+
+
+def equal_once(examples: Sequence[Example], rewards_PG: torch.Tensor, masked: Masked) -> tuple[list[Example], Masked]:
+    """Of responses to a prompt that are equal, and of one reward, the first, weighted by their number.
+
+    They have one log-prob, hazard and advantage, so the gradient is the same.
+    """
+    rewards, first = rewards_PG.tolist(), dict[tuple[int, tuple[int, ...], float], Example]()
+    number, first_PG = Counter[tuple[int, int]](), torch.arange(rewards_PG.shape[1]).repeat(len(rewards), 1)
+    for e in examples:
+        same = first.setdefault((e.group, tuple(e.response_ids), rewards[e.group][e.sample]), e)
+        first_PG[e.group, e.sample] = same.sample
+        number[same.group, same.sample] += 1
+    once = [replace(e, weight=e.weight * number[e.group, e.sample]) for e in first.values()]
+    return once, replace(masked, first_PG=first_PG)

@@ -29,10 +29,16 @@ class Masked:
     """What is known of responses sampled with help forbidden, beside whether each is right (the reward table).
 
     cloud_P: how right the cloud is on each prompt, in [0, 1]. hazard_PG: x by the engine's log-odds, or NaN. Float32.
+    first_PG: int64, the sample that is in the batches for each response, of those that are equal; None: itself.
     """
 
     cloud_P: Tensor
     hazard_PG: Tensor
+    first_PG: Tensor | None = None
+
+    def to(self, device: torch.device) -> Masked:
+        first_PG = None if self.first_PG is None else self.first_PG.to(device)
+        return Masked(self.cloud_P.to(device), self.hazard_PG.to(device), first_PG)
 
 
 class MarginalBatch(NamedTuple):
@@ -49,8 +55,13 @@ class MarginalLoss:
         self.model, self.config, self.right_PG = model, config, right_PG
         self.rollout_hazard_PG = masked.hazard_PG.reshape(right_PG.shape)
         self.cloud_PG = masked.cloud_P[:, None].expand_as(right_PG)
-        self.log_x_PG = torch.full_like(right_PG, -torch.inf)
+        self.noted_PG, self.first_PG = torch.full_like(right_PG, -torch.inf), masked.first_PG
         self.compute: torch.dtype = getattr(torch, config.model.dtype)
+
+    @property
+    def log_x_PG(self) -> Tensor:
+        """log of the hazards, of the groups whose batches were here."""
+        return self.noted_PG if self.first_PG is None else self.noted_PG.gather(1, self.first_PG)
 
     @torch.no_grad()
     def look_ahead(self, batches: Sequence[PackedBatch]) -> None:
@@ -144,7 +155,7 @@ class MarginalLoss:
         """Writes the batch's hazards into the table."""
         each_N = marginal.log_hazard(log_odds_NK.logsumexp(1))
         padded = torch.cat([each_N, each_N.new_full((1,), -torch.inf)])
-        self.log_x_PG[decisions.group, decisions.sample] = padded[decisions.place].logsumexp(1)
+        self.noted_PG[decisions.group, decisions.sample] = padded[decisions.place].logsumexp(1)
 
     def _pull(self, decisions: Decisions, log_odds_NK: Tensor) -> Tensor:
         """[N, K] d(score) / d(log-odds)."""

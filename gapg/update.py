@@ -13,6 +13,7 @@ from gapg.batches import sharing
 from gapg.batches.batching import Example, PackedBatch, packed_batches
 from gapg.config import RunConfig
 from gapg.errors import ConfigError
+from gapg.examples import equal_once
 from gapg.marginal_loss import MarginalBatch, MarginalLoss, Masked
 from gapg.model.compiled import within_limit
 from gapg.model.policy import response_logprobs, response_loss
@@ -58,7 +59,11 @@ def policy_update(
     loss, device = config.loss, model.device
     if loss.tis_cap and any(len(e.rollout_logprobs) != len(e.response_ids) for e in examples):
         raise ConfigError("loss.tis_cap needs the log-probs of the rollout engine, which gave none: leave it empty")
-    chosen = examples if masked else with_gradient(config, examples, rewards_PG)
+    chosen = examples
+    if masked is None:
+        chosen = with_gradient(config, examples, rewards_PG)
+    elif config.update.skip_zero_advantage:
+        chosen, masked = equal_once(examples, rewards_PG, masked)
     padded = config.update.pack is False
     saving = sharing.NOTHING if padded else _sharing(model, chosen)
     share = not padded and {"auto": saving.pays, "always": True, "never": False}[config.update.share_prompts]
@@ -76,8 +81,7 @@ def policy_update(
     table = rewards_PG.to(device)
     marginal = None
     if masked is not None:
-        masked = Masked(masked.cloud_P.to(device), masked.hazard_PG.to(device))
-        marginal = MarginalLoss(model, config, table, masked)
+        marginal = MarginalLoss(model, config, table, masked.to(device))
         marginal.look_ahead(batches)
     old: list[torch.Tensor | None] = [None] * len(batches)
     lr, norms, stats, gaps = learning_rate(config.optim, step, config.steps), [0.0], [], list[torch.Tensor]()
@@ -143,12 +147,13 @@ def _token_counts(
 ) -> dict[str, int]:
     """Tokens of D given, put through the model, and saved by each rule; and the rows of the LM head."""
     all_of_d, trained = sum(map(len, given)), sum(map(len, chosen))
+    rule = "equal_responses" if config.method == "marginal" else "zero_advantage"
     computed = sum(b.input_ids.numel() for b in batches)
     longest = max(map(len, chosen), default=0)
     return {
         "tokens/given": all_of_d,
         "tokens/computed": computed,
-        "tokens/saved_zero_advantage": all_of_d - trained,
+        f"tokens/saved_{rule}": all_of_d - trained,
         "tokens/saved_shared_prompts": max(0, trained - computed),
         "tokens/saved_padding": 0 if config.update.pack is False else longest * len(chosen) - trained,
         "tokens/head": sum(b.target.numel() for b in batches),

@@ -33,11 +33,11 @@ def fate(call_fractions: Sequence[float], window: int = LAST) -> dict[str, Any]:
     """What became of calling in a run, judged by the mean call fraction of the last 20 training steps.
 
     call_fractions: of all samples, one a training step, the first step being 1. state: "never calls" where that mean
-    ends under 2%, "always calls" where it ends over 98%, else "healthy". step: the first step from which on it stayed
-    beyond that bound; None for healthy. lowest, highest: of that mean, over the run.
+    ends under 2%, "always calls" where it ends over 98%, else "still calls". step: the first step from which on it
+    stayed beyond that bound; None for one that still calls. lowest, highest: of that mean, over the run.
     """
     means = smoothed(call_fractions, window)
-    found = {"state": "healthy", "step": None, "lowest": float(means.min()), "highest": float(means.max())}
+    found = {"state": "still calls", "step": None, "lowest": float(means.min()), "highest": float(means.max())}
     for state, beyond in (("never calls", means < FEW), ("always calls", means > NEARLY_ALL)):
         if beyond[-1]:
             inside = np.flatnonzero(~beyond)
@@ -117,13 +117,15 @@ def draw_prices(figure: Figure, record: Record) -> None:
 COLLAPSE = Study(
     "collapse",
     "Where does a fixed alpha_c make calling die out or take over, and which one does a doubled price ask for?",
-    arms.SEEDS[:1],
+    arms.SEEDS,
     lambda seed: [Arm(f"alpha_c {a}", {**arms.FIXED_PRICE, "reward.alpha_c": f"{a}"}, seed) for a in ALPHAS],
     measure_prices,
     price_tables,
     draw_prices,
-    notes="Worth is right answers a problem less the price of its calls; the last columns compare it with the best. The"
-    " rule: where a call costs p right answers and the oracle is right on q, the best policy has alpha_c = 1 - p / q.",
+    notes="A run that still calls may have lost its own answers: local alone says how often it is right without a call,"
+    " and falls where a call pays more. Worth is right answers a problem less the price of its calls; the last columns"
+    " compare it with the best. The rule: where a call costs p right answers and the oracle is right on q, the best"
+    " policy has alpha_c = 1 - p / q.",
 )
 
 # ---- oracles

@@ -245,9 +245,9 @@ def tables(record: Record) -> list[Table]:
     calls_less = {
         (d.get("method", OURS), d["a"]): words[verdict(d)] for d in record["comparisons"] if d["what"] == "called"
     }
-    method: Column = ("method", lambda rows: str(rows[0]["method"]))
-    name: Column = ("problems", lambda rows: str(rows[0]["set"]))
-    number: Column = ("n", mean_of("n", "{:.0f}".format))
+    several = len({rows[0]["method"] for rows in sets}) > 1
+    name: Column = ("", lambda rows: f"{rows[0]['method']}, {rows[0]['set']}" if several else str(rows[0]["set"]))
+    number: Column = ("problems", mean_of("n", "{:.0f}".format))
     calls: list[Column] = [("called", seeds_of("called")), ("fails alone", seeds_of("failed"))]
     by_set: list[Column] = [
         ("calls that were needed", seeds_of("precision")),
@@ -270,11 +270,11 @@ def tables(record: Record) -> list[Table]:
     second = "By difficulty: in how many ways the target can be reached"
     third = "The implied threshold: where help and an answer are equally likely"
     made = [
-        table_of(first, sets, [method, name, number, *calls, *by_set]),
-        table_of(second, buckets, [method, name, ("ways to the target", _ways), number, *calls, *needed]),
-        table_of(third, edge, [method, name, *at_edge]),
+        table_of(first, sets, [name, number, *calls, *by_set]),
+        table_of(second, buckets, [name, ("ways to the target", _ways), number, *calls, *needed]),
+        table_of(third, edge, [name, *at_edge]),
     ]
-    return made + [_calibration_table(record, list(sets), [method, name])] * all("brier" in rows[0] for rows in sets)
+    return made + [_calibration_table(record, list(sets), [name])] * all("brier" in rows[0] for rows in sets)
 
 
 def _calibration_table(record: Record, sets: Sequence[list[Row]], first: list[Column]) -> Table:

@@ -290,13 +290,14 @@ def test_every_key_is_one_that_may_change_or_one_that_may_not() -> None:
     """Named one by one, so that a new key is thought about: what changes what is trained may not change."""
     fixed = [k for k in flat(load_config("quickstart").model_dump()) if not k.startswith(MAY_CHANGE)]
     assert fixed == [
-        *("seed", "task.name", "task.args", "model.llama.hidden_size", "model.llama.num_layers"),
+        *("method", "seed", "task.name", "task.args", "model.llama.hidden_size", "model.llama.num_layers"),
         *("model.llama.num_heads", "model.llama.intermediate_size", "model.llama.max_positions", "model.lora"),
         *("warm_start.steps", "warm_start.batch_size", "warm_start.optim.betas", "warm_start.optim.weight_decay"),
         *("warm_start.optim.grad_clip", "warm_start.optim.warmup_steps", "warm_start.optim.flat"),
         *("warm_start.optim.final_lr", "rollout.prompts_per_step", "rollout.samples_per_prompt"),
         *("rollout.max_prompt_tokens", "rollout.max_new_tokens", "rollout.temperature", "reward.alpha_a"),
-        *("reward.alpha_c", "reward.alpha_f", "loss.advantage", "loss.aggregation", "loss.epochs", "loss.clip"),
+        *("reward.alpha_c", "reward.alpha_f", "marginal.score", "marginal.weight", "marginal.trace", "marginal.prices"),
+        *("marginal.cloud", "loss.advantage", "loss.aggregation", "loss.epochs", "loss.clip"),
         *("loss.tis_cap", "loss.kl", "budget.cloud_fraction", "budget.filter", "budget.controller", "budget.rho"),
         *("budget.gain", "budget.damping", "oracle.kind", "oracle.accuracy", "oracle.model", "oracle.samples"),
         *("oracle.temperature", "oracle.max_tokens", "optim.betas", "optim.weight_decay", "optim.warmup_steps"),

@@ -50,7 +50,7 @@ def test_a_run_that_stops_calling_died_at_the_step_after_which_it_never_came_bac
     # the mean of steps 61 to 80 is the first of zeros; with one step of 0.3 it is 0.015, under 2%
     died = {"state": "never calls", "step": 79, "lowest": 0.0, "highest": pytest.approx(0.3)}
     assert fate(fractions) == died
-    assert fate(fractions[:60])["state"] == "healthy"
+    assert fate(fractions[:60])["state"] == "still calls"
     assert fate([1 - f for f in fractions])["state"] == "always calls"
     assert fate([0.0] * 30) == {"state": "never calls", "step": 20, "lowest": 0.0, "highest": 0.0}
     assert fate([0.0, 0.0, 0.0])["step"] == 3, "fewer steps than the window are one mean"
@@ -80,7 +80,7 @@ def test_what_a_policy_is_worth_at_two_prices(run: Run, drawn: Drawn) -> None:
     record = drawn(COLLAPSE, [run(arm, called) for arm, called in calls])
     at = {row["label"]: row for row in record["rows"]}
     states = [at[f"alpha_c {a}"]["state"] for a in ALPHAS]
-    assert states == ["never calls", "healthy", "healthy", "healthy", "always calls"]
+    assert states == ["never calls", "still calls", "still calls", "still calls", "always calls"]
     assert at["alpha_c 0.5"]["utility_0.25"] == pytest.approx(1.0 - 0.25 * 0.4)
     assert at["alpha_c 0.1"]["utility_0.5"] == pytest.approx(0.6)
     (table,) = COLLAPSE.tables(record)

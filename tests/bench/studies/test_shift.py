@@ -131,15 +131,15 @@ def test_the_study_on_a_table_made_by_hand(
     assert all(d["mean"] == pytest.approx(0.25) and d["low"] == pytest.approx(0.25) for d in more)
     sets, by_ways, edge, forecast = SHIFT.tables(record)
     assert [row[-1] for row in sets.cells] == ["", "more", "more", "more"] * 2
-    assert sets.cells[0][:5] == ["GAPG", TRAINED, "40", "30.0% (30.0 to 30.0%)", "50.0% (50.0 to 50.0%)"]
-    assert by_ways.cells[2][:5] == ["GAPG", TRAINED, "3 to 4", "0", "–"]
+    assert sets.cells[0][:4] == [f"GAPG, {TRAINED}", "40", "30.0% (30.0 to 30.0%)", "50.0% (50.0 to 50.0%)"]
+    assert by_ways.cells[2][:4] == [f"GAPG, {TRAINED}", "3 to 4", "0", "–"]
     # the marginal method stands at no price, so nothing is implied
-    assert edge.cells[0] == ["GAPG", TRAINED, "20", "0.550", "0.500"] and len(edge.cells) == 4
+    assert edge.cells[0] == [f"GAPG, {TRAINED}", "20", "0.550", "0.500"] and len(edge.cells) == 4
     # Brier, calibration error, its part by chance, AUROC
-    assert forecast.cells[0][4:] == ["0.250", "0.000", "0.063", "0.500", ""]
+    assert forecast.cells[0][3:] == ["0.250", "0.000", "0.063", "0.500", ""]
     ours, elsewhere = forecast.cells[4], forecast.cells[5]
-    assert ours[:2] == ["marginal", TRAINED] and [*ours[4:6], *ours[7:]] == ["0.010", "0.100", "1.000", "better"]
-    assert [elsewhere[4], elsewhere[5], *elsewhere[7:]] == ["0.810", "0.900", "–", "worse"]
+    assert ours[0] == f"marginal, {TRAINED}" and [*ours[3:5], *ours[6:]] == ["0.010", "0.100", "1.000", "better"]
+    assert [elsewhere[3], elsewhere[4], *elsewhere[6:]] == ["0.810", "0.900", "–", "worse"]
 
 
 def test_one_seed_tells_nothing_of_another(finished: list[Finished]) -> None:
@@ -157,7 +157,7 @@ def test_a_record_of_gapg_alone_is_drawn_as_it_was() -> None:
     old = [{key: value for key, value in row.items() if key not in new} for row in record["rows"]]
     record = record | {"rows": [row for row in old if row["alpha_c"] is not None]}
     sets, _, _ = SHIFT.tables(record)
-    assert [row[0] for row in sets.cells] == ["GAPG"] * 4
+    assert [row[0] for row in sets.cells] == [TRAINED, "4 numbers", "numbers of 21 to 40", "targets of 61 to 100"]
     figure = Figure(layout="constrained")
     SHIFT.draw(figure, record)
     assert len(figure.axes) == 4
