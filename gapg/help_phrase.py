@@ -37,7 +37,10 @@ def help_control(tokenizer: PreTrainedTokenizerBase) -> HelpControl:
         if split < len(phrase) and parse(plain_text(tokenizer, phrase[start:])).kind == "help":
             found.append(HelpSpelling(phrase[split], tuple(phrase[start:split]), tuple(phrase[split + 1 :])))
     if not found:
-        raise ConfigError("the tokenizer encodes the help phrase as a part of the answer tag: it cannot be calibrated")
+        raise ConfigError(
+            "the tokenizer encodes the help phrase as a part of the answer tag: it cannot be calibrated, nor trained "
+            "by method=marginal; take a model with another tokenizer, or method=gapg without a calibration"
+        )
     return HelpControl(tuple(dict.fromkeys(found)))
 
 

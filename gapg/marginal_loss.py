@@ -106,12 +106,13 @@ class MarginalLoss:
         `local_accuracy` by answering.
         """
         hazard, right = self.log_x_PG.exp(), self.right_PG
-        stays, gap = (-hazard).exp(), (hazard - self.rollout_hazard_PG).abs()
+        stays, calls = (-hazard).exp(), -torch.expm1(-hazard)
+        gap = (hazard - self.rollout_hazard_PG).abs()
         log_score = torch.where(right > 0, -hazard, marginal.log_expm1(self.log_x_PG) - hazard)
         figures = {
-            "call_fraction": 1 - stays,
+            "call_fraction": calls,
             "local_accuracy": right * stays,
-            "accuracy": right * stays + self.cloud_PG * (1 - stays),
+            "accuracy": right * stays + self.cloud_PG * calls,
             "marginal/right": right,
             "marginal/brier": (stays - right).square(),
             "marginal/log_score": log_score.clamp(min=-100.0),
@@ -171,7 +172,7 @@ def _surrogate(
     logprob: Tensor, advantage: Tensor, weight: Tensor, rollout: Tensor, pull: Tensor | None = None,
     log_odds: Tensor | None = None, *, denominator: float, tis_cap: float | None,
 ) -> Tensor:  # fmt: skip
-    """Minus the sum of coefficients times what they are the gradients by."""
+    """Minus the sum of coefficients times what they are the gradients by; `tis_cap` weighs the trace's term alone."""
     if tis_cap is not None:
         ratio = (logprob.detach() - rollout).exp().clamp(max=tis_cap)
         advantage = advantage * torch.where(rollout.isnan(), 1.0, ratio)

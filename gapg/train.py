@@ -48,7 +48,7 @@ def train(run: Run, validate: Validate) -> None:
     if state.step == 0 and config.eval.every:
         run.tracker.log({"step": 0, **validate(run)})
     saved_at, most_s = time.monotonic(), 60 * (config.checkpoint_minutes or math.inf)
-    with stop.between_steps(), Display("gapg", config.steps, state.step) as display:
+    with stop.between_steps(), Display(config.method, config.steps, state.step) as display:
         while state.step < config.steps:
             row = train_step(run)
             state.step += 1
@@ -100,6 +100,8 @@ def train_step(run: Run) -> dict[str, Any]:
         groups = [pending[i].result() for i in range(len(prompts))]
     run.queue.give_back(g.prompt for g in groups if g.unknown)
     run.failure = outage.watch(run.state, groups)
+    if marginal:
+        health.say_if_thinking(groups)
 
     rng = random.Random(derive(config.seed, "filter", run.state.step))
     filtered = config.budget.filter and not marginal

@@ -284,6 +284,12 @@ def test_a_phrase_that_is_all_but_impossible_or_certain(make_model: MakeModel, o
         assert_defined(got, defined(model, settings, step))
 
 
+def test_a_chance_below_float32s_last_bit_of_1_is_not_0(model: PreTrainedModel) -> None:
+    loss = MarginalLoss(model, config(), torch.ones(1, 2), Masked(torch.ones(1), torch.zeros(1, 2)))
+    loss.noted_PG.fill_(math.log(1e-9))
+    assert loss.metrics()["call_fraction"] == pytest.approx(1e-9)
+
+
 def test_an_empty_d_takes_no_step(model: PreTrainedModel) -> None:
     twin, settings = copy.deepcopy(model), config()
     nothing = Masked(torch.tensor([]), torch.tensor([]))

@@ -54,6 +54,17 @@ def test_the_engines_hazards_are_the_trainers(start: Callable[..., Run], setting
     assert row["grad_norm"] > 0
 
 
+def test_think_blocks_are_said(start: Callable[..., Run], nothing_said: None, capsys: Any) -> None:
+    """A call does not count in one, but a hazard does."""
+    run = start(method="marginal")
+    train_step(run)
+    assert "think block" not in capsys.readouterr().err
+    run.judge.thinking = True  # as with a chat template that opens one, which no response closes
+    train_step(run)
+    train_step(run)
+    assert capsys.readouterr().err.count("responses reason in a think block") == 1
+
+
 def test_a_run_that_was_killed_goes_on_with_the_same_bits(start: Callable[..., Run]) -> None:
     """SIGKILL between a step and its row, of a process that had saved the step before last."""
     settings = {"method": "marginal", "steps": "4", "eval__every": "0", "checkpoint_every": "1"}

@@ -332,6 +332,14 @@ def test_a_collapsed_policy_is_said_loudly_and_once(
     assert "policy collapsed" in capsys.readouterr().err, "and again after it had recovered"
 
 
+def test_where_calls_have_no_price_none_is_to_be_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    state = TrainState()
+    for _ in range(COLLAPSED_AFTER):
+        warn_if_collapsed(state, {"call_fraction": 0.0, "alpha_c": 0.3, "marginal/brier": 0.5})
+    error = capsys.readouterr().err
+    assert "never called the cloud" in error and "lengthen the warm start" in error and "alpha_c" not in error
+
+
 def test_task_tuning_may_never_call(capsys: pytest.CaptureFixture[str]) -> None:
     state = TrainState()
     for _ in range(30):

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Mapping
 from contextlib import closing, nullcontext
+from pathlib import Path
 
 from gapg.build import fitting_prompts
 from gapg.commands.options import Calibrate
@@ -39,7 +40,7 @@ def calibrate_command(wanted: Calibrate, overrides: Mapping[str, str]) -> None:
     config, task, tokenizer = target.config, target.task, target.tokenizer
     below, fraction = wanted.call_below, wanted.cloud_fraction or config.budget.cloud_fraction
     if below is not None:
-        check_forecast(config, below)
+        check_forecast(config, target.model_path, below)
     prompts, described = calibration_set(target, wanted.problems)
     n = len(prompts)
     if below is None and not 0 < round(fraction * n) < n:
@@ -86,9 +87,9 @@ def calibrate_command(wanted: Calibrate, overrides: Mapping[str, str]) -> None:
     check_evaluation(groups)
 
 
-def check_forecast(config: RunConfig, call_below: float) -> None:
+def check_forecast(config: RunConfig, model: Path, call_below: float) -> None:
     """Raises ConfigError where the policy's chance of answering was not trained to be that of a right answer."""
-    if why := no_forecast(config):
+    if why := no_forecast(config, model):
         raise ConfigError(
             f"--call-below needs a policy whose chance of answering was trained to be that of a right answer, and this "
             f"was not ({why}): use --cloud-fraction, or train with method=marginal"

@@ -25,6 +25,7 @@ from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from scipy.special import ndtri
 
 from gapg.errors import ConfigError
+from gapg.evaluation.statistics import wilson
 from gapg.files import write_whole, writing
 from gapg.jsonl import to_json
 from gapg_rollout.records import HelpControl, HelpSpelling
@@ -148,9 +149,15 @@ class MaskedPass:
         return float(local.mean()), float((local + calls * self.cloud_N)[known].mean()) if known.any() else None
 
     def interval(self, bias: float, new: int) -> tuple[float, float]:
-        """95% interval of the call fraction on `new` other problems of the same kind: of this set, and of those."""
+        """95% interval of the call fraction on `new` other problems of the same kind: of this set, and of those.
+
+        The normal one; Wilson's of as many problems as have the same variance where none calls, or all.
+        """
         calls = self.chances(bias)
         c = float(calls.mean())
+        if c in (0.0, 1.0):  # the normal interval would be a point
+            n = len(calls) * new // (len(calls) + new)
+            return wilson(n * int(c), n)
         half = float(ndtri(0.975)) * math.sqrt(float(calls.var()) / len(calls) + c * (1.0 - c) / new)
         return max(0.0, c - half), min(1.0, c + half)
 

@@ -21,7 +21,7 @@ from gapg.errors import ConfigError
 from gapg.evaluation.calibrate import FILE, MaskedPass, load_calibration
 from gapg.evaluation.evaluate import as_result, prediction, respond
 from gapg.evaluation.masked_pass import masked_pass
-from gapg.evaluation.reliability import bin_scores, no_forecast, reliability
+from gapg.evaluation.reliability import bin_scores, forecast, reliability
 from gapg.evaluation.report import print_reliability, print_table
 from gapg.files import write_whole
 from gapg.help_phrase import help_control, masked
@@ -81,7 +81,8 @@ def evaluate(
     files = [folder / "summary.json", folder / "predictions.jsonl"]
     if decoded is not None:
         files.append(folder / "reliability.png")
-        summary["decision"] = tell_decision(decoded, config, files[-1], f"{task.name}, {len(prompts)} problems")
+        title = f"{task.name}, {len(prompts)} problems"
+        summary["decision"] = tell_decision(decoded, forecast(config, Path(model)), files[-1], title)
     write_whole(files[0], to_json(summary, indent=1) + "\n")
     say(f"oracle: {', '.join(f'{key} {value:g}' for key, value in usage.items())}")
     say("  ".join(map(str, files)))
@@ -119,11 +120,14 @@ def unmoved(unbiased: Sequence[Completion], help: HelpControl | None) -> dict[in
     return stay if help else {i: replace(c, help_margin=None, help_log_odds=None) for i, c in stay.items()}
 
 
-def tell_decision(decoded: MaskedPass, config: RunConfig, picture: Path, title: str) -> dict[str, Any]:
-    """How good a forecast of a right answer the decision is: the figures, printed too, and drawn."""
+def tell_decision(decoded: MaskedPass, trained: str, picture: Path, title: str) -> dict[str, Any]:
+    """How good a forecast of a right answer the decision is: the figures, printed too, and drawn.
+
+    trained: what S was trained to be, in words.
+    """
     figures = reliability(decoded.hazard(), decoded.margin_N, decoded.local_N)
     bins = bin_scores(decoded.stays, decoded.local_N)
-    print_reliability(figures, no_forecast(config))
+    print_reliability(figures, trained)
     # not above: matplotlib takes a second to import, and training imports this file before it starts
     from gapg.evaluation.reliability_diagram import draw
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,17 +123,29 @@ def log_score(hazard: FloatArray, right: FloatArray) -> float:
     return float(each.clip(min=LEAST).mean())
 
 
-def no_forecast(config: RunConfig) -> str | None:
-    """Why S was not trained to be the chance of a right answer: the setting. None where a proper score made it that.
-
-    Of `marginal.score: brier` with a known cloud S is that chance over the chance that the cloud is right.
+def no_forecast(config: RunConfig, model: Path) -> str | None:
+    """Why S was not trained to be the chance of a right answer: the setting, or that the run's model in this folder is
+    from before its first step. None where a proper score made it that, and where nobody knows how a model was trained.
     """
     score, temperature = config.marginal.score, config.rollout.temperature
     if config.method != "marginal":
         return f"method={config.method}"
     if score == "price" or config.marginal.weight == 0:
         return "marginal.score=price" if score == "price" else "marginal.weight=0"
+    above = [folder.name for folder in model.resolve().parents[:3]]
+    if above[:1] == ["step-0"] or above[1:] == ["checkpoints", "warm-start"]:
+        return "the model is from before the first step"
     return None if temperature == 1 else f"rollout.temperature={temperature:g}, and greedy decoding records S at 1"
+
+
+def forecast(config: RunConfig, model: Path) -> str:
+    """What S of the model in this folder was trained to be, in words."""
+    if why := no_forecast(config, model):
+        return f"not trained to be that of a right answer ({why})"
+    over = "" if config.marginal.cloud == "ignore" else " over that of a right answer of the cloud"
+    low, high = config.marginal.prices
+    between = "" if (low, high) == (0, 1) else f", where that is between {low:g} and {high:g}"
+    return f"with method=marginal trained to be that of a right answer{over}{between}"
 
 
 def reliability(hazard: FloatArray, margin: FloatArray, right: FloatArray) -> dict[str, Any]:

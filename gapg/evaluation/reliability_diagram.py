@@ -33,6 +33,6 @@ def draw(bins: Sequence[Bin], score: FloatArray, right: FloatArray, title: str, 
         parts, bins=np.linspace(0, 1, 41).tolist(), stacked=True, color=[ORANGE, GREEN], label=["wrong", "right"]
     )
     below.set(xlabel="S: the chance that the policy answers instead of calling", ylabel="problems")
-    below.legend(fontsize=8)
+    below.legend(fontsize=8, loc="upper center")  # S lies at both ends where a policy knows
     save_figure(figure, path)
     plt.close(figure)

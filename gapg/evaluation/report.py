@@ -38,8 +38,8 @@ def print_table(rows: Sequence[dict[str, Any]], cloud_fraction: float | None = N
     tables.print(table)
 
 
-def print_reliability(figures: Mapping[str, Any], no_forecast: str | None) -> None:
-    """What `gapg.evaluation.reliability` found, on standard output; and why S was not trained to be a forecast."""
+def print_reliability(figures: Mapping[str, Any], forecast: str) -> None:
+    """What `gapg.evaluation.reliability` found, on standard output; and what S was trained to be, in its words."""
     table = Table(title=f"the decision (greedy, help masked, n = {figures['n']})")
     table.add_column("")
     table.add_column("", justify="right")
@@ -55,10 +55,8 @@ def print_reliability(figures: Mapping[str, Any], no_forecast: str | None) -> No
     table.add_row("calibration error of S", f"{figures['ece']:.3f}  ({figures['ece_by_chance']:.3f} if calibrated)")
     table.add_row("log score of S", f"{figures['log_score']:.3f}")
     tables.print(table)
-    trained = (
-        "trained to be that of a right answer" if no_forecast is None else f"not trained to be that ({no_forecast})"
-    )
-    tables.print(printable(f"S: the chance that the policy answers instead of calling, {trained}"))
+    tables.print("S: the chance that the policy answers instead of calling,")
+    tables.print(printable(f"   {forecast}"))
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -1,8 +1,9 @@
 """What a run's update will need in memory, before its first step: traced on tensors without data, not guessed.
 
 Activations and copies come from a trace of `response_loss` and its backward (`gapg.model.memory_trace`), the rest from
-the model's parameters. Not in the plan: the CUDA context, an allocator's fragments, and what the transformers engine
-holds while it generates, when there are no activations.
+the model's parameters. Not in the plan: the CUDA context, an allocator's fragments, what the transformers engine
+holds while it generates, when there are no activations, and up to three more copies of the response positions' last
+hidden states under `method: marginal`, whose loss is computed in parts.
 """
 
 from __future__ import annotations

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gapg.console import warn
+from gapg.console import say_once, warn
 from gapg.filtering import Selection
 from gapg.judge import Group
 from gapg.runs.state import TrainState
+from gapg_rollout.text import spoken
 
 BAD_STEPS = 3
 """Skipped steps in a row that end a run: one may be an accident, three are the run's own doing."""
@@ -72,8 +73,18 @@ def warn_if_collapsed(state: TrainState, row: dict[str, Any]) -> None:
     state.always_called = state.always_called + 1 if f == 1 else 0
     if COLLAPSED_AFTER in (state.never_called, state.always_called):
         what = "never called the cloud" if state.never_called else "always called the cloud"
-        fix = "raise reward.alpha_c" if state.never_called else "lower reward.alpha_c"
-        warn(f"policy collapsed: it {what} for {COLLAPSED_AFTER} steps; {fix} or lengthen the warm start")
+        fix = "raise reward.alpha_c or " if state.never_called else "lower reward.alpha_c or "
+        fix = "" if "marginal/brier" in row else fix  # a forecast has no price
+        warn(f"policy collapsed: it {what} for {COLLAPSED_AFTER} steps; {fix}lengthen the warm start")
+
+
+def say_if_thinking(groups: Sequence[Group]) -> None:
+    """Of responses with help forbidden: says once that their hazard counts places in think blocks, where none calls."""
+    if any(spoken(c.text, g.thinking) != c.text for g in groups for c in g.completions):
+        say_once(
+            "method=marginal: responses reason in a think block, where the help phrase is no call, but its chance "
+            "counts in there too and is trained: take a model or a chat template that does not think, or method=gapg"
+        )
 
 
 def bad_steps(step: int, row: dict[str, Any], penalty: bool, last: Path | None) -> Diverged:

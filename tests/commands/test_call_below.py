@@ -65,6 +65,16 @@ def test_right_among_those_it_answers_and_those_it_calls_on() -> None:
     assert answered == pytest.approx(0.6) and math.isnan(called)
 
 
+@pytest.mark.parametrize("n", [30, 300])
+def test_where_none_calls_or_all_some_others_may(n: int) -> None:
+    """Three in n, about, as the rule of three says of n problems without a case."""
+    one = decoded([0.0] * n, [[0.0]] * n)
+    low, high = one.interval(-1.0, 10**6)
+    assert low == 0 and 3 / n < high < 4 / n
+    assert one.interval(1.0, 10**6) == (pytest.approx(1 - high), 1)
+    assert one.interval(-1.0, n)[1] > 1.5 * high, "few new ones differ more"
+
+
 def test_both_kinds_live_in_one_file(tmp_path: Path) -> None:
     seventh = replace(FRACTION, cloud_fraction=0.7)
     for entry in (BELOW, seventh, FRACTION, replace(BELOW, bias=-2.0), replace(BELOW, call_below=0.5)):

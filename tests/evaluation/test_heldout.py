@@ -103,7 +103,7 @@ def test_the_decision_s_figures_can_be_computed_again(
         assert found[f"{key}_low"] < found[key] < found[f"{key}_high"]
     assert (tmp_path / "reliability.png").stat().st_size > 1000
     out = capsys.readouterr().out
-    assert f"{found['auroc']:.3f}  (" in out and "not trained to be that (method=gapg)" in out
+    assert f"{found['auroc']:.3f}  (" in out and "not trained to be that of a right answer (method=gapg)" in out
 
 
 def test_no_problems_are_evaluated_too(small: dict[str, Any], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from gapg.evaluation.reliability import (
     brier,
     ece,
     ece_by_chance,
+    forecast,
     log_score,
     no_forecast,
     reliability,
@@ -133,7 +134,7 @@ def test_what_is_undefined_is_not_a_number(
     assert {key for key, value in figures.items() if math.isnan(value)} - {
         f"{key}_{end}" for key in figures for end in ("low", "high")
     } == undefined
-    print_reliability(figures, None)
+    print_reliability(figures, "trained to be nothing")
     assert "AUROC" in capsys.readouterr().out
     draw(bin_scores(np.exp(-x), r), np.exp(-x), r, "a $\\bad$ name", tmp_path / "reliability.png")
     assert (tmp_path / "reliability.png").stat().st_size > 1000
@@ -160,5 +161,35 @@ def test_brier_s_interval_against_simulation() -> None:
     ],
 )
 def test_whose_decision_is_a_forecast(changed: dict[str, str], why: str | None) -> None:
-    found = no_forecast(load_config("quickstart", changed))
+    found = no_forecast(load_config("quickstart", changed), Path("run/checkpoints/step-3/model"))
     assert found is None if why is None else (found or "").startswith(why)
+
+
+@pytest.mark.parametrize(
+    ("folder", "known"),
+    [
+        ("run/checkpoints/step-10/model", False),
+        ("warm-start/run/checkpoints/step-3/model", False),
+        ("a/hub/model", False),
+        ("run/checkpoints/step-0/model", True),
+        ("run/warm-start/checkpoints/step-250/model", True),
+    ],
+)
+def test_a_model_from_before_the_first_step_is_no_forecast(folder: str, known: bool) -> None:
+    config = load_config("quickstart", {"method": "marginal"})
+    assert (no_forecast(config, Path(folder)) is not None) == known
+    assert ("(the model is from before the first step" in forecast(config, Path(folder))) == known
+
+
+@pytest.mark.parametrize(
+    ("changed", "end"),
+    [
+        ({}, "a right answer"),
+        ({"marginal.cloud": "ask"}, "over that of a right answer of the cloud"),
+        ({"marginal.prices": "[0.1, 0.5]"}, "a right answer, where that is between 0.1 and 0.5"),
+    ],
+)
+def test_what_s_was_trained_to_be(changed: dict[str, str], end: str) -> None:
+    config = load_config("quickstart", {"method": "marginal", "marginal.score": "brier"} | changed)
+    assert forecast(config, Path("m")).startswith("with method=marginal trained to be that of a right answer")
+    assert forecast(config, Path("m")).endswith(end)

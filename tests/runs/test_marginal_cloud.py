@@ -88,7 +88,7 @@ def test_the_solver_is_no_cloud_either_until_the_last_evaluation(
     assert read_jsonl(folder / "metrics.jsonl")[-1]["oracle/requests"] == 0
     outcomes = {row.get("outcome") for row in read_jsonl(folder / "predictions.jsonl")}
     assert "cloud_correct" in outcomes and "unknown" not in outcomes
-    assert "calls stay unknown" not in capsys.readouterr().err
+    assert "stay unknown" not in capsys.readouterr().err
 
 
 def settings(url: str, cloud: str, **more: str) -> dict[str, str]:
