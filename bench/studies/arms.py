@@ -63,7 +63,8 @@ class Entrant:
     """The run of a seed; entrants of one run name arms of the same label."""
     predictions: Predictions | None = None
     """Rows of {"id", "split": "validation" or "heldout", "score": the highest is called first, "local": 0 or 1, right
-    without a call}, one a problem. Without "local" it is the run's own greedy answer with help masked that counts.
+    without a call}, one a problem. Without "local" it is the run's own greedy answer with help masked that counts; with
+    a "response", and all else that `stacked.features` reads, the answer is that of another model, and judged as such.
     None: the score is the margin of the help phrase in that answer."""
     sees: Literal["answer", "prompt"] = "answer"
     """What it decides by. One that sees the answer can also use the answer's log-probs and length."""

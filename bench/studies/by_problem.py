@@ -85,11 +85,18 @@ def _of_entrant(
     if entrant.sees == "answer":
         # the margin is among the features already
         more = {split: [score] if entrant.predictions else [] for split, (score, _) in found.items()}
-        x = {split: features(rows, more[split]) for split, rows in answers.items()}
+        x = {split: features(_judged(run, entrant, split, rows), more[split]) for split, rows in answers.items()}
         scores = stacked_score(x[VALIDATION], 1 - found[VALIDATION][1], list(x.values()))
         for split, score in zip(x, scores, strict=True):
             parts.append(_part(run, stacked(entrant.name), split, alone[split], score, found[split][1]))
     return parts
+
+
+def _judged(run: Finished, entrant: Entrant, split: str, answers: Rows) -> Rows:
+    """The answers that an entrant decides on: the run's, or in their place those of a model of its own."""
+    made = run.rows(entrant.predictions.name) if entrant.predictions else []
+    own = {row["id"]: row for row in made if row["split"] == split and "response" in row}
+    return [own.get(row["id"], row) for row in answers]
 
 
 def _scored(run: Finished, entrant: Entrant, split: str, base: pd.DataFrame) -> tuple[FloatArray, FloatArray]:

@@ -134,7 +134,8 @@ class Chains:
         for i, step in enumerate(steps):
             value = _apply(values[-1], step)
             if i == at:
-                value += rng.choice((-1, 1)) * rng.randint(1, SLIP)
+                slips = [d for d in range(-SLIP, SLIP + 1) if d and 1 <= value + d <= self.max_value]
+                value += rng.choice(slips)
             values.append(min(max(value, 1), self.max_value))
         return values
 
@@ -180,13 +181,14 @@ def _chain(count: int, max_number: int, max_value: int, rng: random.Random) -> t
 # ---- the study
 
 TASKS: dict[str, dict[str, str]] = {
-    "chains": {"task.name": "studies.other_tasks:Chains", "rollout.max_new_tokens": "28"},
+    "chains": {"task.name": "studies.other_tasks:Chains", "task.args": "{}", "rollout.max_new_tokens": "28"},
     "larger Countdown": {
         "task.args": "{numbers: 4, max_number: 12, max_target: 100, problems: 9000}",
         "rollout.max_new_tokens": "36",
     },
 }
-"""What each task changes of the quickstart. A response of the larger Countdown has up to 34 tokens."""
+"""What each task changes of the config, whose own arguments are those of another task. A response of the larger
+Countdown has up to 34 tokens."""
 FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.7)
 OURS, LOG_PROB = "marginal", "task-tuned, masked + mean log-prob"
 BASES = (arms.warm_start, arms.masked, arms.gapg, arms.marginal)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from gapg.batches.batching import Example, packed_batches
 from gapg.console import Display
 from gapg.evaluation.calibrate import LIMIT
+from gapg.evaluation.evaluate import prediction
 from gapg.help_phrase import help_control, masked
 from gapg.judge import Group, Judge, Outcome
 from gapg.model.policy import response_logprobs
@@ -32,6 +33,7 @@ from gapg_rollout.records import Sampling
 from studies import arms
 from studies.arms import Arm, Entrant, Predictions, Rows
 from studies.predictions import heldout
+from studies.stacked import OF_ANSWER
 from studies.statistics import help_margins
 
 THRESHOLD = 0.5
@@ -111,7 +113,7 @@ def _encode(run: Run, prompt: Prompt, response: str) -> Example:
 
 
 def rejection(run: Run) -> Rows:
-    """The margin of the help phrase of the model so trained, and whether its own greedy answer is right."""
+    """The margin of the help phrase of the model so trained, its own greedy answer, and whether that is right."""
     model = train_refusal(run, THRESHOLD)
     run.engine.sync(model.state_dict())
     try:
@@ -129,10 +131,12 @@ def _decoded(run: Run, split: str) -> Rows:
     for i, completions in run.engine.generate(ids, 1, sampling):
         found[i] = judge.submit(prompts[i], completions).result()
     groups = [found[i] for i in range(len(prompts))]
-    margins = help_margins([{"help_margin": g.completions[0].help_margin} for g in groups])
+    answers = [prediction(g, run.config.reward) for g in groups]
+    scores = help_margins(answers).clip(-LIMIT, LIMIT).tolist()
     return [
         {"id": g.prompt.id, "split": split, "score": score, "local": int(g.outcomes[0] is Outcome.LOCAL_CORRECT)}
-        for g, score in zip(groups, margins.clip(-LIMIT, LIMIT).tolist(), strict=True)
+        | {key: answer[key] for key in OF_ANSWER}
+        for g, answer, score in zip(groups, answers, scores, strict=True)
     ]
 
 

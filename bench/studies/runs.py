@@ -25,7 +25,6 @@ import record
 from gapg.build import make_task
 from gapg.commands.train import check as check_config
 from gapg.config import RunConfig, load_config
-from gapg.config_sections import MarginalConfig
 from gapg.errors import ConfigError
 from gapg.evaluation.validate import validate
 from gapg.files import remove_partials, write_whole
@@ -58,7 +57,8 @@ LATER: dict[str, tuple[Any, Any]] = {
     "model.parameters": ("float32", None),
     "model.liger": ("auto", False),
     "method": ("gapg", None),
-    "marginal": (MarginalConfig().model_dump(mode="json"), None),
+    # written out: a run of other defaults is another run
+    "marginal": ({"score": "log", "weight": 1.0, "trace": None, "prices": [0.0, 1.0], "cloud": "ignore"}, None),
 }
 """Settings that runs were named without: the default, and what stood there before (None: nothing)."""
 

@@ -16,6 +16,10 @@ RIDGE = 1.0
 where the failures can be told apart without one mistake."""
 
 
+OF_ANSWER = ("response", "help_margin", "answer_logprob_mean", "answer_logprob_min")
+"""What `features` reads of an answer."""
+
+
 def features(answers: Answers, more: Sequence[FloatArray] = ()) -> FloatArray:
     """[n, 4 + len(more)] what is known of greedy answers decoded with help masked, all finite: the margin of the help
     phrase, the mean and the least token log-prob, the length in words; and further scores."""

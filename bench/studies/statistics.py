@@ -259,7 +259,8 @@ def p_value(per_seed: Sequence[float]) -> float:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p-values as corrected for being several (Holm 1979): all below 0.05 together are wrong in one study of 20.
+    """p-values as corrected for being several (Holm 1979): in at most one study of 20 is one below 0.05 by
+    chance alone.
 
     The k-th smallest of m is multiplied by m - k + 1, and is no smaller than those before it.
     """

@@ -14,6 +14,7 @@ from gapg.jsonl import to_json
 from gapg.tasks.base import Prompt
 from studies.arms import Arm, Entrant, Finished, Predictions, predictions_path
 from studies.by_problem import HELDOUT, VALIDATION, collect, read_problems, stacked, validation_answers, write_problems
+from studies.stacked import OF_ANSWER
 from studies.statistics import Curve
 from studies.tuned import best_members, one_stacked_member
 
@@ -77,6 +78,16 @@ def test_every_entrant_has_its_rows(run: Callable[..., Finished]) -> None:
     assert valid["local"].tolist() == (1 - valid["score"]).tolist(), "without one of its own, the run's answer"
     best = of(table, stacked("probe"), VALIDATION)
     assert best.loc[best["local"] == 0, "score"].min() > best.loc[best["local"] == 1, "score"].max()
+
+
+def test_a_model_of_its_own_is_judged_by_its_own_answers(run: Callable[..., Finished], predicted: Predicted) -> None:
+    """The run's margins know which answers of the run are wrong; those of the other model are all alike."""
+    made = run()
+    alike = {key: predicted(0, "", 0.0)[key] for key in OF_ANSWER}
+    write(made, "probe", [row | alike | {"score": 0.0} for row in made.rows("probe")])
+    scores = of(collect([made], ENTRANTS, {}), stacked("probe"))["score"]
+    assert scores.nunique() == 1
+    assert of(collect([made], ENTRANTS, {}), stacked("plain"))["score"].nunique() > 1
 
 
 def test_it_is_kept_and_read_again(run: Callable[..., Finished], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Chains of arithmetic: problems, demonstrations and solver; and the study of other tasks on tables made by hand."""
 
+import random
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -62,6 +63,20 @@ def test_demonstrations_call_after_what_went_wrong(chains: Chains) -> None:
     assert len(calls[False]) / len(shown) == pytest.approx(0.20, abs=0.04)
     assert chains.demonstrations(5) == shown != chains.demonstrations(6)
     assert not any(HELP_PHRASE in d.response for d in Chains(problems=1200, help_shown=False).demonstrations(5))
+
+
+def test_a_slip_is_wrong_also_beside_a_border() -> None:
+    """At most 9: a slip upwards of 9, or downwards of 1, would stop at the right value."""
+    chains = Chains(numbers=(2,), max_number=5, max_value=9, problems=40)
+    rng = random.Random(0)
+    values = [chains._with_slip(5, [("-", 4)], rng) for _ in range(50)]
+    assert {first for first, _ in values} == {5} and {last for _, last in values} == set(range(2, 10))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_is_the_same_whatever_the_config_says_of_another(name: str, tiny: str) -> None:
+    of_quickstart, of_tiny = (load_config(base, TASKS[name]).task for base in ("quickstart", tiny))
+    assert of_quickstart == of_tiny
 
 
 def test_settings_without_problems_are_refused() -> None:

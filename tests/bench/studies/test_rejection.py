@@ -12,6 +12,7 @@ from gapg.tasks.base import HELP_PHRASE, Prompt
 from gapg_rollout.records import Completion
 from studies import arms, predictions, rejection
 from studies.rejection import sampled, targets
+from studies.stacked import features
 
 LC, LW = Outcome.LOCAL_CORRECT, Outcome.LOCAL_WRONG
 
@@ -48,6 +49,10 @@ def test_a_real_policy_learns_to_refuse(run: Run, monkeypatch: pytest.MonkeyPatc
     assert [row["id"] for row in rows if row["split"] == "validation"] == [p.id for p in run.validation]
     margins = np.array([row["help_margin"] for row in plain])
     assert np.mean([row["score"] for row in heldout]) > margins.mean() + 1, "the phrase was taught"
+    # what a stacked score reads is of the model that refuses, not of the run's
+    assert all(row["score"] == row["help_margin"] for row in heldout)
+    of_run = features(plain)
+    assert (features(heldout)[:, 1] != of_run[:, 1]).mean() > 0.9, "the log-probs of its own answers"
     assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
     again = predictions.greedy_masked(run, "before", predictions.heldout(run))
     assert again == plain, "whatever is measured next is of the run's own model"

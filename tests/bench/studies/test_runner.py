@@ -19,7 +19,7 @@ import pytest
 from gapg.config import RunConfig
 from gapg.errors import ConfigError
 from gapg.jsonl import read_jsonl
-from studies.arms import Arm, predictions_path
+from studies.arms import Arm, marginal, predictions_path
 from studies.catalog import STUDIES
 from studies.report import Study
 from studies.runner import make_studies
@@ -310,6 +310,8 @@ def test_a_run_keeps_its_name_when_a_module_moves(tmp_path: Path) -> None:
 
     found = {arm.label: named(arm).folder.name for arm in STUDIES["baselines"].arms(20)}
     assert found["DA-GRPO"] == "32837265f49bfc2b" and found["GAPG"] == "8a9b247864a91293"
+    # and as they were called with the marginal method's first defaults: other ones make another run
+    assert named(marginal(20)).folder.name == "6c085e032fd5e0a1"
     warm = named(STUDIES["kl"].arms(20)[0]).warm
     assert warm is not None and warm.name == "5ed96d79d6dc2be5"
 
