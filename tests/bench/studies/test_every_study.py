@@ -1,7 +1,7 @@
 """Studies, end to end through the command line at a tiny size: killed halfway, gone on with, written.
 
-Left out are those along the whole curve, of a dozen to thirty runs a seed, and those whose problems or clouds make eight
-and more: they have tests of their parts.
+Left out are those along the whole curve, of a dozen to thirty runs a seed, and those whose problems or clouds make
+eight and more: they have tests of their parts.
 """
 
 import json
