@@ -1,7 +1,8 @@
-"""A trained model's own greedy answers, for routers that learn to judge them.
+"""A trained model's own answers, for routers that learn to judge them.
 
-They are read back from predictions that every run has: nothing is decoded again, no cloud is asked, and all routers
-judge the same answers.
+The greedy ones are read back from predictions that every run has, so that all routers judge the same answers. To learn
+from there are sampled ones too: the greedy answers to problems that a policy was trained on are often right, and few.
+No cloud is asked.
 """
 
 from __future__ import annotations
@@ -14,11 +15,19 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from gapg.batches.batching import Example
+from gapg.evaluation.evaluate import respond
+from gapg.help_phrase import help_control, masked
 from gapg.jsonl import read_jsonl
+from gapg.judge import Judge
 from gapg.runs.run import Run
-from gapg.tasks.base import Prompt
-from studies.arms import Rows, predictions_path
+from gapg.seeding import derive
+from gapg.tasks.base import STOP, Prompt
+from gapg_rollout.records import Sampling
+from studies.arms import Predictions, Rows, predictions_path
 from studies.predictions import STANDARD, heldout, make_predictions
+
+SAMPLED = 2
+"""Answers a training problem, beside the greedy one."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +70,50 @@ def own_answers(run: Run) -> OwnAnswers:
     }
 
     def of(prompts: Sequence[Prompt]) -> Answers:
-        texts = [rows[p.id]["response"] for p in prompts]
-        responses = [run.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        examples = [
-            Example(run.task.render(p, run.tokenizer), response, group=i)
-            for i, (p, response) in enumerate(zip(prompts, responses, strict=True))
-        ]
-        wrong = [float(rows[p.id]["outcome"] != "local_correct") for p in prompts]
-        return Answers([p.id for p in prompts], examples, torch.tensor(wrong))
+        return _read(run, prompts, [rows[p.id] for p in prompts])
 
     return OwnAnswers(of(run.queue.prompts), of(run.validation), of(heldout(run)))
+
+
+def with_samples(run: Run, answers: OwnAnswers) -> OwnAnswers:
+    """The same with `SAMPLED` sampled answers a training problem after the greedy ones to learn from."""
+    make_predictions(run, TRAINING_SAMPLES)
+    rows = read_jsonl(TRAINING_SAMPLES.path(run.folder))
+    by_id = {p.id: p for p in run.queue.prompts}
+    sampled, greedy = _read(run, [by_id[row["id"]] for row in rows], rows), answers.training
+    n = len(greedy.ids)
+    examples = [*greedy.examples, *(replace(e, group=n + e.group) for e in sampled.examples)]
+    training = Answers([*greedy.ids, *sampled.ids], examples, torch.cat([greedy.wrong, sampled.wrong]))
+    return answers._replace(training=training)
+
+
+def _read(run: Run, prompts: Sequence[Prompt], rows: Rows) -> Answers:
+    """The responses of these rows, a prompt each."""
+    examples = [
+        Example(
+            run.task.render(p, run.tokenizer), run.tokenizer.encode(row["response"], add_special_tokens=False), group=i
+        )
+        for i, (p, row) in enumerate(zip(prompts, rows, strict=True))
+    ]
+    wrong = [float(row["outcome"] != "local_correct") for row in rows]
+    return Answers([p.id for p in prompts], examples, torch.tensor(wrong))
+
+
+def _training_samples(run: Run) -> Rows:
+    rollout, thinking = run.config.rollout, run.judge.thinking
+    judge, help = Judge(run.task, run.oracle, thinking=thinking, masked=True), masked(help_control(run.tokenizer))
+    rows: Rows = []
+    for k in range(SAMPLED):
+        title = f"training samples {k + 1}"
+        seed = derive(run.config.seed, title)
+        sampling = Sampling(rollout.max_new_tokens, rollout.temperature, STOP, seed, help, thinking)
+        groups = respond(run.engine, run.task, run.tokenizer, judge, run.queue.prompts, sampling, title=title)
+        rows += [{"id": g.prompt.id, "response": g.completions[0].text, "outcome": g.outcomes[0].value} for g in groups]
+    return rows
+
+
+TRAINING_SAMPLES = Predictions("training-samples", _training_samples)
+"""Sampled with help masked, as in training; judged without the cloud."""
 
 
 def score_rows(answers: OwnAnswers, validation: torch.Tensor, heldout: torch.Tensor) -> Rows:

@@ -1,7 +1,7 @@
 """Probes: small nets that read a trained model's hidden states after its answer, and say whether it is wrong.
 
-Trained on the run's greedy answers to its training problems; each net's epoch is chosen by the validation problems. The
-device model is not changed. `pooled` is the kind that products use; `attention` picks the tokens itself.
+Trained on the run's greedy and sampled answers to its training problems; each net's epoch is chosen by the validation
+problems. The device model is not changed. `POOLED` is the kind that products use; `ATTENTION` picks the tokens itself.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from gapg.optim import clip_and_step, learning_rate
 from gapg.runs.run import Run
 from gapg.seeding import derive
 from studies import arms
-from studies.answers import Answers, OwnAnswers, own_answers, score_rows
+from studies.answers import Answers, OwnAnswers, own_answers, score_rows, with_samples
 from studies.arms import Entrant, Predictions, Rows
 
 NETS = 5
 """Their log-odds are averaged."""
-EPOCHS, BATCH = 16, 256
+EPOCHS, BATCH = 8, 256
 WEIGHT_DECAY = 0.1
 AT_ONCE = 256
 """Sequences a forward of the device model."""
@@ -176,7 +176,7 @@ def _scores(net: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def probe(kind: Kind, run: Run) -> Rows:
-    answers = own_answers(run)
+    answers = with_samples(run, own_answers(run))
     return score_rows(answers, *probe_scores(kind, run.model, answers, run.config.seed))
 
 

@@ -32,11 +32,10 @@ from gapg.optim import clip_and_step, learning_rate
 from gapg.runs.run import Run
 from gapg.seeding import derive
 from gapg.tasks.base import Prompt, Task
-from studies import arms
+from studies import arms, self_check
 from studies.answers import Answers, OwnAnswers, own_answers, score_rows
 from studies.arms import Entrant, Predictions, Rows
 from studies.predictions import TRAIN_MASKED, heldout, make_predictions
-from studies.self_check import recipe_for, trained
 from studies.statistics import FloatArray
 
 PRETRAINED = "microsoft/deberta-v3-base"
@@ -219,6 +218,7 @@ PROMPT_ROUTER = Predictions("prompt_router", prompt_router)
 
 SCRATCH, DEVICE = "scratch", "device"
 """Encoders beside the names of Hugging Face: the small one, and a copy of the device model as it is after training."""
+ASKED_OF_SMALL, ASKED_OF_PRETRAINED = self_check.Recipe(1e-3, 8, 64), self_check.Recipe(1e-5, 3, 32)
 FOLDS = 5
 Score = Callable[[Answers], FloatArray]
 """[n] log-odds of failure, by the prompts of these answers."""
@@ -274,7 +274,8 @@ def _device_router(run: Run, pairs: Answers, label: str) -> Score:
     order = random.Random(derive(run.config.seed, label)).sample(range(n), n)
     kept = max(1, round(KEPT * n))
     asked = pairs.prompts_alone()
-    check = trained(run, asked.part(order[kept:]), asked.part(order[:kept]), recipe_for(run), label)
+    recipe = ASKED_OF_PRETRAINED if run.config.model.path else ASKED_OF_SMALL
+    check = self_check.trained(run, asked.part(order[kept:]), asked.part(order[:kept]), recipe, label)
     return lambda others: check.scores(others.prompts_alone()).double().numpy()
 
 

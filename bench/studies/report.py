@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from gapg.config import RunConfig
+from gapg.errors import ConfigError
 from gapg.evaluation.report import save_figure
 from gapg.files import write_whole
 from studies.arms import Arm, Finished, Rows
@@ -159,12 +160,32 @@ def markdown(table: Table) -> str:
 
 
 def measured(study: Study, runs: list[Finished], folder: Path) -> tuple[Rows, list[Difference]]:
-    """The study's rows and comparisons; what they are made from, problem by problem, is in `folder` then."""
+    """The study's rows and comparisons; what they are made from, problem by problem, is in `folder` then.
+
+    What lies there already of other seeds is kept, and takes part: a study may be made seed by seed, on any machine.
+    """
     if study.by_problem is None:
         return study.measure(runs)
-    path = problems_path(study, folder)
-    write_problems(path, study.by_problem.collect(runs))
+    path, table = problems_path(study, folder), study.by_problem.collect(runs)
+    if path.exists():
+        kept = read_problems(path)
+        table = pd.concat([kept[~kept["seed"].isin(table["seed"])], table]).sort_values("seed", kind="stable")
+    write_problems(path, table)
     return study.by_problem.figures(read_problems(path))
+
+
+def earlier_runs(study: Study, folder: Path, made: Record) -> list[Record]:
+    """What an earlier record says of its runs of other seeds, whose problems `measured` keeps.
+
+    Raises ConfigError where it is of other settings.
+    """
+    path = folder / f"{study.name}.json"
+    if study.by_problem is None or not path.exists() or not problems_path(study, folder).exists():
+        return []
+    earlier: Record = json.loads(path.read_text())
+    if any(earlier[key] != made[key] for key in ("config", "overrides")):
+        raise ConfigError(f"{path}: of other settings ({command(earlier)}); choose another --output")
+    return [run for run in earlier["runs"] if run["seed"] not in made["seeds"]]
 
 
 def problems_path(study: Study, folder: Path) -> Path:

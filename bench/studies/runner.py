@@ -14,7 +14,7 @@ from gapg.errors import ConfigError
 from studies.arms import Arm, Finished
 from studies.pool import do_all
 from studies.predictions import STANDARD
-from studies.report import Record, Study, draw_readme, markdown, measured, write_study
+from studies.report import Record, Study, draw_readme, earlier_runs, markdown, measured, write_study
 from studies.runs import Place, by_name, check, make_run, place
 
 if TYPE_CHECKING:
@@ -83,11 +83,6 @@ def _write(
         warn(f"{study.name}: not written, {missing} of its {len(plan)} runs failed; the same command goes on")
         return False
     runs = [Finished(p.arm, p.folder, p.config) for p in plan]
-    try:
-        rows, comparisons = measured(study, runs, options.output)
-    except ConfigError as error:
-        warn(f"{study.name}: not written: {error}")
-        return False
     made: Record = {
         "study": study.name,
         "question": study.question,
@@ -98,10 +93,16 @@ def _write(
         "versions": record.versions(),
         "seeds": list(options.seeds or study.seeds),
         "own_seeds": list(study.seeds),
-        "comparisons": comparisons,
-        "rows": rows,
-        "runs": [_about(run) for run in runs],
     }
+    try:
+        earlier = earlier_runs(study, options.output, made)
+        rows, comparisons = measured(study, runs, options.output)
+    except ConfigError as error:
+        warn(f"{study.name}: not written: {error}")
+        return False
+    if earlier:
+        made["seeds"] = sorted({*made["seeds"], *(run["seed"] for run in earlier)})
+    made |= {"comparisons": comparisons, "rows": rows, "runs": [*earlier, *map(_about, runs)]}
     tables = study.tables(made)
     write_study(study, made | {"tables": [asdict(table) for table in tables]}, options.output)
     shown = "\n\n".join(map(markdown, tables))

@@ -3,7 +3,7 @@
 A model made from scratch knows no words to be asked in, so the answer is read from what every model here has: the odds
 that the help phrase begins right after the response. `UNTRAINED` takes them from the model as it is. `TRAINED` takes
 them from a copy of the whole model that learned to begin the phrase there exactly after a wrong answer: cross-entropy
-on the run's greedy answers to its training problems, the epoch chosen by the validation problems.
+on the run's greedy and sampled answers to its training problems, the epoch chosen by the validation problems.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from gapg.seeding import derive
 from gapg_kernels.linear_loss import linear_loss
 from gapg_rollout.records import HelpSpelling
 from studies import arms
-from studies.answers import Answers, own_answers, score_rows
+from studies.answers import Answers, own_answers, score_rows, with_samples
 from studies.arms import Entrant, Predictions, Rows
 
 
@@ -45,7 +45,7 @@ class Recipe:
     batch_size: int
 
 
-FROM_SCRATCH, FINE_TUNING = Recipe(1e-3, 8, 64), Recipe(1e-5, 3, 32)
+FROM_SCRATCH, FINE_TUNING = Recipe(1e-3, 4, 128), Recipe(1e-5, 1, 32)
 """For a model made from scratch, and for one that was pretrained."""
 
 
@@ -134,18 +134,14 @@ def trained(run: Run, training: Answers, validation: Answers, recipe: Recipe, la
     return check
 
 
-def recipe_for(run: Run) -> Recipe:
-    return FINE_TUNING if run.config.model.path else FROM_SCRATCH
-
-
 def _untrained(run: Run) -> Rows:
     answers, check = own_answers(run), untrained(run)
     return score_rows(answers, check.scores(answers.validation), check.scores(answers.heldout))
 
 
 def _trained(run: Run) -> Rows:
-    answers = own_answers(run)
-    check = trained(run, answers.training, answers.validation, recipe_for(run))
+    answers = with_samples(run, own_answers(run))
+    check = trained(run, answers.training, answers.validation, FINE_TUNING if run.config.model.path else FROM_SCRATCH)
     return score_rows(answers, check.scores(answers.validation), check.scores(answers.heldout))
 
 

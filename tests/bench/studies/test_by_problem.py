@@ -1,5 +1,6 @@
 """What happened on each problem: collected from runs made by hand, kept, and read again."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,13 @@ import pandas as pd
 import pytest
 
 from gapg.data import split_validation
+from gapg.errors import ConfigError
 from gapg.jsonl import to_json
 from gapg.tasks.base import Prompt
 from studies.arms import Arm, Entrant, Finished, Predictions, predictions_path
 from studies.by_problem import HELDOUT, VALIDATION, collect, read_problems, stacked, validation_answers, write_problems
+from studies.marginal import MARGINAL
+from studies.report import ByProblem, earlier_runs, measured
 from studies.stacked import OF_ANSWER
 from studies.statistics import Curve
 from studies.tuned import best_members, one_stacked_member
@@ -101,6 +105,26 @@ def test_it_is_kept_and_read_again(run: Callable[..., Finished], tmp_path: Path)
     assert read["score"].tolist() == [float(f"{x:.3g}") for x in table["score"]]
     write_problems(tmp_path / "b.xz", read_problems(path))
     assert (tmp_path / "b.xz").read_bytes() == path.read_bytes(), "the same bytes of the same table"
+
+
+def test_a_study_is_made_seed_by_seed(run: Callable[..., Finished], tmp_path: Path) -> None:
+    def figures(table: pd.DataFrame) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        return [{"seed": int(x), "split": y, "n": len(part)} for (x, y), part in table.groupby(["seed", "split"])], []
+
+    kept = ByProblem(lambda runs: collect(runs, ENTRANTS, {}), figures)
+    study = replace(MARGINAL, name="s", measure=kept.measure, by_problem=kept)
+    made = {"config": "quickstart", "overrides": {}, "seeds": [1], "study": "s", "own_seeds": [0, 1], "runs": []}
+    assert earlier_runs(study, tmp_path, made) == []
+    first, second = run(0), run(1)
+    one, _ = measured(study, [second], tmp_path)
+    (tmp_path / "s.json").write_text(json.dumps(made | {"runs": [{"seed": 1, "run": "abc"}]}))
+    assert earlier_runs(study, tmp_path, made | {"seeds": [0]}) == [{"seed": 1, "run": "abc"}]
+    assert earlier_runs(study, tmp_path, made) == [], "a seed that is made again is not kept"
+    both, _ = measured(study, [first], tmp_path)
+    assert both == kept.measure([first, second])[0] and one == both[2:]
+    assert measured(study, [second], tmp_path)[0] == both
+    with pytest.raises(ConfigError, match=r"of other settings \(.*study.py s.*choose another --output"):
+        earlier_runs(study, tmp_path, made | {"overrides": {"optim.lr": "1e-4"}, "seeds": [0]})
 
 
 def write(run: Finished, name: str, rows: list[dict[str, Any]]) -> None:

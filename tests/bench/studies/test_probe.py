@@ -12,7 +12,7 @@ from gapg.batches.batching import Example
 from gapg.jsonl import read_jsonl
 from gapg.runs.run import Run
 from studies import probe
-from studies.answers import Answers, OwnAnswers, own_answers
+from studies.answers import SAMPLED, Answers, OwnAnswers, own_answers, with_samples
 from studies.arms import predictions_path
 from studies.predictions import heldout
 from studies.probe import ATTENTION, POOLED, Kind, probe_scores, states
@@ -90,6 +90,13 @@ def test_rows_of_a_run(start: Callable[..., Run]) -> None:
         assert np.isfinite([row["score"] for row in mine]).all()
     assert {p.id for p in run.queue.prompts} == set(answers.training.ids)
     assert not set(answers.training.ids) & {*answers.validation.ids, *answers.heldout.ids}
+    more = with_samples(run, answers)
+    n = len(answers.training.ids)
+    assert more.training.ids == answers.training.ids * (1 + SAMPLED), "the greedy answers and then the sampled ones"
+    assert [e.group for e in more.training.examples] == list(range(n * (1 + SAMPLED)))
+    assert more.training.wrong[:n].tolist() == answers.training.wrong.tolist()
+    assert more.training.wrong[n : 2 * n].tolist() != more.training.wrong[2 * n :].tolist()
+    assert more[1:] == answers[1:]
     texts = {row["id"]: row["response"] for row in read_jsonl(predictions_path(run.folder, "heldout-masked"))}
     written = [run.tokenizer.decode(list(e.response_ids)) for e in answers.heldout.examples]
     assert written == [texts[i] for i in answers.heldout.ids], "the answers are judged token by token"
