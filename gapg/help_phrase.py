@@ -72,6 +72,8 @@ def deciding_tokens(control: HelpControl, response_ids: Sequence[int]) -> list[t
     for s in control.spellings:
         after.setdefault(s.prefix_ids, set()).add(s.token_id)
     lengths = {len(prefix) for prefix in after}
+    if lengths == {0}:  # phrases of one token: looking at each place is slow for nothing
+        return [tuple(sorted(after[()]))] * len(ids)
     ends = ([ids[max(0, t - n) : t] for n in lengths] for t in range(len(ids)))
     return [tuple(sorted(set().union(*(after.get(end, ()) for end in of_one)))) for of_one in ends]
 

@@ -24,7 +24,9 @@ class HelpSteering:
         self.control = control
         self.temperature = temperature or 1.0  # greedy log-probs are those at temperature 1
         self._spellings = control.by_prefix
-        self._token_S = torch.tensor([s.token_id for s in self._spellings], device=device)
+        tokens = sorted({s.token_id for s in self._spellings})
+        self._token_K = torch.tensor(tokens, device=device)
+        self._of_token = [[i for i, s in enumerate(self._spellings) if s.token_id == token] for token in tokens]
         phrases = [(*s.prefix_ids, s.token_id, *s.rest_ids) for s in self._spellings]
         self.look_back = max(map(len, phrases)) - 1
         begun = [
@@ -54,19 +56,29 @@ class HelpSteering:
             scores_BV: The logits divided by `divisor`, up to a constant of each row.
             recent_BL: The last L = `look_back` generated tokens, -1 where there are fewer.
         """
+        forced_B = self._forced(recent_BL)
+        fits_BS = self._ends_with(self._prefix_SL, recent_BL) & (forced_B < 0)[:, None]
+        fits_BK = torch.stack([fits_BS[:, of_token].any(1) for of_token in self._of_token], 1)
+        deciding_BV = torch.zeros_like(scores_BV, dtype=torch.bool)
+        deciding_BV[:, self._token_K] = fits_BK
+        helps_BK = scores_BV[:, self._token_K].where(fits_BK, -torch.inf)
+        others_BV = scores_BV.masked_fill(deciding_BV, -torch.inf)
+        self.margin_RT[row_B, step_B] = (helps_BK.amax(-1) - others_BV.amax(-1)) * divisor
+        scale = self.temperature / divisor
+        if scale != 1:
+            helps_BK, others_BV = helps_BK / scale, others_BV / scale
+        self.log_odds_RT[row_B, step_B] = helps_BK.logsumexp(-1) - others_BV.logsumexp(-1)
+        return deciding_BV, forced_B
+
+    def _forced(self, recent_BL: torch.Tensor) -> torch.Tensor:
+        """[B] the token that a begun phrase needs, -1 for none."""
+        if not len(self._begun_PL):  # phrases of one token
+            return torch.full((len(recent_BL),), -1, device=recent_BL.device)
         begun_BP = self._ends_with(self._begun_PL, recent_BL)
         order_P = torch.arange(1, len(self._next_P), device=begun_BP.device)
         # the last that matches is that of the longest prefix; 0: none does
-        forced_B = self._next_P[torch.cat([torch.zeros_like(row_B)[:, None], begun_BP * order_P], 1).amax(1)]
-        fits_BS = self._ends_with(self._prefix_SL, recent_BL) & (forced_B < 0)[:, None]
-        deciding_BV = torch.zeros_like(scores_BV, dtype=torch.bool)
-        for token_id in sorted({s.token_id for s in self._spellings}):
-            deciding_BV[:, token_id] = fits_BS[:, self._token_S == token_id].any(1)
-        helps_BV, others_BV = scores_BV.where(deciding_BV, -torch.inf), scores_BV.masked_fill(deciding_BV, -torch.inf)
-        self.margin_RT[row_B, step_B] = (helps_BV.amax(-1) - others_BV.amax(-1)) * divisor
-        scale = self.temperature / divisor
-        self.log_odds_RT[row_B, step_B] = (helps_BV / scale).logsumexp(-1) - (others_BV / scale).logsumexp(-1)
-        return deciding_BV, forced_B
+        latest_B = (begun_BP * order_P).amax(1)
+        return self._next_P[latest_B]
 
     def decides(self, token_ids: tuple[int, ...], t: int) -> bool:
         """Whether token t begins the phrase in some spelling, if the phrase could begin there."""
