@@ -16,13 +16,13 @@ from gapg.marginal_loss import Masked
 from gapg_rollout.records import HelpControl
 
 
-def sampled(groups: Sequence[Group], ids_of: Mapping[str, Sequence[int]]) -> tuple[list[Example], None]:
+def sampled(groups: Sequence[Group], ids_of: Mapping[str, Sequence[int]]) -> list[Example]:
     """All responses of the groups. ids_of: each prompt's token ids."""
     return [
         Example(ids_of[g.prompt.id], c.token_ids, rollout_logprobs=c.logprobs, group=p, sample=i)
         for p, g in enumerate(groups)
         for i, c in enumerate(g.completions)
-    ], None
+    ]
 
 
 def sampled_masked(
@@ -33,7 +33,7 @@ def sampled_masked(
     A cloud that was not asked counts as right.
     """
     examples, hazards = [], [[math.nan] * len(g.completions) for g in groups]
-    for e in sampled(groups, ids_of)[0]:
+    for e in sampled(groups, ids_of):
         deciding = deciding_tokens(help, e.response_ids)
         logprobs, hazards[e.group][e.sample] = masked_logprobs(groups[e.group].completions[e.sample], deciding)
         examples.append(replace(e, rollout_logprobs=logprobs, deciding=deciding))

@@ -111,7 +111,7 @@ def train_step(run: Run) -> dict[str, Any]:
     rollout_lost = health.is_lost(groups)
     kept = [] if rollout_lost else selection.kept
     rewards_PG = _rewards(run, kept, alpha_c)
-    examples, masked = sampled(kept, ids_of) if run.help is None else sampled_masked(kept, ids_of, run.help)
+    examples, masked = sampled_masked(kept, ids_of, run.help) if run.help else (sampled(kept, ids_of), None)
     with run.phases("update"):
         update = policy_update(
             run.model, run.optimizer, config, run.state.step, examples, rewards_PG, run.reference, masked

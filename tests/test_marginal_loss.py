@@ -9,11 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
 from torch import nn
-from transformers import CohereConfig, Gemma2Config, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import CohereConfig, Gemma2Config, PreTrainedModel
 
 from gapg.batches.batching import Example, packed_batches
 from gapg.config import RunConfig, load_config
@@ -25,10 +22,11 @@ from gapg.marginal_loss import MarginalLoss, Masked
 from gapg.model.lora import add_adapters
 from gapg.model.precision import adapter_tensors
 from gapg.optim import make_optimizer
-from gapg.tasks.base import HELP_PHRASE, Prompt
+from gapg.tasks.base import Prompt
 from gapg.update import policy_update
 from gapg_rollout.engines.transformers import TransformersEngine
 from gapg_rollout.records import HelpControl, HelpSpelling, Sampling
+from tests.byte_pairs import byte_pairs
 from tests.marginal_float64 import Defined, Step, defined, step_of
 from tests.model.test_logits import scaled_and_capped, tiny
 
@@ -311,19 +309,6 @@ def test_a_batch_of_an_empty_response_alone(model: PreTrainedModel) -> None:
 
 
 # --- from a real tokenizer and a real engine -------------------------------------------------------------------------
-
-
-def byte_pairs() -> PreTrainedTokenizerFast:
-    """A byte-level BPE as real models have it, that joins `<` with what stands before it."""
-    inner = Tokenizer(BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    trainer = BpeTrainer(
-        vocab_size=420, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    endings = [f"{before}{tag}" for before in ("4 ", "4.\n", "4.") for tag in (HELP_PHRASE, "<answer> 4 </answer>")]
-    inner.train_from_iterator([*endings * 9, "a <b> and .<c>" * 9], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", pad_token="<|end|>")
 
 
 def test_from_an_engines_responses_in_every_spelling(make_model: MakeModel) -> None:

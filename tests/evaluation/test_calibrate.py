@@ -11,9 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE, WordLevel
-from tokenizers.trainers import BpeTrainer
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gapg.batches.batching import Example, packed_batches
@@ -25,26 +24,14 @@ from gapg.model.policy import response_logprobs
 from gapg.tasks.base import HELP_PHRASE, STOP
 from gapg_rollout.engines.transformers import TransformersEngine
 from gapg_rollout.records import Completion, HelpControl, HelpSpelling, Sampling
+from tests.byte_pairs import ENDINGS, byte_pairs
 
 MakeModel = Callable[..., PreTrainedModel]
-ENDINGS = ("so {} = 39 ", "so {} = 39\n", "so {} = 39.\n\n", "so {} = 39.")
-"""How a response goes on to its ending: after a blank, on a line of its own, and right after a full stop."""
 
 
 @pytest.fixture(scope="module")
 def bpe() -> PreTrainedTokenizerFast:
-    """A byte-level BPE as real models have it: ` <` and `.<` are tokens of their own beside `<`."""
-    inner = Tokenizer(BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    trainer = BpeTrainer(
-        vocab_size=420, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    texts = [f"{e.format(i)}{tag}" for e in ENDINGS for i in range(9) for tag in (HELP_PHRASE, "<answer> 4 </answer>")]
-    inner.train_from_iterator([*texts, "a <b> and .<c>" * 9], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<|end|>", pad_token="<|end|>", clean_up_tokenization_spaces=False
-    )
+    return byte_pairs()
 
 
 def test_a_phrase_of_one_token(tokenizer: PreTrainedTokenizerBase) -> None:
