@@ -73,6 +73,7 @@ def test_other_content_is_unreadable(content: Any) -> None:
         ({"content": None, "reasoning_content": "2+2=4"}, "length", "used its tokens up before it answered"),
         ({"content": None, "refusal": "I won't."}, "stop", "the model refused: I won't."),
         ({"content": [{"type": "refusal", "refusal": "I won't."}]}, "stop", "the model refused: I won't."),
+        ({"content": "", "refusal": " "}, "stop", "the model refused, and does not say why"),
         ({"content": None, "tool_calls": [{"id": "x"}]}, "tool_calls", "calls a tool"),
     ],
 )
@@ -220,6 +221,7 @@ def test_odd_json_keeps_its_answer() -> None:
 
 def test_words_are_one_line_of_printable_text() -> None:
     assert plain("a\ud800\u200b\x07b" + "c" * 9999) == "a b" + "c" * (MAX_WORDS - 3)
+    assert plain("a" * (MAX_WORDS - 1) + " b") == "a" * (MAX_WORDS - 1)
 
 
 @settings(max_examples=300)

@@ -99,7 +99,7 @@ def passes(status: int) -> bool:
 def plain(text: str) -> str:
     """The text in one line of at most `MAX_WORDS` characters, without control sequences' control characters."""
     head = text[: 4 * MAX_WORDS]
-    return " ".join("".join(char if char.isprintable() else " " for char in head).split())[:MAX_WORDS]
+    return " ".join("".join(char if char.isprintable() else " " for char in head).split())[:MAX_WORDS].rstrip()
 
 
 def _dump(value: object) -> str:
@@ -211,7 +211,8 @@ def _text_of(choice: object) -> tuple[str, str]:
         (part["refusal"] for part in content or () if isinstance(part, dict) and part.get("refusal")), None
     )
     if refused:
-        return "", f"the model refused: {plain(refused if isinstance(refused, str) else _dump(refused))}"
+        words = plain(refused if isinstance(refused, str) else _dump(refused))
+        return "", f"the model refused: {words}" if words else "the model refused, and does not say why"
     if message.get("tool_calls") or message.get("function_call"):
         return "", "the reply has no text: it calls a tool, and none was offered"
     if finish == "length":
