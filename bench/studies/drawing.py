@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RED, PURPLE, TEAL, BROWN, PINK = "#c53030", "#6b46c1", "#319795", "#8d5524", "#d53f8c"
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, BROWN, PINK, "#b7791f", "#4a5568", "#63b3ed", "#68d391")
+COLOURS = (
+    BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, BROWN, PINK,
+    "#b7791f", "#4a5568", "#63b3ed", "#68d391", "#f6ad55", "#b794f4",
+)  # fmt: skip
 """In the order to give them out; grey is left for what is only there to compare with."""
 SMALL = 8
 

@@ -21,8 +21,8 @@ from studies.routers import doubt, reading, self_consistency
 from studies.statistics import FloatArray
 
 FRESH = {"task.args.seed": "9", "rollout.prompts_per_step": "64", "rollout.samples_per_prompt": "4"}
-"""Problems cut otherwise than those on which anything was tuned; and as many responses an update as the quickstart's, to
-twice as many problems, for all methods."""
+"""Problems cut otherwise than those on which anything was tuned; and, for all methods, as many responses an update as
+the quickstart's, to twice as many problems."""
 FRESH_NUMBERS = {**FRESH, "task.args.split": "numbers"}
 OURS, MASKED, GAPG = "marginal", "task-tuned, masked", "GAPG"
 UNSHOWN = f"{MASKED}, help not shown"

@@ -18,11 +18,17 @@ from studies.statistics import area, curve, of_run
 CALLED = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7)
 ROOMY = {"optim.grad_clip": "10"}
 """A bound on the gradient's norm that seldom binds; the learning rate stays."""
+FEWER = {"rollout.prompts_per_step": "32", "rollout.samples_per_prompt": "8"}
+"""As many responses to half as many problems: the quickstart's."""
 
 
 def _marginal(label: str, **settings: str) -> Callable[[int], Arm]:
     own = {f"marginal.{key}": value for key, value in settings.items()}
     return lambda seed: Arm(f"{OURS}, {label}", {"method": "marginal", **own}, seed)
+
+
+def _changed(arm: Arm, label: str, settings: dict[str, str]) -> Arm:
+    return replace(arm, label=f"{arm.label}, {label}", overrides={**arm.overrides, **settings})
 
 
 ARMS: tuple[Callable[[int], Arm], ...] = (
@@ -35,9 +41,11 @@ ARMS: tuple[Callable[[int], Arm], ...] = (
     _marginal("Brier, prices .2 to .8", score="brier", prices="[0.2, 0.8]"),
     _marginal("fixed price", score="price"),
     arms.masked,
-    lambda seed: replace(arms.marginal(seed), label=f"{OURS}, clip 10", overrides={"method": "marginal", **ROOMY}),
+    lambda seed: _changed(arms.marginal(seed), "clip 10", ROOMY),
+    lambda seed: _changed(arms.marginal(seed), "8 responses a problem", FEWER),
     arms.gapg,
-    lambda seed: replace(arms.gapg(seed), label="GAPG, clip 10", overrides=ROOMY),
+    lambda seed: _changed(arms.gapg(seed), "clip 10", ROOMY),
+    lambda seed: _changed(arms.gapg(seed), "8 responses a problem", FEWER),
 )
 
 
@@ -80,7 +88,7 @@ MARGINAL_ABLATION = settings_study(
     "marginal-ablation",
     "Which part of the marginal method does it: the score, the weights, the prices, the masked rollouts, the clip?",
     FRESH_SEEDS[:3],
-    lambda seed: [replace(arm, overrides={**arm.overrides, **FRESH}) for arm in (make(seed) for make in ARMS)],
+    lambda seed: [replace(arm, overrides={**FRESH, **arm.overrides}) for arm in (make(seed) for make in ARMS)],
     "The marginal method, one part changed at a time",
     less=OURS,
     more=curve_and_clip,
