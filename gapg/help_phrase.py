@@ -12,14 +12,14 @@ from gapg.errors import ConfigError
 from gapg.judge import parse
 from gapg.tasks.base import ANSWER_OPEN, HELP_PHRASE
 from gapg_rollout.records import Completion, HelpControl, HelpSpelling
-from gapg_rollout.text import plain_text
+from gapg_rollout.text import THINK, plain_text
 
 
 def help_control(tokenizer: PreTrainedTokenizerBase) -> HelpControl:
     """The help phrase in tokens, in every way that the tokenizer writes it, whatever stands before it.
 
     Real tokenizers join its `<` with a blank or a mark into other tokens (` <`, `.<`). Each spelling is split where it
-    first differs from an answer block in the same place.
+    first differs from an answer block in the same place. Think blocks are known whose marks are tokens of their own.
 
     Raises ConfigError for a tokenizer that cannot tell the two endings apart.
     """
@@ -41,7 +41,14 @@ def help_control(tokenizer: PreTrainedTokenizerBase) -> HelpControl:
             "the tokenizer encodes the help phrase as a part of the answer tag: it cannot be calibrated, nor trained "
             "by method=marginal; take a model with another tokenizer, or method=gapg without a calibration"
         )
-    return HelpControl(tuple(dict.fromkeys(found)))
+    opens, closes = (_alone(tokenizer, marks) for marks in zip(*THINK, strict=True))
+    return HelpControl(tuple(dict.fromkeys(found)), opens=opens, closes=closes)
+
+
+def _alone(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[int, ...]:
+    """The tokens that are one of these texts, and nothing else."""
+    wanted = {text.lower() for text in texts}
+    return tuple(sorted(i for token, i in tokenizer.get_vocab().items() if token.lower() in wanted))
 
 
 def _joined(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -62,12 +69,23 @@ def masked(control: HelpControl) -> HelpControl:
     return replace(control, bias=-math.inf)
 
 
-def deciding_tokens(control: HelpControl, response_ids: Sequence[int]) -> list[tuple[int, ...]]:
+def deciding_tokens(control: HelpControl, response_ids: Sequence[int], thinking: bool = False) -> list[tuple[int, ...]]:
     """For each token of a response that was sampled with help forbidden: the tokens that would have begun the phrase.
 
-    Ascending; empty where the phrase could not begin. It could where the tokens before end in a spelling's prefix, as
-    an engine sees it (`gapg_rollout.engines.help`).
+    Ascending; empty where the phrase could not begin. It could where the tokens before end in a spelling's prefix,
+    outside think blocks, as an engine sees it (`gapg_rollout.engines.help`). thinking: the prompt opened a block.
     """
+    if not control.closes:
+        return _deciding(control, response_ids)
+    inside, found = thinking, list[tuple[int, ...]]()
+    for token, tokens in zip(response_ids, _deciding(control, response_ids), strict=True):
+        found.append(() if inside else tokens)
+        inside = token in control.opens or (inside and token not in control.closes)
+    return found
+
+
+def _deciding(control: HelpControl, response_ids: Sequence[int]) -> list[tuple[int, ...]]:
+    """The same, in think blocks too."""
     ids, after = tuple(response_ids), dict[tuple[int, ...], set[int]]()
     for s in control.spellings:
         after.setdefault(s.prefix_ids, set()).add(s.token_id)

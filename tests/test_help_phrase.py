@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,25 +14,33 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg.help_phrase import deciding_tokens, masked, masked_logprobs
+from gapg.help_phrase import deciding_tokens, help_control, masked, masked_logprobs
 from gapg_rollout.engines.help import HelpSteering
 from gapg_rollout.engines.transformers import TransformersEngine
 from gapg_rollout.records import Completion, HelpControl, HelpSpelling, Sampling
 
-VOCAB = 7
-tokens = st.integers(0, VOCAB - 1)
+VOCAB = 9
+tokens = st.integers(0, 6)
 spellings = st.builds(
     HelpSpelling,
     tokens,
     st.lists(tokens, max_size=3).map(tuple),
     st.lists(tokens, max_size=2).map(tuple),
 )
-controls = st.lists(spellings, min_size=1, max_size=5).map(lambda found: HelpControl(tuple(dict.fromkeys(found))))
+marks = st.lists(st.integers(7, 8), max_size=2).map(tuple)  # no phrase has one in it
+controls = st.builds(
+    lambda found, opens, closes: HelpControl(tuple(dict.fromkeys(found)), opens=opens, closes=closes),
+    st.lists(spellings, min_size=1, max_size=5),
+    marks,
+    marks,
+)
 
 
-def sampled(control: HelpControl, length: int, rng: random.Random) -> tuple[list[int], list[tuple[int, ...]]]:
+def sampled(
+    control: HelpControl, length: int, thinking: bool, rng: random.Random
+) -> tuple[list[int], list[tuple[int, ...]]]:
     """A response as an engine makes it with help forbidden, and what it forbade at each token."""
-    steering = HelpSteering(masked(control), 1.0, rows=1, max_new_tokens=length, device="cpu")
+    steering = HelpSteering(masked(control), 1.0, rows=1, max_new_tokens=length, device="cpu", thinking=thinking)
     ids: list[int] = []
     forbidden = []
     for t in range(length):
@@ -44,10 +54,27 @@ def sampled(control: HelpControl, length: int, rng: random.Random) -> tuple[list
     return ids, forbidden
 
 
-@given(controls, st.integers(0, 24), st.integers(0, 10**6))
-def test_it_is_what_the_engine_forbade(control: HelpControl, length: int, seed: int) -> None:
-    ids, forbidden = sampled(control, length, random.Random(seed))
-    assert deciding_tokens(control, ids) == forbidden
+@given(controls, st.integers(0, 24), st.booleans(), st.integers(0, 10**6))
+def test_it_is_what_the_engine_forbade(control: HelpControl, length: int, thinking: bool, seed: int) -> None:
+    ids, forbidden = sampled(control, length, thinking, random.Random(seed))
+    assert deciding_tokens(control, ids, thinking) == forbidden
+
+
+def test_the_phrase_begins_nowhere_in_a_think_block() -> None:
+    control = HelpControl((HelpSpelling(1, (5,)), HelpSpelling(3)), opens=(6, 8), closes=(7, 9))
+    alone, both = (3,), (1, 3)
+    assert deciding_tokens(control, [5, 0, 6, 5, 0, 7, 5, 0]) == [alone, both, alone, (), (), (), alone, both]
+    assert deciding_tokens(control, [5, 0, 9, 5, 0], thinking=True) == [(), (), (), alone, both]
+    unknown = replace(control, opens=(), closes=())
+    assert deciding_tokens(unknown, [6, 5, 0], thinking=True) == [alone, alone, both], "its end is not known"
+
+
+def test_what_a_tokenizer_opens_and_closes_a_block_with(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert (help_control(tokenizer).opens, help_control(tokenizer).closes) == ((), ())
+    thinker = copy.deepcopy(tokenizer)
+    thinker.add_tokens(["<think>", "</think>", "[/THINK]", "<think", "think>"])
+    ids = [thinker.convert_tokens_to_ids(mark) for mark in ("<think>", "</think>", "[/THINK]")]
+    assert help_control(thinker) == replace(help_control(tokenizer), opens=(ids[0],), closes=(ids[1], ids[2]))
 
 
 def test_spellings_with_shared_and_different_prefixes() -> None:

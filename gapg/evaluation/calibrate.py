@@ -28,7 +28,7 @@ from gapg.errors import ConfigError
 from gapg.evaluation.statistics import wilson
 from gapg.files import write_whole, writing
 from gapg.jsonl import to_json
-from gapg_rollout.records import HelpControl, HelpSpelling
+from gapg_rollout.records import HelpSpelling
 
 FILE = "help_calibration.json"
 """Beside a model's weights."""
@@ -193,10 +193,6 @@ class Calibration:
         if self.call_below is not None:
             return self.temperature, True, self.call_below
         return self.temperature, False, self.cloud_fraction or 0.0
-
-    @property
-    def control(self) -> HelpControl:
-        return HelpControl(self.spellings, self.bias)
 
     @property
     def label(self) -> str:

@@ -147,6 +147,8 @@ def decodings(
     entries = load_calibration(model_folder)
     if not entries:
         say(f"no {FILE} beside the model: only as trained (gapg calibrate sets a call fraction)")
-    elif any(e.spellings != help_control(tokenizer).spellings for e in entries):
+        return found
+    control = help_control(tokenizer)
+    if any(e.spellings != control.spellings for e in entries):
         raise ConfigError(f"{model_folder / FILE}: made with another tokenizer; delete it and run gapg calibrate again")
-    return found + [(e.label, e.temperature, e.control) for e in entries]
+    return found + [(e.label, e.temperature, replace(control, bias=e.bias)) for e in entries]

@@ -54,8 +54,9 @@ def masked_pass(
     if unsteered:
         warn(f"{unsteered} responses wrote the help phrase in other tokens than it is steered in; they call always")
     reasoned = sum(spoken(row["response"], row["thinking"]) != row["response"] for row in rows)
-    if reasoned:
-        warn(f"{reasoned} responses reason in a think block: S and the bias count in there too, where no call counts")
+    if reasoned and not (sampling.help and sampling.help.closes):
+        why = "the tokenizer has no token of its own for what closes it"
+        warn(f"{reasoned} responses reason in a think block: {why}, so S and the bias count in there too")
     odds = [c.help_log_odds or () for c in (done[i] for i in range(len(prompts)))]
     width = max(map(len, odds), default=0)
     decoded = MaskedPass(

@@ -11,6 +11,7 @@ from gapg.console import say_once, warn
 from gapg.filtering import Selection
 from gapg.judge import Group
 from gapg.runs.state import TrainState
+from gapg_rollout.records import HelpControl
 from gapg_rollout.text import spoken
 
 BAD_STEPS = 3
@@ -78,12 +79,16 @@ def warn_if_collapsed(state: TrainState, row: dict[str, Any]) -> None:
         warn(f"policy collapsed: it {what} for {COLLAPSED_AFTER} steps; {fix}lengthen the warm start")
 
 
-def say_if_thinking(groups: Sequence[Group]) -> None:
-    """Of responses with help forbidden: says once that their hazard counts places in think blocks, where none calls."""
-    if any(spoken(c.text, g.thinking) != c.text for g in groups for c in g.completions):
+def say_if_thinking(groups: Sequence[Group], help: HelpControl) -> None:
+    """Of responses with help forbidden: says once that their hazard counts places in think blocks, where none calls.
+
+    It does where what closes a block is several tokens.
+    """
+    if not help.closes and any(spoken(c.text, g.thinking) != c.text for g in groups for c in g.completions):
         say_once(
             "method=marginal: responses reason in a think block, where the help phrase is no call, but its chance "
-            "counts in there too and is trained: take a model or a chat template that does not think, or method=gapg"
+            "counts in there too and is trained, because the tokenizer has no token of its own for what closes a "
+            "block: add one, take a model or a chat template that does not think, or method=gapg"
         )
 
 

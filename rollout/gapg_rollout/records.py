@@ -31,10 +31,15 @@ class HelpControl:
     The bias applies only where the last generated tokens equal the spelling's `prefix_ids`. When its `token_id` is
     chosen there, its `rest_ids` are forced; where several spellings fit, those of the longest prefix. `bias = -inf`
     forbids the phrase.
+
+    opens, closes: the tokens that open and that close a think block. What is said in one is no call, so the phrase can
+    begin nowhere in it. Without `closes` blocks are not known, and the phrase is steered in them too.
     """
 
     spellings: tuple[HelpSpelling, ...]
     bias: float = 0.0
+    opens: tuple[int, ...] = ()
+    closes: tuple[int, ...] = ()
 
     @property
     def by_prefix(self) -> tuple[HelpSpelling, ...]:

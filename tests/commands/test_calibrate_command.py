@@ -80,10 +80,13 @@ def test_a_response_that_calls_in_other_tokens_counts_as_a_call(temperature: flo
 def test_responses_that_reason_in_a_think_block_are_said(
     make_model: Callable[..., PreTrainedModel], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Where the tokenizer cannot say in a token that a block ends; else nothing counts in there."""
     task = Countdown(max_number=4, max_target=12, style="chat")
     tokenizer = task.tokenizer()
-    engine = TransformersEngine(make_model(), tokenizer)
-    for thinking, said in ((False, False), (True, True)):
+    for thinking, closes, said in ((False, False, False), (True, False, True), (True, True, False)):
+        if closes:
+            tokenizer.add_tokens(["</think>"], special_tokens=True)
+        engine = TransformersEngine(make_model(), tokenizer)
         sampling = Sampling(4, 0.0, STOP, help=masked(help_control(tokenizer)), thinking=thinking)
         masked_pass(engine, task, tokenizer, task.prompts("train")[:2], sampling, None)
         assert ("2 responses reason in a think block" in capsys.readouterr().err) == said
@@ -127,7 +130,7 @@ def test_the_file_keeps_every_entry_and_replaces_its_own(tmp_path: Path) -> None
     for entry in (ENTRY, *others, replace(ENTRY, bias=-2.0)):
         save_calibration(tmp_path, entry)
     assert load_calibration(tmp_path) == [replace(ENTRY, bias=-2.0), *others]
-    assert others[1].control.bias == 1.5
+    assert others[1].bias == 1.5
     assert [e.label for e in others] == ["greedy, calibrated to 30%", "sampled, T=1, calibrated to 20%"]
     assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == [FILE]
 

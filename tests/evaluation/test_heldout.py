@@ -69,7 +69,7 @@ def test_responses_are_shared_where_they_are_the_same(small: dict[str, Any], tmp
     prompts = task.prompts("heldout")[:60]
     judge = Judge(task, small["oracle"], ask_unsolved=False)
     expected = []
-    for name, help in (("greedy", None), (entry.label, entry.control)):
+    for name, help in (("greedy", None), (entry.label, replace(control, bias=entry.bias))):
         sampling = Sampling(config.rollout.max_new_tokens, 0.0, STOP, help=help)
         groups = respond(engine, task, tokenizer, judge, prompts, sampling)
         expected += [json.loads(to_json({"decoding": name, **prediction(g, config.reward)})) for g in groups]

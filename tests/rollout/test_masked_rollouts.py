@@ -7,6 +7,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,8 @@ from gapg_rollout.records import Completion, Engine, HelpControl, HelpSpelling, 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 BEFORE = ("so {} = 39 ", "so {} = 39\n", "so {} = 39.\n\n", "so {} = 39.")
 """How a response goes on to its ending: after a blank, on a line of its own, and right after a full stop."""
+MARKS = ("<answer>", " = 39")
+"""Their last tokens open and close a think block here; the prompts open the first."""
 PROMPTS, SAMPLES = 8, 4
 
 
@@ -67,11 +70,19 @@ def model(make_model: Callable[..., PreTrainedModel], bpe: PreTrainedTokenizerFa
 
 @pytest.fixture(scope="module")
 def controls(bpe: PreTrainedTokenizerFast) -> dict[str, HelpControl]:
-    """A phrase of one token, which may begin anywhere; the tokenizer's own spellings, after `<` only; and both."""
+    """A phrase of one token, which may begin anywhere; the tokenizer's own spellings, after `<` only; both; and these
+    outside think blocks, which other tokens of this model open and close."""
     real = help_control(bpe)
     assert len(real.spellings) > 2
     one, sure = (HelpSpelling(bpe.convert_tokens_to_ids(token)) for token in ("unknown", "Ġ="))
-    return {"a token": HelpControl((one,)), "spellings": real, "both": HelpControl((*real.spellings, sure))}
+    both = HelpControl((*real.spellings, sure))
+    opens, closes = (tuple(bpe(text)["input_ids"][-1:]) for text in MARKS)
+    return {
+        "a token": HelpControl((one,)),
+        "spellings": real,
+        "both": both,
+        "blocks": replace(both, opens=opens, closes=closes),
+    }
 
 
 @pytest.fixture(scope="module", params=["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
@@ -102,14 +113,16 @@ def prompts(bpe: PreTrainedTokenizerFast) -> list[list[int]]:
 def sample(
     engine: Engine, bpe: PreTrainedTokenizerFast, control: HelpControl, temperature: float
 ) -> list[list[Completion]]:
-    sampling = Sampling(32, temperature, STOP, seed=3, help=control)
+    sampling = Sampling(32, temperature, STOP, seed=3, help=control, thinking=bool(control.closes))
     return [cs for _, cs in sorted(engine.generate(prompts(bpe), SAMPLES, sampling), key=lambda pair: pair[0])]
 
 
-def groups_of(found: list[list[Completion]]) -> list[Group]:
+def groups_of(found: list[list[Completion]], thinking: bool) -> list[Group]:
     """Every second response is right."""
-    outcomes = (Outcome.LOCAL_CORRECT, Outcome.LOCAL_WRONG) * (SAMPLES // 2)
-    return [Group(Prompt(str(i), "", "", ""), tuple(cs), outcomes, (True,) * SAMPLES) for i, cs in enumerate(found)]
+    outcomes, formed = (Outcome.LOCAL_CORRECT, Outcome.LOCAL_WRONG) * (SAMPLES // 2), (True,) * SAMPLES
+    return [
+        Group(Prompt(str(i), "", "", ""), tuple(cs), outcomes, formed, thinking=thinking) for i, cs in enumerate(found)
+    ]
 
 
 def config_at(temperature: float) -> RunConfig:
@@ -135,7 +148,7 @@ def log_odds_by_place(
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("kind", ["a token", "spellings", "both"])
+@pytest.mark.parametrize("kind", ["a token", "spellings", "both", "blocks"])
 def test_the_engines_hazards_are_the_trainers(
     engine: Engine,
     model: PreTrainedModel,
@@ -147,7 +160,7 @@ def test_the_engines_hazards_are_the_trainers(
     """Place by place; of each response; and the log-prob of each token among those that were left."""
     control = masked(controls[kind])
     found = sample(engine, bpe, control, temperature)
-    groups, ids = groups_of(found), prompts(bpe)
+    groups, ids = groups_of(found, thinking=kind == "blocks"), prompts(bpe)
     examples, known = sampled_masked(groups, {g.prompt.id: ids[i] for i, g in enumerate(groups)}, control)
     table = torch.tensor([[1.0, 0.0] * (SAMPLES // 2)] * PROMPTS)
     config = config_at(temperature)
@@ -161,7 +174,8 @@ def test_the_engines_hazards_are_the_trainers(
         assert [t for t, _ in trainers] == [t for t, tokens in enumerate(e.deciding) if tokens]
         assert [odds for _, odds in trainers] == pytest.approx(engines, abs=1e-4)
         compared += len(trainers)
-    assert compared == sum(len(e.response_ids) for e in examples) if kind != "spellings" else compared > 16
+    everywhere = sum(len(e.response_ids) for e in examples)
+    assert compared == everywhere if kind in ("a token", "both") else 16 < compared < everywhere
     assert known.hazard_PG.max() > (2 if kind == "both" else 0.1), "it was near, or all but certain"
 
     policy = copy.deepcopy(model)
@@ -171,10 +185,12 @@ def test_the_engines_hazards_are_the_trainers(
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
-@pytest.mark.parametrize("kind", ["a token", "spellings", "both"])
+@pytest.mark.parametrize("kind", ["a token", "spellings", "both", "blocks"])
 def test_no_masked_response_begins_the_phrase(
     engine: Engine, bpe: PreTrainedTokenizerFast, controls: dict[str, HelpControl], kind: str, temperature: float
 ) -> None:
+    thinking = kind == "blocks"
+
     def begins(control: HelpControl) -> int:
         found = [c for cs in sample(engine, bpe, control, temperature) for c in cs]
         written = sum(parse(c.text).kind == "help" for c in found)
@@ -182,7 +198,7 @@ def test_no_masked_response_begins_the_phrase(
         return sum(
             token in tokens
             for c in found
-            for token, tokens in zip(c.token_ids, deciding_tokens(control, c.token_ids), strict=True)
+            for token, tokens in zip(c.token_ids, deciding_tokens(control, c.token_ids, thinking), strict=True)
         )
 
     assert begins(controls[kind]) > 0, "left alone, it does"

@@ -1,6 +1,6 @@
 """`HelpControl` inside an engine: where the help phrase can begin, what must follow it, and how near it came.
 
-It looks at nothing but the tokens so far, so rows may be reordered, dropped and computed again.
+It looks at nothing but the tokens so far, so rows may be reordered, dropped and computed again, each in its order.
 """
 
 from __future__ import annotations
@@ -15,11 +15,17 @@ class HelpSteering:
 
     `margin_RT` is (best deciding token's logit - best other logit) where the phrase could begin, -inf elsewhere, and
     `log_odds_RT` the log-odds of a deciding token there, at the sampling temperature.
-    `look_back`: how many of the last tokens tell where the phrase stands.
+    `look_back`: how many of the last tokens tell where the phrase stands. `thinking`: the prompts open a think block.
     """
 
     def __init__(
-        self, control: HelpControl, temperature: float, rows: int, max_new_tokens: int, device: torch.device | str
+        self,
+        control: HelpControl,
+        temperature: float,
+        rows: int,
+        max_new_tokens: int,
+        device: torch.device | str,
+        thinking: bool = False,
     ) -> None:
         self.control = control
         self.temperature = temperature or 1.0  # greedy log-probs are those at temperature 1
@@ -28,7 +34,7 @@ class HelpSteering:
         self._token_K = torch.tensor(tokens, device=device)
         self._of_token = [[i for i, s in enumerate(self._spellings) if s.token_id == token] for token in tokens]
         phrases = [(*s.prefix_ids, s.token_id, *s.rest_ids) for s in self._spellings]
-        self.look_back = max(map(len, phrases)) - 1
+        self.look_back = max(*map(len, phrases), 2 if control.closes else 1) - 1
         begun = [
             (phrase[:n], phrase[n])
             for s, phrase in zip(self._spellings, phrases, strict=True)
@@ -39,6 +45,10 @@ class HelpSteering:
         self._next_P = torch.tensor([-1, *(token for _, token in begun)], device=device)  # after a first for no match
         self.margin_RT = torch.full((rows, max_new_tokens), -torch.inf, device=device)
         self.log_odds_RT = torch.full_like(self.margin_RT, -torch.inf)
+        marks = control.opens, control.closes
+        self._opens, self._closes = (torch.tensor(ids, dtype=torch.long, device=device) for ids in marks)
+        # [r, t]: whether row r was in a think block when its token t - 1 was said
+        self._inside_RT = torch.full((rows, max_new_tokens + 1), thinking, device=device)
 
     def look(
         self,
@@ -57,7 +67,11 @@ class HelpSteering:
             recent_BL: The last L = `look_back` generated tokens, -1 where there are fewer.
         """
         forced_B = self._forced(recent_BL)
-        fits_BS = self._ends_with(self._prefix_SL, recent_BL) & (forced_B < 0)[:, None]
+        could_BS = (forced_B < 0)[:, None]
+        if self.control.closes:
+            outside_B = ~self._inside(row_B, step_B, recent_BL[:, -1])
+            forced_B, could_BS = torch.where(outside_B, forced_B, -1), could_BS & outside_B[:, None]
+        fits_BS = self._ends_with(self._prefix_SL, recent_BL) & could_BS
         fits_BK = torch.stack([fits_BS[:, of_token].any(1) for of_token in self._of_token], 1)
         deciding_BV = torch.zeros_like(scores_BV, dtype=torch.bool)
         deciding_BV[:, self._token_K] = fits_BK
@@ -69,6 +83,13 @@ class HelpSteering:
             helps_BK, others_BV = helps_BK / scale, others_BV / scale
         self.log_odds_RT[row_B, step_B] = helps_BK.logsumexp(-1) - others_BV.logsumexp(-1)
         return deciding_BV, forced_B
+
+    def _inside(self, row_B: torch.Tensor, step_B: torch.Tensor | int, last_B: torch.Tensor) -> torch.Tensor:
+        """[B] whether what is said now is said in a think block; `last_B`: the token before, -1 for none."""
+        before_B = self._inside_RT[row_B, step_B]
+        inside_B = (before_B & ~torch.isin(last_B, self._closes)) | torch.isin(last_B, self._opens)
+        self._inside_RT[row_B, step_B + 1] = inside_B
+        return inside_B
 
     def _forced(self, recent_BL: torch.Tensor) -> torch.Tensor:
         """[B] the token that a begun phrase needs, -1 for none."""

@@ -17,7 +17,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, 
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
 from gapg_rollout.engines.help import HelpSteering
-from gapg_rollout.records import HelpControl
+from gapg_rollout.records import Sampling
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -37,11 +37,11 @@ class HelpTrace:
     current: HelpTrace | None = None
     """The open call's trace: vLLM builds the processor itself, so this is how the two meet. One call at a time."""
 
-    def __init__(
-        self, control: HelpControl, temperature: float, requests: int, max_new_tokens: int, device: str
-    ) -> None:
-        self.steering = HelpSteering(control, temperature, requests, max_new_tokens, device)
-        self.shift_RT = torch.zeros((requests, max_new_tokens), device=device)
+    def __init__(self, sampling: Sampling, requests: int, device: str) -> None:
+        shape = (requests, sampling.max_new_tokens)
+        assert sampling.help is not None
+        self.steering = HelpSteering(sampling.help, sampling.temperature, *shape, device, sampling.thinking)
+        self.shift_RT = torch.zeros(shape, device=device)
 
     def finish(
         self, row: int, token_ids: tuple[int, ...], logprobs: tuple[float, ...]
