@@ -12,7 +12,10 @@ from gapg.errors import ConfigError
 from gapg.judge import parse
 from gapg.tasks.base import ANSWER_OPEN, HELP_PHRASE
 from gapg_rollout.records import Completion, HelpControl, HelpSpelling
-from gapg_rollout.text import THINK, plain_text
+from gapg_rollout.text import THINK, plain_text, spoken
+
+UNSEEN = "because the tokenizer has no tokens of their own for what opens and what closes one"
+"""Why a think block is not known: see `thinks_unseen`."""
 
 
 def help_control(tokenizer: PreTrainedTokenizerBase) -> HelpControl:
@@ -82,6 +85,12 @@ def deciding_tokens(control: HelpControl, response_ids: Sequence[int], thinking:
         found.append(() if inside else tokens)
         inside = token in control.opens or (inside and token not in control.closes)
     return found
+
+
+def thinks_unseen(control: HelpControl, completion: Completion, thinking: bool) -> bool:
+    """Whether a response has a think block that `control.opens` and `closes` do not tell of: places in it count."""
+    seen = control.closes and (thinking or any(token in control.opens for token in completion.token_ids))
+    return not seen and spoken(completion.text, thinking) != completion.text
 
 
 def _deciding(control: HelpControl, response_ids: Sequence[int]) -> list[tuple[int, ...]]:

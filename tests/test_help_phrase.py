@@ -14,7 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gapg.help_phrase import deciding_tokens, help_control, masked, masked_logprobs
+from gapg.help_phrase import deciding_tokens, help_control, masked, masked_logprobs, thinks_unseen
 from gapg_rollout.engines.help import HelpSteering
 from gapg_rollout.engines.transformers import TransformersEngine
 from gapg_rollout.records import Completion, HelpControl, HelpSpelling, Sampling
@@ -85,6 +85,22 @@ def test_spellings_with_shared_and_different_prefixes() -> None:
     assert deciding_tokens(control, [5, 0, 4, 5, 0]) == [(), (1,), (), (), (1, 2)]
     assert deciding_tokens(control, []) == []
     assert deciding_tokens(control, [5]) == [()], "what comes after the last token is no place of its"
+
+
+def test_blocks_that_no_tokens_tell_of() -> None:
+    control = HelpControl((HelpSpelling(1),), opens=(6,), closes=(7,))
+    spelt, plain = "<think> 5 </think> 5", "5"
+
+    def unseen(control: HelpControl, ids: tuple[int, ...], text: str, thinking: bool = False) -> bool:
+        return thinks_unseen(control, Completion(ids, (0.0,) * len(ids), text, "stop"), thinking)
+
+    assert not unseen(control, (6, 5, 7, 5), spelt) and not unseen(control, (5,), plain)
+    assert not unseen(control, (5, 7, 5), "5 </think> 5", thinking=True)
+    assert unseen(control, (2, 3, 5, 7, 5), spelt), "opened in other tokens"
+    assert unseen(control, (5, 7, 5), "5 </think> 5"), "opened by nobody"
+    unmarked = replace(control, opens=(), closes=())
+    assert unseen(unmarked, (6, 5, 7, 5), spelt) and unseen(unmarked, (5,), plain, thinking=True)
+    assert not unseen(unmarked, (5,), plain)
 
 
 def test_the_engines_log_probs_among_what_was_not_forbidden(

@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from gapg.console import Display, warn
 from gapg.evaluation.calibrate import MaskedPass
 from gapg.evaluation.evaluate import finite, oracle_error
+from gapg.help_phrase import UNSEEN, thinks_unseen
 from gapg.judge import Group, Outcome, oracle_score, parse, verify
 from gapg.runs import stop
 from gapg.tasks.base import Budgeted, Prompt, Task, Verdict
 from gapg_rollout.records import Completion, Engine, Oracle, Sampling
-from gapg_rollout.text import spoken
 
 
 def masked_pass(
@@ -53,10 +53,10 @@ def masked_pass(
     unsteered = sum(row["called_anyway"] for row in rows)
     if unsteered:
         warn(f"{unsteered} responses wrote the help phrase in other tokens than it is steered in; they call always")
-    reasoned = sum(spoken(row["response"], row["thinking"]) != row["response"] for row in rows)
-    if reasoned and not (sampling.help and sampling.help.closes):
-        why = "the tokenizer has no token of its own for what closes it"
-        warn(f"{reasoned} responses reason in a think block: {why}, so S and the bias count in there too")
+    assert sampling.help is not None
+    unseen = sum(thinks_unseen(sampling.help, completion, sampling.thinking) for completion in done.values())
+    if unseen:
+        warn(f"{unseen} responses reason in a think block: S and the bias count in there too, {UNSEEN}")
     odds = [c.help_log_odds or () for c in (done[i] for i in range(len(prompts)))]
     width = max(map(len, odds), default=0)
     decoded = MaskedPass(

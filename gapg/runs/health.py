@@ -9,10 +9,10 @@ from typing import Any
 
 from gapg.console import say_once, warn
 from gapg.filtering import Selection
+from gapg.help_phrase import UNSEEN, thinks_unseen
 from gapg.judge import Group
 from gapg.runs.state import TrainState
 from gapg_rollout.records import HelpControl
-from gapg_rollout.text import spoken
 
 BAD_STEPS = 3
 """Skipped steps in a row that end a run: one may be an accident, three are the run's own doing."""
@@ -80,15 +80,12 @@ def warn_if_collapsed(state: TrainState, row: dict[str, Any]) -> None:
 
 
 def say_if_thinking(groups: Sequence[Group], help: HelpControl) -> None:
-    """Of responses with help forbidden: says once that their hazard counts places in think blocks, where none calls.
-
-    It does where what closes a block is several tokens.
-    """
-    if not help.closes and any(spoken(c.text, g.thinking) != c.text for g in groups for c in g.completions):
+    """Of responses with help forbidden: says once that their hazard counts places in think blocks, where none calls."""
+    if any(thinks_unseen(help, c, g.thinking) for g in groups for c in g.completions):
         say_once(
             "method=marginal: responses reason in a think block, where the help phrase is no call, but its chance "
-            "counts in there too and is trained, because the tokenizer has no token of its own for what closes a "
-            "block: add one, take a model or a chat template that does not think, or method=gapg"
+            f"counts in there too and is trained, {UNSEEN}: add them, take a model or a chat template that does not "
+            "think, or method=gapg"
         )
 
 
