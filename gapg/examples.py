@@ -34,7 +34,7 @@ def sampled_masked(
     """
     examples, hazards = [], [[math.nan] * len(g.completions) for g in groups]
     for e in sampled(groups, ids_of):
-        deciding = deciding_tokens(help, e.response_ids, groups[e.group].thinking)
+        deciding = deciding_tokens(help, e.prompt_ids, e.response_ids, groups[e.group].thinking)
         logprobs, hazards[e.group][e.sample] = masked_logprobs(groups[e.group].completions[e.sample], deciding)
         examples.append(replace(e, rollout_logprobs=logprobs, deciding=deciding))
     cloud = [1.0 if g.oracle_score is None else g.oracle_score for g in groups]

@@ -12,17 +12,17 @@ from gapg.errors import ConfigError
 from gapg.judge import parse
 from gapg.tasks.base import ANSWER_OPEN, HELP_PHRASE
 from gapg_rollout.records import Completion, HelpControl, HelpSpelling
-from gapg_rollout.text import THINK, plain_text, spoken
+from gapg_rollout.text import THINK, plain_text, spoken, think_marks
 
-UNSEEN = "because the tokenizer has no tokens of their own for what opens and what closes one"
-"""Why a think block is not known: see `thinks_unseen`."""
+UNSEEN = "whose marks are not single tokens"
+"""Of a think block that a `HelpControl` does not know."""
 
 
 def help_control(tokenizer: PreTrainedTokenizerBase) -> HelpControl:
     """The help phrase in tokens, in every way that the tokenizer writes it, whatever stands before it.
 
     Real tokenizers join its `<` with a blank or a mark into other tokens (` <`, `.<`). Each spelling is split where it
-    first differs from an answer block in the same place. Think blocks are known whose marks are tokens of their own.
+    first differs from an answer block in the same place. Think blocks are those whose marks are tokens of their own.
 
     Raises ConfigError for a tokenizer that cannot tell the two endings apart.
     """
@@ -44,14 +44,9 @@ def help_control(tokenizer: PreTrainedTokenizerBase) -> HelpControl:
             "the tokenizer encodes the help phrase as a part of the answer tag: it cannot be calibrated, nor trained "
             "by method=marginal; take a model with another tokenizer, or method=gapg without a calibration"
         )
-    opens, closes = (_alone(tokenizer, marks) for marks in zip(*THINK, strict=True))
-    return HelpControl(tuple(dict.fromkeys(found)), opens=opens, closes=closes)
-
-
-def _alone(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[int, ...]:
-    """The tokens that are one of these texts, and nothing else."""
-    wanted = {text.lower() for text in texts}
-    return tuple(sorted(i for token, i in tokenizer.get_vocab().items() if token.lower() in wanted))
+    known = tokenizer.get_vocab()
+    blocks = tuple((known[begin], known[end]) for begin, end in THINK if begin in known and end in known)
+    return HelpControl(tuple(dict.fromkeys(found)), blocks=blocks)
 
 
 def _joined(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -72,25 +67,34 @@ def masked(control: HelpControl) -> HelpControl:
     return replace(control, bias=-math.inf)
 
 
-def deciding_tokens(control: HelpControl, response_ids: Sequence[int], thinking: bool = False) -> list[tuple[int, ...]]:
+def deciding_tokens(
+    control: HelpControl, prompt_ids: Sequence[int], response_ids: Sequence[int], thinking: bool = False
+) -> list[tuple[int, ...]]:
     """For each token of a response that was sampled with help forbidden: the tokens that would have begun the phrase.
 
     Ascending; empty where the phrase could not begin. It could where the tokens before end in a spelling's prefix,
     outside think blocks, as an engine sees it (`gapg_rollout.engines.help`). thinking: the prompt opened a block.
     """
-    if not control.closes:
+    if not control.blocks:
         return _deciding(control, response_ids)
-    inside, found = thinking, list[tuple[int, ...]]()
+    block, found = control.block_after(prompt_ids, thinking), list[tuple[int, ...]]()
     for token, tokens in zip(response_ids, _deciding(control, response_ids), strict=True):
-        found.append(() if inside else tokens)
-        inside = token in control.opens or (inside and token not in control.closes)
+        found.append(tokens if block < 0 else ())
+        block = control.block_next(block, token)
     return found
 
 
-def thinks_unseen(control: HelpControl, completion: Completion, thinking: bool) -> bool:
-    """Whether a response has a think block that `control.opens` and `closes` do not tell of: places in it count."""
-    seen = control.closes and (thinking or any(token in control.opens for token in completion.token_ids))
-    return not seen and spoken(completion.text, thinking) != completion.text
+def thinks_unseen(control: HelpControl, prompt_ids: Sequence[int], completion: Completion, thinking: bool) -> bool:
+    """Whether a response thinks in a block that `control.blocks` does not tell of: the phrase's chance counts in it."""
+    if spoken(completion.text, thinking) == completion.text:
+        return False
+    block, marks = control.block_after(prompt_ids, thinking), 0
+    if thinking and block < 0:
+        return True
+    for token in completion.token_ids:
+        after = control.block_next(block, token)
+        marks, block = marks + (after != block), after
+    return marks < think_marks(completion.text)
 
 
 def _deciding(control: HelpControl, response_ids: Sequence[int]) -> list[tuple[int, ...]]:

@@ -100,8 +100,7 @@ def train_step(run: Run) -> dict[str, Any]:
         groups = [pending[i].result() for i in range(len(prompts))]
     run.queue.give_back(g.prompt for g in groups if g.unknown)
     run.failure = outage.watch(run.state, groups)
-    if run.help:
-        health.say_if_thinking(groups, run.help)
+    health.say_if_thinking(groups, ids_of, run.help)
 
     rng = random.Random(derive(config.seed, "filter", run.state.step))
     filtered = config.budget.filter and not marginal

@@ -43,10 +43,10 @@ def step_of(control: HelpControl, cloud: Sequence[float], vocabulary: Sequence[i
             ids: list[int] = []
             while len(ids) < length:
                 token = rng.choice(vocabulary)
-                if token not in deciding_tokens(control, [*ids, token])[-1]:
+                if token not in deciding_tokens(control, [], [*ids, token])[-1]:
                     ids.append(token)
             logprobs = [-5 * rng.random() for _ in ids]
-            deciding = deciding_tokens(control, ids)
+            deciding = deciding_tokens(control, [], ids)
             examples.append(Example(prompt, ids, rollout_logprobs=logprobs, group=p, sample=i, deciding=deciding))
     return Step(examples, right, torch.tensor(cloud), control)
 

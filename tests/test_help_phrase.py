@@ -19,7 +19,7 @@ from gapg_rollout.engines.help import HelpSteering
 from gapg_rollout.engines.transformers import TransformersEngine
 from gapg_rollout.records import Completion, HelpControl, HelpSpelling, Sampling
 
-VOCAB = 9
+VOCAB = 11
 tokens = st.integers(0, 6)
 spellings = st.builds(
     HelpSpelling,
@@ -27,20 +27,21 @@ spellings = st.builds(
     st.lists(tokens, max_size=3).map(tuple),
     st.lists(tokens, max_size=2).map(tuple),
 )
-marks = st.lists(st.integers(7, 8), max_size=2).map(tuple)  # no phrase has one in it
+# no phrase has a mark in it
+blocks = st.sampled_from([(), ((7, 8),), ((7, 8), (9, 10))])
 controls = st.builds(
-    lambda found, opens, closes: HelpControl(tuple(dict.fromkeys(found)), opens=opens, closes=closes),
+    lambda found, blocks: HelpControl(tuple(dict.fromkeys(found)), blocks=blocks),
     st.lists(spellings, min_size=1, max_size=5),
-    marks,
-    marks,
+    blocks,
 )
+prompts = st.lists(st.integers(0, 10), max_size=3)
 
 
 def sampled(
-    control: HelpControl, length: int, thinking: bool, rng: random.Random
+    control: HelpControl, prompt: list[int], length: int, thinking: bool, rng: random.Random
 ) -> tuple[list[int], list[tuple[int, ...]]]:
     """A response as an engine makes it with help forbidden, and what it forbade at each token."""
-    steering = HelpSteering(masked(control), 1.0, rows=1, max_new_tokens=length, device="cpu", thinking=thinking)
+    steering = HelpSteering(Sampling(length, help=masked(control), thinking=thinking), [prompt], 1, "cpu")
     ids: list[int] = []
     forbidden = []
     for t in range(length):
@@ -54,53 +55,49 @@ def sampled(
     return ids, forbidden
 
 
-@given(controls, st.integers(0, 24), st.booleans(), st.integers(0, 10**6))
-def test_it_is_what_the_engine_forbade(control: HelpControl, length: int, thinking: bool, seed: int) -> None:
-    ids, forbidden = sampled(control, length, thinking, random.Random(seed))
-    assert deciding_tokens(control, ids, thinking) == forbidden
+@given(controls, prompts, st.integers(0, 24), st.booleans(), st.integers(0, 10**6))
+def test_it_is_what_the_engine_forbade(
+    control: HelpControl, prompt: list[int], length: int, thinking: bool, seed: int
+) -> None:
+    ids, forbidden = sampled(control, prompt, length, thinking, random.Random(seed))
+    assert deciding_tokens(control, prompt, ids, thinking) == forbidden
 
 
 def test_the_phrase_begins_nowhere_in_a_think_block() -> None:
-    control = HelpControl((HelpSpelling(1, (5,)), HelpSpelling(3)), opens=(6, 8), closes=(7, 9))
+    control = HelpControl((HelpSpelling(1, (5,)), HelpSpelling(3)), blocks=((6, 7), (8, 9)))
     alone, both = (3,), (1, 3)
-    assert deciding_tokens(control, [5, 0, 6, 5, 0, 7, 5, 0]) == [alone, both, alone, (), (), (), alone, both]
-    assert deciding_tokens(control, [5, 0, 9, 5, 0], thinking=True) == [(), (), (), alone, both]
-    unknown = replace(control, opens=(), closes=())
-    assert deciding_tokens(unknown, [6, 5, 0], thinking=True) == [alone, alone, both], "its end is not known"
+    assert deciding_tokens(control, [6], [5, 0, 6, 5, 0, 7, 5, 0]) == [alone, both, alone, (), (), (), alone, both]
+    assert deciding_tokens(control, [], [6, 9, 5, 0]) == [alone, (), (), ()], "another kind's mark closes nothing"
+    assert deciding_tokens(control, [2, 8, 4], [5, 0, 9, 5, 0], thinking=True) == [(), (), (), alone, both]
+    # what the prompt opens is known by its mark: not where it is spelled out, nor where the last mark closes
+    for prompt in ([2, 4], [6, 7, 4]):
+        assert deciding_tokens(control, prompt, [5, 0], thinking=True) == [alone, both]
 
 
-def test_what_a_tokenizer_opens_and_closes_a_block_with(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert (help_control(tokenizer).opens, help_control(tokenizer).closes) == ((), ())
+def test_the_blocks_that_a_tokenizer_has_marks_for(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert help_control(tokenizer).blocks == ()
     thinker = copy.deepcopy(tokenizer)
-    thinker.add_tokens(["<think>", "</think>", "[/THINK]", "<think", "think>"])
-    ids = [thinker.convert_tokens_to_ids(mark) for mark in ("<think>", "</think>", "[/THINK]")]
-    assert help_control(thinker) == replace(help_control(tokenizer), opens=(ids[0],), closes=(ids[1], ids[2]))
-
-
-def test_spellings_with_shared_and_different_prefixes() -> None:
-    """Two that go on after one prefix, one whose prefix ends in another's, and one that needs none."""
-    control = HelpControl((HelpSpelling(1, (5,)), HelpSpelling(2, (5,)), HelpSpelling(2, (4, 5)), HelpSpelling(3)))
-    assert deciding_tokens(control, [5, 5, 4, 5, 0]) == [(3,), (1, 2, 3), (1, 2, 3), (3,), (1, 2, 3)]
-    control = HelpControl((HelpSpelling(1, (5,)), HelpSpelling(2, (4, 5))))
-    assert deciding_tokens(control, [5, 0, 4, 5, 0]) == [(), (1,), (), (), (1, 2)]
-    assert deciding_tokens(control, []) == []
-    assert deciding_tokens(control, [5]) == [()], "what comes after the last token is no place of its"
+    thinker.add_tokens(["<think>", "</think>", "[/THINK]", "<seed:think", "think>"])
+    begin, end = thinker.convert_tokens_to_ids(["<think>", "</think>"])
+    assert help_control(thinker) == replace(help_control(tokenizer), blocks=((begin, end),))
 
 
 def test_blocks_that_no_tokens_tell_of() -> None:
-    control = HelpControl((HelpSpelling(1),), opens=(6,), closes=(7,))
-    spelt, plain = "<think> 5 </think> 5", "5"
+    control = HelpControl((HelpSpelling(1),), blocks=((6, 7),))
+    block, plain = "<think> 5 </think> 5", "5"
 
-    def unseen(control: HelpControl, ids: tuple[int, ...], text: str, thinking: bool = False) -> bool:
-        return thinks_unseen(control, Completion(ids, (0.0,) * len(ids), text, "stop"), thinking)
+    def unseen(ids: tuple[int, ...], text: str, prompt: tuple[int, ...] = (), control: HelpControl = control) -> bool:
+        return thinks_unseen(control, prompt, Completion(ids, (0.0,) * len(ids), text, "stop"), thinking=bool(prompt))
 
-    assert not unseen(control, (6, 5, 7, 5), spelt) and not unseen(control, (5,), plain)
-    assert not unseen(control, (5, 7, 5), "5 </think> 5", thinking=True)
-    assert unseen(control, (2, 3, 5, 7, 5), spelt), "opened in other tokens"
-    assert unseen(control, (5, 7, 5), "5 </think> 5"), "opened by nobody"
-    unmarked = replace(control, opens=(), closes=())
-    assert unseen(unmarked, (6, 5, 7, 5), spelt) and unseen(unmarked, (5,), plain, thinking=True)
-    assert not unseen(unmarked, (5,), plain)
+    assert not unseen((6, 5, 7, 5), block) and not unseen((5,), plain)
+    assert not unseen((5, 7, 5), "5 </think> 5", prompt=(6,))
+    assert not unseen((5, 5), "5 5", prompt=(6,)), "it has not ended"
+    assert unseen((2, 3, 5, 7, 5), block), "opened in other tokens"
+    assert unseen((5, 2, 3, 5), "5 </think> 5", prompt=(6,)), "closed in other tokens"
+    assert unseen((6, 7, 2, 3, 5), "<think></think><reasoning> 5"), "another after it"
+    assert unseen((5, 7, 5), "5 </think> 5"), "opened by nobody"
+    assert unseen((5, 4, 3, 5), "5 </reasoning> 5", prompt=(2, 4)), "a prompt's, in other tokens"
+    assert unseen((6, 5, 7, 5), block, control=replace(control, blocks=()))
 
 
 def test_the_engines_log_probs_among_what_was_not_forbidden(
@@ -116,7 +113,7 @@ def test_the_engines_log_probs_among_what_was_not_forbidden(
     places = 0
     for i, completions in found.items():
         for c in completions:
-            deciding = deciding_tokens(control, c.token_ids)
+            deciding = deciding_tokens(control, [], c.token_ids)
             logprobs, hazard = masked_logprobs(c, deciding)
             ids = torch.tensor([[i, 9 - i, *c.token_ids]])
             with torch.no_grad():

@@ -62,7 +62,9 @@ def test_think_blocks_are_said(start: Callable[..., Run], nothing_said: None, ca
     run.judge.thinking = True  # as with a chat template that opens one, which no response closes
     train_step(run)
     train_step(run)
-    assert capsys.readouterr().err.count("responses reason in a think block") == 1
+    said = capsys.readouterr().err
+    assert said.count("responses reason in a think block") == 1
+    assert said.count("most responses end while they think, without an answer: raise rollout.max_new_tokens") == 1
 
 
 def test_a_run_that_was_killed_goes_on_with_the_same_bits(start: Callable[..., Run]) -> None:

@@ -158,8 +158,9 @@ def _update_rows(
 def scores(run: Run, model: PreTrainedModel, answers: Answers, rows: HelpRows | None = None) -> Tensor:
     """[n] log of the hazard of the run's greedy answers, by this model or by these rows."""
     help, found = help_control(run.tokenizer), torch.full((len(answers.ids),), NEVER)
+    thinking = run.judge.thinking
     examples = [
-        replace(e, deciding=deciding_tokens(help, e.response_ids, run.judge.thinking)) for e in answers.examples
+        replace(e, deciding=deciding_tokens(help, e.prompt_ids, e.response_ids, thinking)) for e in answers.examples
     ]
     padded = run.config.update.pack is False
     for batch in packed_batches(examples, run.config.token_cap, model.device, padded=padded):

@@ -120,7 +120,8 @@ def _with_stays(run: Run, name: str, prompts: Sequence[Prompt]) -> Rows:
     control, rows = masked(help_control(run.tokenizer)), []
     for group in judged(run, name, derive(run.config.seed, "product", name), prompts, 0.0, control):
         (completion,) = group.completions
-        _, hazard = masked_logprobs(completion, deciding_tokens(control, completion.token_ids, run.judge.thinking))
+        prompt = run.task.render(group.prompt, run.tokenizer)
+        _, hazard = masked_logprobs(completion, deciding_tokens(control, prompt, completion.token_ids, group.thinking))
         rows.append(prediction(group, run.config.reward) | {"stays": math.exp(-hazard)})
     return rows
 

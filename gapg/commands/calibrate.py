@@ -78,6 +78,7 @@ def calibrate_command(wanted: Calibrate, overrides: Mapping[str, str]) -> None:
         interval=decoded.interval(bias, new),
         new=new,
         spellings=control.spellings,
+        blocks=control.blocks,
         call_below=below,
         agreement=agreement,
     )

@@ -164,9 +164,10 @@ class MaskedPass:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """One entry of `help_calibration.json`: decode at `temperature` with `control` to call on `cloud_fraction`, or
-    where the chance of a right answer is below `call_below`. One of the two is None.
+    """One entry of `help_calibration.json`: decode at `temperature` with `bias` to call on `cloud_fraction`, or where
+    the chance of a right answer is below `call_below`. One of the two is None.
 
+    spellings, blocks: those of the `HelpControl` that it was fitted with.
     called: the part of the n calibration problems that calls. interval: 95%, of the call fraction on `new` others.
     agreement: the part of them on which that is what the chance says; None of a fraction.
     """
@@ -182,6 +183,7 @@ class Calibration:
     spellings: tuple[HelpSpelling, ...]
     call_below: FiniteFloat | None = None
     agreement: FiniteFloat | None = None
+    blocks: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if (self.cloud_fraction is None) == (self.call_below is None):

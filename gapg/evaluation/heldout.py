@@ -149,6 +149,6 @@ def decodings(
         say(f"no {FILE} beside the model: only as trained (gapg calibrate sets a call fraction)")
         return found
     control = help_control(tokenizer)
-    if any(e.spellings != control.spellings for e in entries):
+    if any((e.spellings, e.blocks) != (control.spellings, control.blocks) for e in entries):
         raise ConfigError(f"{model_folder / FILE}: made with another tokenizer; delete it and run gapg calibrate again")
     return found + [(e.label, e.temperature, replace(control, bias=e.bias)) for e in entries]

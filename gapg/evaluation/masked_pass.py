@@ -17,6 +17,7 @@ from gapg.judge import Group, Outcome, oracle_score, parse, verify
 from gapg.runs import stop
 from gapg.tasks.base import Budgeted, Prompt, Task, Verdict
 from gapg_rollout.records import Completion, Engine, Oracle, Sampling
+from gapg_rollout.text import spoken
 
 
 def masked_pass(
@@ -54,9 +55,14 @@ def masked_pass(
     if unsteered:
         warn(f"{unsteered} responses wrote the help phrase in other tokens than it is steered in; they call always")
     assert sampling.help is not None
-    unseen = sum(thinks_unseen(sampling.help, completion, sampling.thinking) for completion in done.values())
+    unseen = sum(thinks_unseen(sampling.help, ids[i], completion, sampling.thinking) for i, completion in done.items())
     if unseen:
-        warn(f"{unseen} responses reason in a think block: S and the bias count in there too, {UNSEEN}")
+        warn(f"{unseen} responses reason in a think block {UNSEEN}: S and the bias count in there too")
+    endless = sum(spoken(completion.text, sampling.thinking) is None for completion in done.values())
+    if endless:
+        warn(
+            f"{endless} of {len(done)} responses end while they think, without an answer: raise rollout.max_new_tokens"
+        )
     odds = [c.help_log_odds or () for c in (done[i] for i in range(len(prompts)))]
     width = max(map(len, odds), default=0)
     decoded = MaskedPass(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from gapg.help_phrase import UNSEEN, thinks_unseen
 from gapg.judge import Group
 from gapg.runs.state import TrainState
 from gapg_rollout.records import HelpControl
+from gapg_rollout.text import spoken
 
 BAD_STEPS = 3
 """Skipped steps in a row that end a run: one may be an accident, three are the run's own doing."""
@@ -79,13 +80,17 @@ def warn_if_collapsed(state: TrainState, row: dict[str, Any]) -> None:
         warn(f"policy collapsed: it {what} for {COLLAPSED_AFTER} steps; {fix}lengthen the warm start")
 
 
-def say_if_thinking(groups: Sequence[Group], help: HelpControl) -> None:
-    """Of responses with help forbidden: says once that their hazard counts places in think blocks, where none calls."""
-    if any(thinks_unseen(help, c, g.thinking) for g in groups for c in g.completions):
+def say_if_thinking(groups: Sequence[Group], ids_of: Mapping[str, Sequence[int]], help: HelpControl | None) -> None:
+    """Says once that most responses end inside a think block; and once, of responses with help forbidden, that their
+    hazard counts places in blocks, where nothing is a call. ids_of: each prompt's token ids."""
+    found = [(g, c) for g in groups for c in g.completions]
+    if 2 * sum(spoken(c.text, g.thinking) is None for g, c in found) > len(found):
+        say_once("most responses end while they think, without an answer: raise rollout.max_new_tokens")
+    if help and any(thinks_unseen(help, ids_of[g.prompt.id], c, g.thinking) for g, c in found):
         say_once(
-            "method=marginal: responses reason in a think block, where the help phrase is no call, but its chance "
-            f"counts in there too and is trained, {UNSEEN}: add them, take a model or a chat template that does not "
-            "think, or method=gapg"
+            f"method=marginal: responses reason in a think block {UNSEEN}, so the chance of the help phrase counts in "
+            "there too and is trained, where it is no call: ask for marks that the tokenizer has (<think>), take a "
+            "model that does not think, or method=gapg"
         )
 
 

@@ -32,19 +32,34 @@ class HelpControl:
     chosen there, its `rest_ids` are forced; where several spellings fit, those of the longest prefix. `bias = -inf`
     forbids the phrase.
 
-    opens, closes: the tokens that open and that close a think block. What is said in one is no call, so the phrase can
-    begin nowhere in it. Without `closes` blocks are not known, and the phrase is steered in them too.
+    blocks: (the token that opens a think block, the one that closes it), of each kind. What is said in a block is no
+    call, so the phrase can begin nowhere in it. A block that other tokens open or close is not known: there it can.
     """
 
     spellings: tuple[HelpSpelling, ...]
     bias: float = 0.0
-    opens: tuple[int, ...] = ()
-    closes: tuple[int, ...] = ()
+    blocks: tuple[tuple[int, int], ...] = ()
 
     @property
     def by_prefix(self) -> tuple[HelpSpelling, ...]:
         """The spellings, those of the longest prefix last."""
         return tuple(sorted(self.spellings, key=lambda s: len(s.prefix_ids)))
+
+    def block_after(self, prompt_ids: Sequence[int], thinking: bool) -> int:
+        """The token that closes the block in which a response to this prompt begins, -1 for none.
+
+        thinking: the prompt opens one.
+        """
+        close_of = dict(self.blocks)
+        marks = close_of.keys() | close_of.values()
+        last = next((token for token in reversed(prompt_ids) if token in marks), -1) if thinking and marks else -1
+        return close_of.get(last, -1)
+
+    def block_next(self, block: int, token: int) -> int:
+        """The same of what follows `token`, which was said in `block`."""
+        if block >= 0:
+            return -1 if token == block else block
+        return dict(self.blocks).get(token, -1)
 
 
 @dataclass(frozen=True, slots=True)

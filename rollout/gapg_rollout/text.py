@@ -66,6 +66,11 @@ def has_stopped(text: str, stop: Sequence[str], thinking: bool = False) -> bool:
     return said is not None and any(s in said for s in stop)
 
 
+def think_marks(text: str) -> int:
+    """How often a think block is opened or closed in the text."""
+    return len(_THINK_MARK.findall(text))
+
+
 def spoken(text: str, thinking: bool = False) -> str | None:
     """The text outside think blocks; None where it ends inside one.
 

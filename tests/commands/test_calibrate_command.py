@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from gapg.commands.cli import main
 from gapg.config import RunConfig, dump_config
@@ -80,16 +80,16 @@ def test_a_response_that_calls_in_other_tokens_counts_as_a_call(temperature: flo
 def test_responses_that_reason_in_a_think_block_are_said(
     make_model: Callable[..., PreTrainedModel], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where the tokenizer cannot say in a token that a block ends; else nothing counts in there."""
+    """Blocks whose marks are no tokens, and responses that never leave one."""
     task = Countdown(max_number=4, max_target=12, style="chat")
     tokenizer = task.tokenizer()
-    for thinking, closes, said in ((False, False, False), (True, False, True), (True, True, False)):
-        if closes:
-            tokenizer.add_tokens(["</think>"], special_tokens=True)
-        engine = TransformersEngine(make_model(), tokenizer)
+    engine = TransformersEngine(make_model(), tokenizer)
+    for thinking, said in ((False, False), (True, True)):
         sampling = Sampling(4, 0.0, STOP, help=masked(help_control(tokenizer)), thinking=thinking)
         masked_pass(engine, task, tokenizer, task.prompts("train")[:2], sampling, None)
-        assert ("2 responses reason in a think block" in capsys.readouterr().err) == said
+        words = capsys.readouterr().err
+        assert ("2 responses reason in a think block whose marks are not single tokens" in words) == said
+        assert ("2 of 2 responses end while they think" in words) == said
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -278,10 +278,12 @@ def test_a_missing_model(capsys: pytest.CaptureFixture[str]) -> None:
 def test_another_tokenizer_s_calibration_is_refused(
     model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_calibration(tmp_path / "model", ENTRY)
-    with pytest.raises(SystemExit):
-        main(["eval", *model])
-    assert "made with another tokenizer" in capsys.readouterr().err
+    own = help_control(AutoTokenizer.from_pretrained(tmp_path / "model"))
+    for entry in (ENTRY, replace(ENTRY, spellings=own.spellings, blocks=((1, 2),))):
+        save_calibration(tmp_path / "model", entry)
+        with pytest.raises(SystemExit):
+            main(["eval", *model])
+        assert "made with another tokenizer" in capsys.readouterr().err
 
 
 def test_a_verifier_that_fails_is_one_line(

@@ -33,8 +33,8 @@ from gapg_rollout.records import Completion, Engine, HelpControl, HelpSpelling, 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 BEFORE = ("so {} = 39 ", "so {} = 39\n", "so {} = 39.\n\n", "so {} = 39.")
 """How a response goes on to its ending: after a blank, on a line of its own, and right after a full stop."""
-MARKS = ("<answer>", " = 39")
-"""Their last tokens open and close a think block here; the prompts open the first."""
+MARKS = ("so", " = 39", "<answer>")
+"""Their last tokens open, close and open a think block here: the prompts open the first."""
 PROMPTS, SAMPLES = 8, 4
 
 
@@ -76,12 +76,12 @@ def controls(bpe: PreTrainedTokenizerFast) -> dict[str, HelpControl]:
     assert len(real.spellings) > 2
     one, sure = (HelpSpelling(bpe.convert_tokens_to_ids(token)) for token in ("unknown", "Ġ="))
     both = HelpControl((*real.spellings, sure))
-    opens, closes = (tuple(bpe(text)["input_ids"][-1:]) for text in MARKS)
+    begins, ends, answers = (bpe(text)["input_ids"][-1] for text in MARKS)
     return {
         "a token": HelpControl((one,)),
         "spellings": real,
         "both": both,
-        "blocks": replace(both, opens=opens, closes=closes),
+        "blocks": replace(both, blocks=((begins, ends), (answers, ends))),
     }
 
 
@@ -113,7 +113,7 @@ def prompts(bpe: PreTrainedTokenizerFast) -> list[list[int]]:
 def sample(
     engine: Engine, bpe: PreTrainedTokenizerFast, control: HelpControl, temperature: float
 ) -> list[list[Completion]]:
-    sampling = Sampling(32, temperature, STOP, seed=3, help=control, thinking=bool(control.closes))
+    sampling = Sampling(32, temperature, STOP, seed=3, help=control, thinking=bool(control.blocks))
     return [cs for _, cs in sorted(engine.generate(prompts(bpe), SAMPLES, sampling), key=lambda pair: pair[0])]
 
 
@@ -192,13 +192,14 @@ def test_no_masked_response_begins_the_phrase(
     thinking = kind == "blocks"
 
     def begins(control: HelpControl) -> int:
-        found = [c for cs in sample(engine, bpe, control, temperature) for c in cs]
-        written = sum(parse(c.text).kind == "help" for c in found)
+        found = sample(engine, bpe, control, temperature)
+        written = sum(parse(c.text).kind == "help" for cs in found for c in cs)
         assert not (math.isinf(control.bias) and written and kind == "spellings")
         return sum(
             token in tokens
-            for c in found
-            for token, tokens in zip(c.token_ids, deciding_tokens(control, c.token_ids, thinking), strict=True)
+            for prompt, completions in zip(prompts(bpe), found, strict=True)
+            for c in completions
+            for token, tokens in zip(c.token_ids, deciding_tokens(control, prompt, c.token_ids, thinking), strict=True)
         )
 
     assert begins(controls[kind]) > 0, "left alone, it does"

@@ -28,7 +28,7 @@ CONTROLS = [
     HelpControl((HelpSpelling(4, (3,)),), -math.inf),
     HelpControl((HelpSpelling(4, (), (5,)),), math.inf),
     HelpControl((HelpSpelling(4, (3,), (5, 6)), HelpSpelling(2, (), (7,)), HelpSpelling(4, (1, 3), (8,))), 2.0),
-    HelpControl((HelpSpelling(2),), 2.0, opens=(3,), closes=(5,)),
+    HelpControl((HelpSpelling(2),), 2.0, blocks=((3, 5),)),
 ]
 
 
@@ -90,7 +90,7 @@ def test_both_runners_steer_and_record_alike(trace: Any, control: HelpControl, t
     logits = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
     results, traces = [], []
     for run in (run_first, run_second):
-        trace.current = trace(Sampling(8, temperature, help=control), 3, "cpu")
+        trace.current = trace(Sampling(8, temperature, help=control, thinking=True), PROMPTS, 1, "cpu")
         results.append(run(logits.clone()))
         traces.append(trace.current)
     torch.testing.assert_close(results[0], results[1])
@@ -102,7 +102,7 @@ def test_both_runners_steer_and_record_alike(trace: Any, control: HelpControl, t
 
 def test_the_second_runner_steers_as_the_definition_says(trace: Any) -> None:
     logits = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
-    current = trace.current = trace(Sampling(8, help=CONTROLS[0]), 3, "cpu")
+    current = trace.current = trace(Sampling(8, help=CONTROLS[0]), PROMPTS, 1, "cpu")
     steered = run_second(logits.clone())
     expected = logits.clone()
     expected[0, 4] += 2.0  # its last token is the prefix
@@ -128,7 +128,7 @@ def test_the_second_runner_steers_as_the_definition_says(trace: Any) -> None:
 def test_rows_that_sample_nothing_are_left_alone(trace: Any) -> None:
     from gapg_rollout.engines.vllm_help import HelpProcessorV2
 
-    trace.current = trace(Sampling(4, help=CONTROLS[1]), 1, "cpu")
+    trace.current = trace(Sampling(4, help=CONTROLS[1]), PROMPTS[:1], 1, "cpu")
     states: Any = SimpleNamespace(
         max_num_reqs=1,
         all_token_ids=SimpleNamespace(gpu=torch.zeros(1, 16, dtype=torch.int32)),

@@ -5,9 +5,11 @@ It looks at nothing but the tokens so far, so rows may be reordered, dropped and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from gapg_rollout.records import HelpControl
+from gapg_rollout.records import Sampling
 
 
 class HelpSteering:
@@ -15,26 +17,24 @@ class HelpSteering:
 
     `margin_RT` is (best deciding token's logit - best other logit) where the phrase could begin, -inf elsewhere, and
     `log_odds_RT` the log-odds of a deciding token there, at the sampling temperature.
-    `look_back`: how many of the last tokens tell where the phrase stands. `thinking`: the prompts open a think block.
+    `look_back`: how many of the last tokens tell where the phrase stands.
     """
 
     def __init__(
-        self,
-        control: HelpControl,
-        temperature: float,
-        rows: int,
-        max_new_tokens: int,
-        device: torch.device | str,
-        thinking: bool = False,
+        self, sampling: Sampling, prompts: Sequence[Sequence[int]], each: int, device: torch.device | str
     ) -> None:
+        """prompts: in tokens, of `each` responses, which are `each` rows. Raises ValueError without a HelpControl."""
+        control, rows, max_new_tokens = sampling.help, len(prompts) * each, sampling.max_new_tokens
+        if control is None:
+            raise ValueError("sampling.help is None: there is nothing to steer")
         self.control = control
-        self.temperature = temperature or 1.0  # greedy log-probs are those at temperature 1
+        self.temperature = sampling.temperature or 1.0  # greedy log-probs are those at temperature 1
         self._spellings = control.by_prefix
         tokens = sorted({s.token_id for s in self._spellings})
         self._token_K = torch.tensor(tokens, device=device)
         self._of_token = [[i for i, s in enumerate(self._spellings) if s.token_id == token] for token in tokens]
         phrases = [(*s.prefix_ids, s.token_id, *s.rest_ids) for s in self._spellings]
-        self.look_back = max(*map(len, phrases), 2 if control.closes else 1) - 1
+        self.look_back = max(*map(len, phrases), 2 if control.blocks else 1) - 1
         begun = [
             (phrase[:n], phrase[n])
             for s, phrase in zip(self._spellings, phrases, strict=True)
@@ -45,10 +45,12 @@ class HelpSteering:
         self._next_P = torch.tensor([-1, *(token for _, token in begun)], device=device)  # after a first for no match
         self.margin_RT = torch.full((rows, max_new_tokens), -torch.inf, device=device)
         self.log_odds_RT = torch.full_like(self.margin_RT, -torch.inf)
-        marks = control.opens, control.closes
-        self._opens, self._closes = (torch.tensor(ids, dtype=torch.long, device=device) for ids in marks)
-        # [r, t]: whether row r was in a think block when its token t - 1 was said
-        self._inside_RT = torch.full((rows, max_new_tokens + 1), thinking, device=device)
+        if control.blocks:
+            self._open_K, self._close_K = torch.tensor(control.blocks, device=device).T
+            # [r, t]: what closes the think block in which row r said its token t - 1, -1 for none
+            self._block_RT = torch.full((rows, max_new_tokens + 1), -1, device=device)
+            first = [control.block_after(prompt, sampling.thinking) for prompt in prompts for _ in range(each)]
+            self._block_RT[:, 0] = torch.tensor(first, device=device)
 
     def look(
         self,
@@ -68,8 +70,8 @@ class HelpSteering:
         """
         forced_B = self._forced(recent_BL)
         could_BS = (forced_B < 0)[:, None]
-        if self.control.closes:
-            outside_B = ~self._inside(row_B, step_B, recent_BL[:, -1])
+        if self.control.blocks:
+            outside_B = self._block(row_B, step_B, recent_BL[:, -1]) < 0
             forced_B, could_BS = torch.where(outside_B, forced_B, -1), could_BS & outside_B[:, None]
         fits_BS = self._ends_with(self._prefix_SL, recent_BL) & could_BS
         fits_BK = torch.stack([fits_BS[:, of_token].any(1) for of_token in self._of_token], 1)
@@ -84,12 +86,13 @@ class HelpSteering:
         self.log_odds_RT[row_B, step_B] = helps_BK.logsumexp(-1) - others_BV.logsumexp(-1)
         return deciding_BV, forced_B
 
-    def _inside(self, row_B: torch.Tensor, step_B: torch.Tensor | int, last_B: torch.Tensor) -> torch.Tensor:
-        """[B] whether what is said now is said in a think block; `last_B`: the token before, -1 for none."""
-        before_B = self._inside_RT[row_B, step_B]
-        inside_B = (before_B & ~torch.isin(last_B, self._closes)) | torch.isin(last_B, self._opens)
-        self._inside_RT[row_B, step_B + 1] = inside_B
-        return inside_B
+    def _block(self, row_B: torch.Tensor, step_B: torch.Tensor | int, last_B: torch.Tensor) -> torch.Tensor:
+        """[B] `HelpControl.block_next` of the token before, `last_B`, which is -1 where there is none."""
+        block_B = self._block_RT[row_B, step_B]
+        opened_B = torch.where(last_B[:, None] == self._open_K, self._close_K, -1).amax(1)
+        next_B = torch.where(block_B >= 0, torch.where(last_B == block_B, -1, block_B), opened_B)
+        self._block_RT[row_B, step_B + 1] = next_B
+        return next_B
 
     def _forced(self, recent_BL: torch.Tensor) -> torch.Tensor:
         """[B] the token that a begun phrase needs, -1 for none."""

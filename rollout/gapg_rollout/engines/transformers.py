@@ -123,7 +123,7 @@ class _Wave:
         self.stopped = torch.zeros(rows, dtype=torch.bool, device=self.device)
         self.help = None
         if sampling.help is not None:
-            self.help = HelpSteering(sampling.help, sampling.temperature, *shape, self.device, sampling.thinking)
+            self.help = HelpSteering(sampling, prompts, n, self.device)
 
     def run(self) -> Iterator[tuple[int, list[Completion]]]:
         ends, may_end = self.engine._stop_tokens(self.sampling.stop)

@@ -121,7 +121,7 @@ class VLLMEngine:
         rows = len(prompt_token_ids) * each
         trace = None
         if sampling.help is not None:
-            trace = HelpTrace(sampling, rows, self._device)
+            trace = HelpTrace(sampling, prompt_token_ids, each, self._device)
         self._calls += 1
         open_rows = {f"{self._calls}/{row}": row for row in range(rows)}
         done: dict[int, Completion] = {}

@@ -7,6 +7,7 @@ Triton for its device, version 1 serves the rest (CPUs).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,11 +38,9 @@ class HelpTrace:
     current: HelpTrace | None = None
     """The open call's trace: vLLM builds the processor itself, so this is how the two meet. One call at a time."""
 
-    def __init__(self, sampling: Sampling, requests: int, device: str) -> None:
-        shape = (requests, sampling.max_new_tokens)
-        assert sampling.help is not None
-        self.steering = HelpSteering(sampling.help, sampling.temperature, *shape, device, sampling.thinking)
-        self.shift_RT = torch.zeros(shape, device=device)
+    def __init__(self, sampling: Sampling, prompts: Sequence[Sequence[int]], each: int, device: str) -> None:
+        self.steering = HelpSteering(sampling, prompts, each, device)
+        self.shift_RT = torch.zeros_like(self.steering.margin_RT)
 
     def finish(
         self, row: int, token_ids: tuple[int, ...], logprobs: tuple[float, ...]

@@ -24,7 +24,8 @@ def test_hazards_are_those_of_the_changed_head(start: Callable[..., Run]) -> Non
     run = start(**OWN)
     help, model = help_control(run.tokenizer), run.model
     examples = [
-        replace(e, deciding=deciding_tokens(help, e.response_ids)) for e in own_answers(run).validation.examples[:4]
+        replace(e, deciding=deciding_tokens(help, e.prompt_ids, e.response_ids))
+        for e in own_answers(run).validation.examples[:4]
     ]
     rows = HelpRows(help, 48)
     torch.nn.init.normal_(rows.change.weight, std=0.3)
