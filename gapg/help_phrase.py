@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
@@ -75,12 +76,11 @@ def deciding_tokens(
     Ascending; empty where the phrase could not begin. It could where the tokens before end in a spelling's prefix,
     outside think blocks, as an engine sees it (`gapg_rollout.engines.help`). thinking: the prompt opened a block.
     """
-    if not control.blocks:
-        return _deciding(control, response_ids)
-    block, found = control.block_after(prompt_ids, thinking), list[tuple[int, ...]]()
-    for token, tokens in zip(response_ids, _deciding(control, response_ids), strict=True):
-        found.append(tokens if block < 0 else ())
-        block = control.block_next(block, token)
+    found, length = _deciding(control, response_ids), len(response_ids)
+    changes = [*_changes(control, prompt_ids, response_ids, thinking), (length - 1, -1)]
+    for (opens, block), (closes, _) in pairwise(changes):
+        if block >= 0:
+            found[opens + 1 : closes + 1] = [()] * (closes - opens)
     return found
 
 
@@ -88,13 +88,25 @@ def thinks_unseen(control: HelpControl, prompt_ids: Sequence[int], completion: C
     """Whether a response thinks in a block that `control.blocks` does not tell of: the phrase's chance counts in it."""
     if spoken(completion.text, thinking) == completion.text:
         return False
-    block, marks = control.block_after(prompt_ids, thinking), 0
-    if thinking and block < 0:
-        return True
-    for token in completion.token_ids:
-        after = control.block_next(block, token)
-        marks, block = marks + (after != block), after
-    return marks < think_marks(completion.text)
+    (_, prompts), *changes = _changes(control, prompt_ids, completion.token_ids, thinking)
+    return (thinking and prompts < 0) or len(changes) < think_marks(completion.text)
+
+
+def _changes(
+    control: HelpControl, prompt_ids: Sequence[int], response_ids: Sequence[int], thinking: bool
+) -> list[tuple[int, int]]:
+    """(t, the token that closes the think block of what follows token t, -1 for none): of the prompt, with t = -1; and
+    of each token that opens or closes a block."""
+    close_of = dict(control.blocks)
+    marks = close_of.keys() | close_of.values()
+    found = [(-1, control.block_after(prompt_ids, thinking))]
+    for t in [t for t, token in enumerate(response_ids) if token in marks] if marks else []:
+        block, token = found[-1][1], response_ids[t]
+        if block < 0 and token in close_of:
+            found.append((t, close_of[token]))
+        elif block == token:
+            found.append((t, -1))
+    return found
 
 
 def _deciding(control: HelpControl, response_ids: Sequence[int]) -> list[tuple[int, ...]]:
@@ -102,11 +114,11 @@ def _deciding(control: HelpControl, response_ids: Sequence[int]) -> list[tuple[i
     ids, after = tuple(response_ids), dict[tuple[int, ...], set[int]]()
     for s in control.spellings:
         after.setdefault(s.prefix_ids, set()).add(s.token_id)
-    lengths = {len(prefix) for prefix in after}
-    if lengths == {0}:  # phrases of one token: looking at each place is slow for nothing
-        return [tuple(sorted(after[()]))] * len(ids)
-    ends = ([ids[max(0, t - n) : t] for n in lengths] for t in range(len(ids)))
-    return [tuple(sorted(set().union(*(after.get(end, ()) for end in of_one)))) for of_one in ends]
+    found = [tuple(sorted(after.get((), ())))] * len(ids)
+    lengths, last = {len(prefix) for prefix in after}, {prefix[-1] for prefix in after if prefix}
+    for t in [t for t, token in enumerate(ids[:-1], 1) if token in last]:  # few: the others are not looked at
+        found[t] = tuple(sorted(set().union(*(after.get(ids[max(0, t - n) : t], ()) for n in lengths))))
+    return found
 
 
 def masked_logprobs(completion: Completion, deciding: Sequence[tuple[int, ...]]) -> tuple[list[float], float]:

@@ -55,12 +55,6 @@ class HelpControl:
         last = next((token for token in reversed(prompt_ids) if token in marks), -1) if thinking and marks else -1
         return close_of.get(last, -1)
 
-    def block_next(self, block: int, token: int) -> int:
-        """The same of what follows `token`, which was said in `block`."""
-        if block >= 0:
-            return -1 if token == block else block
-        return dict(self.blocks).get(token, -1)
-
 
 @dataclass(frozen=True, slots=True)
 class Sampling:

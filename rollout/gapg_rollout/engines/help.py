@@ -87,7 +87,7 @@ class HelpSteering:
         return deciding_BV, forced_B
 
     def _block(self, row_B: torch.Tensor, step_B: torch.Tensor | int, last_B: torch.Tensor) -> torch.Tensor:
-        """[B] `HelpControl.block_next` of the token before, `last_B`, which is -1 where there is none."""
+        """[B] what closes the think block of what is said now, -1 for none; last_B: the token before, -1 for none."""
         block_B = self._block_RT[row_B, step_B]
         opened_B = torch.where(last_B[:, None] == self._open_K, self._close_K, -1).amax(1)
         next_B = torch.where(block_B >= 0, torch.where(last_B == block_B, -1, block_B), opened_B)
