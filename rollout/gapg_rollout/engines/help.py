@@ -49,8 +49,8 @@ class HelpSteering:
             self._open_K, self._close_K = torch.tensor(control.blocks, device=device).T
             # [r, t]: what closes the think block in which row r said its token t - 1, -1 for none
             self._block_RT = torch.full((rows, max_new_tokens + 1), -1, device=device)
-            first = [control.block_after(prompt, sampling.thinking) for prompt in prompts for _ in range(each)]
-            self._block_RT[:, 0] = torch.tensor(first, device=device)
+            first = torch.tensor([control.block_after(prompt, sampling.thinking) for prompt in prompts], device=device)
+            self._block_RT[:, 0] = first.repeat_interleave(each)
 
     def look(
         self,
