@@ -47,7 +47,7 @@ peers=(--shape "$shape" --shape 32768,1536,151936 --shape 16384,3072,128256)
 update=(--case 1.5B-P1024-30 --prompts 16 --seconds 100)
 shared=(--seconds 30)
 if [ -n "$dry" ]; then
-  shape=${DRY_SHAPE:-256,256,8192} errors=$shape tiles=144,80,2401 workers=2
+  shape=${DRY_SHAPE:-256,256,8192} errors=$shape tiles=144,80,2401 workers=0
   peers=(--shape "$shape")
   update=(--shape "${DRY_UPDATE:-64,64,8}" --rounds 1)
   shared=(--rounds 1)

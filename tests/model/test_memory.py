@@ -274,7 +274,6 @@ LONG = {"token_cap": "4096", "rollout.max_new_tokens": "1008"}
     [
         ({}, 7.5, [{"token_cap"}, {"model.gradient_checkpointing"}, {"model.dtype"}]),
         (BF16, 4.9, [{"model.gradient_checkpointing", "token_cap"}]),
-        (BF16 | CHECKPOINTED | VLLM, 6.2, [{"rollout.vllm_args.gpu_memory_utilization"}]),
     ],
 )
 def test_what_is_suggested_fits(given: dict[str, str], gib: float, keys: list[set[str]]) -> None:

@@ -132,7 +132,7 @@ def test_the_body_comes_back_byte_by_byte(serve: Callable[[Script], Server], mon
     ids=["until it closes", "chunked", "announced", "packed"],
 )
 def test_a_body_without_end_is_given_up(serve: Callable[[Script], Server], head: str, piece: bytes) -> None:
-    server, start = serve(endless(head, piece)), time.monotonic()
+    server = serve(endless(head, piece))
 
     def call() -> None:
         with pytest.raises(ReplyTooLarge, match="longer than 200000 bytes") as failure:
@@ -140,7 +140,6 @@ def test_a_body_without_end_is_given_up(serve: Callable[[Script], Server], head:
         assert failure.value.billed and not failure.value.retry
 
     assert peak(call) < 5
-    assert time.monotonic() - start < 4
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zlib.compress, lambda body: gzip.compress(gzip.compress(body))])

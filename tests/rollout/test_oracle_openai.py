@@ -66,14 +66,14 @@ def test_a_wait_beyond_the_deadline_fails_at_once(make: Make, server: Any) -> No
     start = time.monotonic()
     answer = get(make("too-long", deadline_s=20.0).ask(question()))
     assert answer.text is None and answer.error is not None and "deadline of 20 s" in answer.error
-    assert time.monotonic() - start < 9
+    assert time.monotonic() - start < 18
 
 
 def test_the_deadline_ends_a_question_that_hangs(make: Make, server: Any) -> None:
-    server.plan("hangs", {"sleep": 5})
+    server.plan("hangs", {"sleep": 60})
     start = time.monotonic()
-    answer = get(make("hangs", timeout_s=0.3, deadline_s=1.0).ask(question()))
-    assert time.monotonic() - start < 4
+    answer = get(make("hangs", timeout_s=0.3, deadline_s=1.0, max_retries=8).ask(question()))
+    assert time.monotonic() - start < 25  # not its back-offs' 45 s
     assert answer.text is None and answer.error is not None and "no reply" in answer.error
 
 
@@ -179,14 +179,14 @@ def test_a_server_killed_midway_is_a_failure_and_its_return_is_noticed(
 
 
 def test_close_ends_open_requests_at_once(make: Make, server: Any) -> None:
-    server.plan("open", {"sleep": 5})
-    oracle = make("open", concurrency=2, timeout_s=30)
+    server.plan("open", {"sleep": 60})
+    oracle = make("open", concurrency=2, timeout_s=60)
     futures = [oracle.ask(question(f"q{i}")) for i in range(5)]
     while server.seen("open")["requests"] < 2:
         time.sleep(0.01)
     start = time.monotonic()
     oracle.close()
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 30
     assert {get(f).error for f in futures} == {"the oracle was closed"}
     oracle.close()
     assert get(oracle.ask(question())).error == "the oracle was closed"

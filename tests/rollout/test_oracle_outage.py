@@ -29,7 +29,7 @@ def test_a_hanging_server_costs_one_time_limit_and_its_return_is_noticed(
     server.plan("hanging", {"kind": "hang"})
     start = time.monotonic()
     answers = ask(oracle, *many(160))
-    assert time.monotonic() - start < 5  # each on its own would take 50 s
+    assert time.monotonic() - start < 25  # each on its own, ten rounds of 5 s
     down = [a for a in answers if a.error and a.error.startswith("the oracle is down: ")]
     assert len(down) == 160 and not any(a.permanent for a in answers)
     assert "no reply from" in answers[-1].error and "asked again in" in answers[-1].error
@@ -50,10 +50,10 @@ def test_a_dead_port_costs_moments(make: Make) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    oracle = make("dead", base_url=url, timeout_s=0.5, concurrency=16)
+    oracle = make("dead", base_url=url, timeout_s=0.5, concurrency=16, max_retries=8)
     start = time.monotonic()
     answers = ask(oracle, *many(160))
-    assert time.monotonic() - start < 8  # not its back-offs' 15 s
+    assert time.monotonic() - start < 25  # not its back-offs' 45 s
     assert all(f"cannot connect to {url}" in (a.error or "") for a in answers)
 
 
@@ -132,25 +132,26 @@ def test_a_locked_cache_fails_all_who_wait_at_once(
     make: Make, server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(oracle_openai, "AnswerCache", partial(AnswerCache, busy_timeout_s=0.4))
-    oracle = make("locked", cache_path=tmp_path / "c.sqlite", concurrency=10)
+    oracle = make("locked", cache_path=tmp_path / "c.sqlite", concurrency=30)
     holder = sqlite3.connect(tmp_path / "c.sqlite", isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
     start = time.monotonic()
     answers = ask(oracle, *many(60))
-    assert time.monotonic() - start < 6  # one after another, 24 s
+    assert time.monotonic() - start < 12  # one after another, 24 s
     assert all("another process held it" in (a.error or "") and not a.permanent for a in answers)
     assert server.seen("locked")["requests"] == 0
     holder.execute("ROLLBACK")
     assert all(a.text for a in ask(oracle, *many(5)))
 
     server.plan("locked", {"sleep": 0.2})  # locked while requests are open: they were paid for
-    futures = [oracle.ask(question(t)) for t in "abcdefghij"]
-    while server.seen("locked")["requests"] < 15:
+    texts = many(30, "paid")
+    futures = [oracle.ask(question(t)) for t in texts]
+    while server.seen("locked")["requests"] < 35:
         time.sleep(0.01)
     holder.execute("BEGIN EXCLUSIVE")
     start = time.monotonic()
-    assert [f.result(20)[0].text for f in futures] == [f"answer to {t}" for t in "abcdefghij"]
-    assert time.monotonic() - start < 3  # one after another, 4 s
+    assert [f.result(20)[0].text for f in futures] == [f"answer to {t}" for t in texts]
+    assert time.monotonic() - start < 8  # one after another, 12 s
     holder.close()
 
 

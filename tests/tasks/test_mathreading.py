@@ -1,6 +1,5 @@
 """Verdicts on the ways of writing an answer: gold and answer are read alike, exact numbers compared exactly."""
 
-import time
 from fractions import Fraction
 
 import pytest
@@ -257,7 +256,6 @@ def test_reading_takes_any_text_and_changes_no_number_that_is_read(text):
     "unit",
     ["√", "√(", "1 ", "1 1/", "1,000", "\\frac", "1_", "(1", "\\boxed{", " ", "1e", "answer ", "\\! ", "**", "1 (1"],
 )
-def test_reading_is_fast_on_hostile_text(unit):
-    start = time.process_time()
-    reading((unit * 20_000)[:20_000])
-    assert time.process_time() - start < 0.5
+@pytest.mark.timeout(60)  # 0.2 s where the time grows as the length does; minutes where it grows as its square
+def test_reading_ends_on_hostile_text(unit):
+    reading((unit * 200_000)[:200_000])
