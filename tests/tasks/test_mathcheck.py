@@ -60,10 +60,10 @@ def group(pgid: int) -> list[int]:
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            state, _, of = stat.read_text().rpartition(")")[2].split()[:3]
-            if int(of) == pgid and state != "Z":
-                found.append(int(stat.parent.name))
-    return sorted(found)
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[2]) == pgid and fields[0] != "Z":
+                found.append((int(fields[19]), int(stat.parent.name)))  # when it started: a younger pid may be smaller
+    return [pid for _, pid in sorted(found)]
 
 
 def wait_until(done: Callable[[], bool], seconds: float = 20) -> None:
