@@ -62,7 +62,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     return figures
 
 
-@pytest.fixture(params=sorted({INSTALLED, *COMMITTED}))
+NEW = [] if INSTALLED in COMMITTED else [pytest.param(INSTALLED, marks=pytest.mark.slow)]
+
+
+@pytest.fixture(params=[*sorted(COMMITTED), *NEW])
 def figures(request: pytest.FixtureRequest) -> dict[str, Case]:
     """Of every triton on record, and of the installed one."""
     found = COMMITTED.get(request.param) or request.getfixturevalue("compiled")
