@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from studies import arms
+from studies import arms, failures
 from studies.arms import FRESH_SEEDS, Arm, Finished, Rows
 from studies.marginal import FRESH, OURS
 from studies.report import Column, Row, Table, grouped, mean_of, percents, seeds_of, table_of
@@ -49,8 +49,9 @@ ARMS: tuple[Callable[[int], Arm], ...] = (
 )
 
 
-def curve_and_clip(run: Finished) -> dict[str, Any]:
-    """The curve in a few points, and how the gradient's norm stood to `optim.grad_clip` in training."""
+def more_of(run: Finished) -> dict[str, Any]:
+    """The curve in a few points, how the gradient's norm stood to `optim.grad_clip` in training, and what wrong answers
+    are wrong by."""
     line, steps = curve(of_run(run)), [row for row in run.metrics() if row["grad_norm"] is not None]
     norms = [row["grad_norm"] for row in steps]
     return {
@@ -60,10 +61,11 @@ def curve_and_clip(run: Finished) -> dict[str, Any]:
         "clipped": float(np.mean([row["clipped"] for row in steps])),
         "grad_norm": float(np.median(norms)),
         "grad_norm_90": float(np.quantile(norms, 0.9)),
+        **failures.by_kind(run, run.config.budget.cloud_fraction),
     }
 
 
-def curve_and_clip_tables(rows: Rows) -> list[Table]:
+def more_tables(rows: Rows) -> list[Table]:
     name: Column = ("", lambda of_label: of_label[0]["label"])
     lines: list[list[Row]] = list(grouped(rows, "label").values())
     curves = [name, *((f"{c:.0%}", mean_of(f"at_{c * 100:.0f}", percents)) for c in CALLED)]
@@ -81,6 +83,11 @@ def curve_and_clip_tables(rows: Rows) -> list[Table]:
             [*curves, ("area", mean_of("area", "{:.3f}".format))],
         ),
         table_of("The gradient's norm in training, and the bound on it", lines, norms),
+        table_of(
+            "What answers are wrong by, greedy, and how much of each kind is among the 30% that are called first",
+            lines,
+            [name, *failures.columns()],
+        ),
     ]
 
 
@@ -91,6 +98,6 @@ MARGINAL_ABLATION = settings_study(
     lambda seed: [replace(arm, overrides={**FRESH, **arm.overrides}) for arm in (make(seed) for make in ARMS)],
     "The marginal method, one part changed at a time",
     less=OURS,
-    more=curve_and_clip,
-    more_tables=curve_and_clip_tables,
+    more=more_of,
+    more_tables=more_tables,
 )

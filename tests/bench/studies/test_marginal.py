@@ -129,4 +129,5 @@ def test_the_ablation_counts_how_often_the_norm_is_clipped(
     row = record["rows"][0]
     assert (row["clipped"], row["grad_norm"], row["at_50"], row["area"]) == (pytest.approx(2 / 3), 2.0, 1.0, 0.875)
     assert {row["grad_clip"] for row in record["rows"]} == {1.0, 10.0}
-    assert len(MARGINAL_ABLATION.tables(record)) == 3
+    assert (row["right"], row["otherwise wrong"], row["otherwise wrong, called"]) == (0.5, 0.5, pytest.approx(0.6))
+    assert len(MARGINAL_ABLATION.tables(record)) == 4
