@@ -155,14 +155,16 @@ def check_options(case: Case, *, rtol: float) -> None:
     assert torch.allclose(first, whole["e"][:3, :vocab], rtol=rtol, atol=1e-37 if rtol else 0.0, equal_nan=True)
 
 
-def check_tiles_agree(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    """E to the bit, as every tile goes through H in the same steps. S is added up in another order: its terms are
+def check_tiles_agree(case: Case, one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """E to the rounding of its logits: every tile goes through H in the same steps, but in the interpreter a step is a
+    product of the machine's BLAS, which may add up by the block's shape. S is added up in another order: its terms are
     positive and every one passes through fewer than 100 additions, each off by at most half a unit, so that two sums
     wander about 100^(1/2) * 2^-24 apart, 6e-7 of either. Log-probs follow S; entropies have float64 to follow."""
-    assert torch.allclose(one["e"], other["e"], rtol=0.0, atol=0.0, equal_nan=True)
+    rounding = 1e-5 + logit_rounding(inputs_of(case))
+    assert torch.allclose(one["e"], other["e"], rtol=rounding, atol=1e-37, equal_nan=True)
     assert torch.equal(one["unit"], other["unit"])
-    for key in ("odds", "logprob"):
-        assert torch.allclose(one[key], other[key], rtol=1e-6, atol=0.0, equal_nan=True)
+    assert torch.allclose(one["odds"], other["odds"], rtol=rounding, atol=0.0, equal_nan=True)
+    assert torch.allclose(one["logprob"], other["logprob"], rtol=1e-6, atol=rounding, equal_nan=True)
 
 
 def temperature_matters(case: Case) -> None:

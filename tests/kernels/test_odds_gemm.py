@@ -89,7 +89,7 @@ def test_every_tile_gives_the_same(interpreted: dict[str, Case], name: str) -> N
     assert case["others"].keys() == {"sm_80", "sm_90 narrow" if case["tile"]["bn"] == 256 else "sm_90 wide"}
     for other in case["others"].values():
         check_against_float64(case | {"stored": other})
-        check_tiles_agree(case["stored"], other)
+        check_tiles_agree(case, case["stored"], other)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -106,7 +106,7 @@ def test_a_softcap_against_float64_with_every_tile(softcapped: dict[str, Case], 
     check_softcap(case, first)
     for other in others:
         check_softcap(case, other)
-        check_tiles_agree(first, other)
+        check_tiles_agree(case, first, other)
     assert (first["e"][:, vocab:] == 7.0).all()
     for alone in case["forward only"].values():
         assert torch.equal(alone["logprob"], case["stored"]["sm_90 narrow"]["logprob"]) and (alone["e"] == 7.0).all()

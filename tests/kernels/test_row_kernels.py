@@ -76,14 +76,15 @@ def test_all_rows_one_and_none_are_repaired(interpreted: dict[str, dict[str, Cas
     check(case)
 
 
-def test_a_rows_bits_do_not_depend_on_which_others_are_repaired(interpreted: dict[str, dict[str, Case]]) -> None:
+def test_a_row_does_not_depend_on_which_others_are_repaired(interpreted: dict[str, dict[str, Case]]) -> None:
+    """But for rounding: the machine's BLAS, by which the interpreter multiplies, may add up by the number of rows."""
     cases = interpreted["far"]
     per_row = ("logprob", "odds", "unit", "entropy", "e")
     for name in ("one", "all by two programs"):
         far = cases[name]["inputs"]["target"] == 7
         for key in per_row:
-            assert torch.equal(cases[name][key][far], cases["all"][key][far])
-            assert torch.equal(cases[name][key][~far], cases["none"][key][~far])
+            for rows, alike in ((far, cases["all"]), (~far, cases["none"])):
+                assert torch.allclose(cases[name][key][rows], alike[key][rows], rtol=1e-5, atol=1e-6)
     for key in ("logprob", "odds", "unit"):
         assert torch.equal(cases["all, forward only"][key], cases["all"][key])
     assert (cases["all"]["e"][:, 530:] == 7).all() and (cases["all, forward only"]["e"] == 7).all()

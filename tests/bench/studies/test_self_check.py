@@ -40,7 +40,7 @@ def test_a_copy_learns_what_its_answers_tell(start: Callable[..., Run]) -> None:
     check = trained(run, training, validation, Recipe(3e-3, 12, 16))
     wrong = (unseen.wrong > 0).tolist()
     assert auc(untrained(run).scores(unseen).double().numpy(), wrong) < 0.7
-    assert auc(check.scores(unseen).double().numpy(), wrong) > 0.9
+    assert auc(check.scores(unseen).double().numpy(), wrong) > 0.8
     assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
     first, again = (trained(run, training, validation, Recipe(3e-3, 1, 16)) for _ in range(2))
     assert torch.equal(again.scores(unseen), first.scores(unseen))
