@@ -66,7 +66,7 @@ def test_a_batch_has_trls_loss_gradient_and_metrics(name: str, make: Make) -> No
         assert theirs.gradient.norm() > 1e-3
         for trainer in fused:
             found = outcome(trainer, inputs)
-            assert found.loss == pytest.approx(theirs.loss, rel=1e-4, abs=1e-7)
+            assert found.loss == pytest.approx(theirs.loss, rel=2e-5, abs=1e-7)
             assert apart(found.gradient, theirs.gradient) < 1e-5
             others = {"entropy", "vespo/phi_seq_mean"} if trainer.skip_zero_advantage else set()
             assert "entropy" in theirs.metrics
