@@ -111,13 +111,16 @@ class RunConfig(Section):
         if self.method == "gapg" and self.marginal != MarginalConfig():
             raise ValueError("marginal.*: settings of method=marginal; set that, or leave them out")
         if self.method == "marginal":
-            loss, reward = self.loss, self.reward
+            loss, reward, budget, usual = self.loss, self.reward, self.budget, BudgetConfig()
             for key, odd, why in (
                 ("loss.epochs", loss.epochs > 1, "responses of an older policy would need its decisions' odds; set 1"),
                 ("loss.kl_coef", loss.kl_coef > 0, "the penalty is not defined without a decision; set 0"),
                 ("loss.aggregation", loss.aggregation != "sequence_sum", "a decision is a response's; leave it out"),
                 ("loss.entropy", loss.entropy, "it would be of the policy without the phrase; set false"),
                 ("reward.function", reward.function != "gapg.judge:rewards", "it has a worth of its own; leave it out"),
+                ("budget.rho", budget.rho is not None, "nothing is filtered; leave it out"),
+                ("budget.gain", budget.gain != usual.gain, "no price is moved; leave it out"),
+                ("budget.damping", budget.damping != usual.damping, "no price is moved; leave it out"),
                 ("reward.alpha_f", reward.alpha_f > 0, "every response ends in an answer; set 0"),
             ):
                 if odd:

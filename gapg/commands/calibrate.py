@@ -40,7 +40,7 @@ def calibrate_command(wanted: Calibrate, overrides: Mapping[str, str]) -> None:
     config, task, tokenizer = target.config, target.task, target.tokenizer
     below, fraction = wanted.call_below, wanted.cloud_fraction or config.budget.cloud_fraction
     if below is not None:
-        check_forecast(config, target.model_path, below)
+        check_forecast(target.trained, target.model_path, below)
     prompts, described = calibration_set(target, wanted.problems)
     n = len(prompts)
     if below is None and not 0 < round(fraction * n) < n:

@@ -19,5 +19,7 @@ def evaluate_command(wanted: Eval, overrides: Mapping[str, str]) -> None:
     target = open_target(wanted.checkpoint, wanted.config, overrides, trust_code=wanted.trust_code)
     folder = target.place(target.beside("eval"), wanted.output_dir)
     with closing(target.oracle(folder)) as oracle, closing(target.engine()) as engine:
-        model, settings = str(target.model_path), target.settings
-        evaluate(target.config, folder, target.task, target.tokenizer, engine, oracle, model=model, settings=settings)
+        evaluate(
+            target.config, folder, target.task, target.tokenizer, engine, oracle,
+            model=str(target.model_path), trained=target.trained, settings=target.settings,
+        )  # fmt: skip

@@ -28,12 +28,14 @@ from gapg_rollout.records import Engine, Oracle
 class Target:
     """A model to use: its folder, the run it belongs to if any, and what its config names.
 
+    trained: the config that its run was trained by, whatever the command line changes; `config` where no run is known.
     settings: which weights and which config, for the record. notice: what must be said before the oracle is asked.
     """
 
     model_path: Path
     run_folder: Path | None
     config: RunConfig
+    trained: RunConfig
     task: Task
     tokenizer: PreTrainedTokenizerBase
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -110,11 +112,12 @@ def open_target(
         raise ConfigError(f"{target}: not part of a run, so name the task with --config, e.g. --config gsm8k-smollm2")
     set_threads(config)
     task = make_task(config)
+    trained = load_config(str(run_folder / "config.yaml")) if run_folder else config
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(model_path)})})
     tokenizer = load_tokenizer(config.model, task)
     check_run(config, task, tokenizer)
     settings = {"checkpoint": str(model_path.resolve()), "config": config_name, "overrides": dict(overrides)}
-    return Target(model_path, run_folder, config, task, tokenizer, settings, notice)
+    return Target(model_path, run_folder, config, trained, task, tokenizer, settings, notice)
 
 
 def find_model(target: Path) -> tuple[Path, Path | None]:

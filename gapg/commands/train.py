@@ -54,7 +54,9 @@ def train_command(name: str, overrides: Mapping[str, str], *, resume: bool) -> N
             say(f"no budget is set yet, any is a calibration away: gapg calibrate {config.output_dir} {share}")
         if config.eval.heldout != 0:
             oracle = _evaluation_oracle(run)
-            evaluate(config, config.output_dir, task, run.tokenizer, run.engine, oracle, model=str(model))
+            evaluate(
+                config, config.output_dir, task, run.tokenizer, run.engine, oracle, model=str(model), trained=config
+            )
 
 
 def _evaluation_oracle(run: Run) -> Oracle:

@@ -43,12 +43,14 @@ def evaluate(
     oracle: Oracle,
     *,
     model: str,
+    trained: RunConfig,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Held-out problems, greedy, sampled, and as each calibration beside the model says, and how good a forecast the
     decision is: tables on standard output; summary.json, predictions.jsonl and reliability.png in `folder`.
 
-    settings: what else summary.json tells of where the figures come from.
+    trained: the config that the model was trained by. settings: what else summary.json tells of where the figures
+    come from.
     Raises ConfigError where a calibration does not fit the tokenizer; and OracleDown, after all is written, where the
     cloud failed every question, so that nothing is known of the calls.
     """
@@ -82,7 +84,7 @@ def evaluate(
     if decoded is not None:
         files.append(folder / "reliability.png")
         title = f"{task.name}, {len(prompts)} problems"
-        summary["decision"] = tell_decision(decoded, forecast(config, Path(model)), files[-1], title)
+        summary["decision"] = tell_decision(decoded, forecast(trained, Path(model)), files[-1], title)
     write_whole(files[0], to_json(summary, indent=1) + "\n")
     say(f"oracle: {', '.join(f'{key} {value:g}' for key, value in usage.items())}")
     say("  ".join(map(str, files)))

@@ -149,6 +149,26 @@ def test_with_a_known_cloud_it_is_said_what_s_is(
     assert len(load_calibration(tmp_path / "model")) == 1
 
 
+@pytest.mark.parametrize("named", [[], ["--config"]])
+def test_what_a_run_was_trained_by_is_not_changed_on_the_command_line(
+    named: list[str],
+    warm_model: Path,
+    small_config: Callable[..., RunConfig],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, other = tmp_path / "run", tmp_path / "marginal.yaml"
+    shutil.copytree(warm_model, run / "checkpoints" / "step-3" / "model")
+    (run / "config.yaml").write_text(dump_config(small_config(run)))
+    other.write_text(dump_config(small_config(run, method="marginal")))
+    claimed = [str(run / "checkpoints" / "step-3"), *([*named, str(other)] if named else ["--method", "marginal"])]
+    with pytest.raises(SystemExit):
+        main(["calibrate", *claimed, "--call-below", "0.7"])
+    assert "(method=gapg)" in capsys.readouterr().err
+    main(["eval", *claimed])
+    assert "not trained to be that of a right answer (method=gapg)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

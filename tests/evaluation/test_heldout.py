@@ -74,7 +74,7 @@ def test_responses_are_shared_where_they_are_the_same(small: dict[str, Any], tmp
         groups = respond(engine, task, tokenizer, judge, prompts, sampling)
         expected += [json.loads(to_json({"decoding": name, **prediction(g, config.reward)})) for g in groups]
     small["engine"] = counting = Counting(engine)
-    evaluate(**small, model=str(tmp_path / "model"))
+    evaluate(**small, trained=small["config"], model=str(tmp_path / "model"))
     found = [r for r in read_jsonl(tmp_path / "predictions.jsonl") if r["decoding"] in ("greedy", entry.label)]
     assert found == expected
     masked, greedy, sampled, biased = counting.asked
@@ -88,7 +88,7 @@ def test_responses_are_shared_where_they_are_the_same(small: dict[str, Any], tmp
 def test_the_decision_s_figures_can_be_computed_again(
     small: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate(**small, model=str(tmp_path / "model"))
+    evaluate(**small, trained=small["config"], model=str(tmp_path / "model"))
     rows = [r for r in read_jsonl(tmp_path / "predictions.jsonl") if r["decoding"] == "greedy, help masked"]
     found = json.loads((tmp_path / "summary.json").read_text())["decision"]
     score = np.array([math.prod(1 / (1 + math.exp(z)) for z in r["help_log_odds"]) for r in rows])
@@ -109,7 +109,7 @@ def test_the_decision_s_figures_can_be_computed_again(
 def test_no_problems_are_evaluated_too(small: dict[str, Any], tmp_path: Path) -> None:
     config = small["config"]
     small["config"] = config.model_copy(update={"eval": config.eval.model_copy(update={"heldout": 0})})
-    evaluate(**small, model=str(tmp_path / "model"))
+    evaluate(**small, trained=small["config"], model=str(tmp_path / "model"))
     decision = json.loads((tmp_path / "summary.json").read_text())["decision"]
     assert decision["n"] == 0 and decision["auroc"] is None
 

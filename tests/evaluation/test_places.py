@@ -28,7 +28,7 @@ def test_each_model_has_a_place_of_its_own(tmp_path: Path, monkeypatch: pytest.M
     (run / "checkpoints/best").symlink_to("step-40")
 
     def place(target: Path) -> Path:
-        return Target(*find_model(target), None, None, None).beside("eval")  # type: ignore[arg-type]
+        return Target(*find_model(target), None, None, None, None).beside("eval")  # type: ignore[arg-type]
 
     assert [place(model).relative_to(run) for model in models[:4]] == [
         Path("eval/step-40"),

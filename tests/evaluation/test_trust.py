@@ -358,7 +358,7 @@ def test_results_go_where_they_can_and_no_link_leads_them_away(
         assert line.startswith(f"gapg: {run}/{command}/step-1")
         assert line.endswith("no place for results: a link leads out of the run's folder; choose another --output-dir")
         assert "Not a directory" in refusal(capsys, command, str(checkpoint), "--output-dir", f"{tmp_path}/file/x")
-    target = Target(*find_model(checkpoint), None, None, None)  # type: ignore[arg-type]
+    target = Target(*find_model(checkpoint), None, None, None, None)  # type: ignore[arg-type]
     (run / "circle").symlink_to("circle")
     for usual, wanted in ((run / "circle", None), (away, None), (run, tmp_path / "file"), (run, Path("a\0b"))):
         with pytest.raises(ConfigError, match="no place for results"):

@@ -139,7 +139,9 @@ def test_a_run_knows_that_its_prompts_open_a_think_block(
     run = build_run(config, tmp_path, make_task(config), None)
     try:
         assert run.judge.thinking
-        evaluate(config, tmp_path, run.task, tokenizer, run.engine, run.oracle, model=config.model.path or "")
+        evaluate(
+            config, tmp_path, run.task, tokenizer, run.engine, run.oracle, model=config.model.path or "", trained=config
+        )
     finally:
         run.close()
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
