@@ -50,6 +50,8 @@ class Contest:
     """The methods that the goal is about: one family of comparisons for Holm's correction, all others another."""
     ceilings: tuple[str, ...] = ()
     """What no method can reach: shown, and compared with nothing."""
+    picked: tuple[str, ...] = ()
+    """Methods of the goal that the picture tells apart; the others are there in grey."""
 
     def collect(self, runs: Sequence[Finished]) -> pd.DataFrame:
         return one_stacked_member(collect(runs, self.entrants, self.routers), self.families)
@@ -97,7 +99,8 @@ class Contest:
             line, chosen = best_curve(valid, held, of_family)
             at = {c: chosen[int(np.abs(FINE - c).argmin())] for c in (*FRACTIONS, *LANDED)}
             row = _row(family, line, alone, parts, {c: at[c] for c in LANDED})
-            rows.append(row | {"chosen": {f"{c:g}": at[c] for c in FRACTIONS}})
+            trained = {member: _as_trained(parts[HELDOUT, member]) for member in of_family}
+            rows.append(row | {"chosen": {f"{c:g}": at[c] for c in FRACTIONS}, "members": trained})
         seed = int(table["seed"].iat[0])
         return [{"method": row["method"], "seed": seed, **row} for row in rows]
 
@@ -122,7 +125,10 @@ def _row(
 
 def _of_scores(part: pd.DataFrame) -> dict[str, float]:
     """AUROC of failures by the score; and of a trained model, what it does as trained."""
-    found = {"auroc": auc(part["score"].to_numpy(), (part["local"] == 0).tolist())}
-    if part["called"].notna().all():
-        found |= {"trained_called": float(part["called"].mean()), "trained_accuracy": float(part["correct"].mean())}
-    return found
+    return {"auroc": auc(part["score"].to_numpy(), (part["local"] == 0).tolist()), **_as_trained(part)}
+
+
+def _as_trained(part: pd.DataFrame) -> dict[str, float]:
+    if not part["called"].notna().all():
+        return {}
+    return {"trained_called": float(part["called"].mean()), "trained_accuracy": float(part["correct"].mean())}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from studies.along_the_curve import FRACTIONS, GRID, LANDED, Contest
-from studies.drawing import BLUE, COLOURS, GREY, SMALL, panels, percent
+from studies.drawing import BLUE, COLOURS, SMALL, panels, percent
 from studies.report import (
     Column,
     Record,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 NAME: Column = ("method", lambda rows: str(rows[0]["method"]))
 LEVEL = 0.05
+PALE = "#cbd5e0"
 Lines = Sequence[list[Row]]
 
 
@@ -41,6 +42,7 @@ def tables(contest: Contest, record: Record) -> list[Table]:
         _less(contest, record, [r for r in lines if r[0]["method"] not in (contest.ours, *contest.ceilings)]),
         _landed(lines),
         _chosen([rows for rows in lines if "chosen" in rows[0]]),
+        _members([rows for rows in lines if "members" in rows[0]]),
     ]
 
 
@@ -143,32 +145,49 @@ def _chosen(lines: Lines) -> Table:
     return table_of("Chosen on the validation problems, a seed after the other", lines, columns)
 
 
+def _members(lines: Lines) -> Table:
+    cells = []
+    for rows in lines:
+        for member in (name for name, found in rows[0]["members"].items() if found):
+            trained = [row["members"][member] for row in rows]
+            called = seeds_range(sorted(t["trained_called"] for t in trained))
+            right = percents(float(np.mean([t["trained_accuracy"] for t in trained])))
+            cells.append([str(rows[0]["method"]), _short(member), called, right])
+    title = "What was trained for the methods with several runs, as trained (T=1)"
+    return Table(title, ["method", "run", "called", "right"], cells)
+
+
 def _short(member: str) -> str:
     """What tells a member from the others: "alpha_c 0.3" of "GAPG, alpha_c 0.3"."""
     return member.partition(", ")[2] or member
 
 
 def draw(contest: Contest, figure: Figure, record: Record) -> None:
-    """Accuracy against calls of ours and of the methods of the goal; and ours less each, along the curve."""
+    """Accuracy against calls, and ours less each, along the curve: some methods of the goal in colour, all in grey."""
     of = {name: rows for (name,), rows in grouped(record["rows"], "method").items()}
-    curves, lead = panels(figure, 2, width=8.4, height=5.4)
+    curves, lead = panels(figure, 2, width=6.6, height=5.0)
     ours = np.array([row["curve"] for row in of[contest.ours]])
-    # more methods than colours: the line tells them apart
-    styles = [(colour, dash) for dash in ("-", "--", ":") for colour in COLOURS if colour != BLUE]
-    for name, (colour, dash) in zip(contest.goal, styles, strict=False):
-        theirs = np.array([row["curve"] for row in of[name]])
-        curves.plot(GRID, theirs.mean(0), color=colour, linestyle=dash, linewidth=1.3, label=name)
-        lead.plot(GRID, (ours - theirs).mean(0) * 100, color=colour, linestyle=dash, linewidth=1.3)
-    curves.plot(GRID, ours.mean(0), color=BLUE, linewidth=2.6, label=contest.ours)
+    less = grouped([d for d in record["comparisons"] if "cloud_fraction" in d], "b")
+    others = [name for name in contest.goal if name not in contest.picked]
+    colours = dict(zip(contest.picked, (c for c in COLOURS if c != BLUE), strict=False))
+    for i, name in enumerate((*others, *contest.picked)):
+        theirs, colour = np.array([row["curve"] for row in of[name]]), colours.get(name)
+        label = name if colour else None if i else f"the {len(others)} other methods of the goal"
+        style: dict[str, Any] = {"color": colour or PALE, "linewidth": 1.8 if colour else 0.9}
+        curves.plot(GRID, theirs.mean(0), label=label, **style)
+        lead.plot(GRID, (ours - theirs).mean(0) * 100, **style)
+        if colour:
+            beside = 0.008 * (list(colours).index(name) - len(colours) / 2)
+            for d in less[(name,)]:
+                lead.vlines(d["cloud_fraction"] + beside, d["low"] * 100, d["high"] * 100, color=colour, linewidth=1)
+    curves.plot(GRID, ours.mean(0), color=BLUE, linewidth=2.8, label=contest.ours)
     curves.fill_between(GRID, ours.min(0), ours.max(0), color=BLUE, alpha=0.15, linewidth=0)
-    for d in record["comparisons"]:
-        if d["family"] == "goal" and "cloud_fraction" in d:
-            lead.vlines(d["cloud_fraction"], d["low"] * 100, d["high"] * 100, color=GREY, linewidth=0.8)
-    lead.axhline(0, color="black", linewidth=0.8)
-    curves.set(xlabel="called", ylabel="accuracy together", title="accuracy against calls, greedy, mean over seeds")
+    lead.axhline(0, color=BLUE, linewidth=2.8)
+    curves.set(xlabel="called", ylabel="right together", title="right, the cloud's answers included")
     lead.set(xlabel="called", ylabel="points", title=f"{contest.ours} less each (bars: 95% intervals)")
-    figure.legend(fontsize=SMALL, loc="outside right center")
+    handles, labels = curves.get_legend_handles_labels()
+    curves.legend(handles[::-1], labels[::-1], fontsize=SMALL, loc="lower right")
     percent(curves, x=True, y=True)
     percent(lead, x=True)
     seeds = len(record["seeds"])
-    figure.suptitle(f"{record['rows'][0]['problems']:,} held-out problems, {seeds} seed{'s' * (seeds > 1)}")
+    figure.suptitle(f"{record['rows'][0]['problems']:,} held-out problems, greedy, {seeds} seed{'s' * (seeds > 1)}")

@@ -81,6 +81,16 @@ LOG_PROB_ROUTERS = (
     stacked(UNSHOWN),
 )
 
+PICKED = (
+    "+ probe with attention on hidden states, stacked",
+    BEST_DA_GRPO,
+    BEST_REWARD,
+    GAPG,
+    "+ prompt-only router, the device model",
+    "+ mean log-prob",
+)
+"""What the picture tells apart: the best of each kind."""
+
 # ---- who takes part
 
 
@@ -130,6 +140,7 @@ def contest(members: Sweeps, others: Sequence[Entrant], goal: Sequence[Entrant])
         families,
         (GAPG, *families, *LOG_PROB_ROUTERS, *aimed),
         CEILINGS,
+        tuple(name for name in PICKED if name in (GAPG, *families, *LOG_PROB_ROUTERS, *aimed)),
     )
 
 

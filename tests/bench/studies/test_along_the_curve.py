@@ -1,6 +1,7 @@
 """One method beside others along the curve, on a table made by hand: what is chosen, compared, printed."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,9 @@ def test_a_goal_without_runs_is_refused() -> None:
 
 
 def test_tables_say_where_it_wins_and_loses(record: Record) -> None:
-    goal, curves, less, landed, chosen = along_the_curve_shown.tables(CONTEST, record)
-    assert all(len(cells) == len(t.columns) for t in (goal, curves, less, landed, chosen) for cells in t.cells)
+    tables = along_the_curve_shown.tables(CONTEST, record)
+    goal, _, less, _, chosen, members = tables
+    assert all(len(cells) == len(t.columns) for t in tables for cells in t.cells)
     assert [cells[0] for cells in goal.cells] == ["10%", "20%", "30%", "50%", "70%", "90%"]
     assert goal.cells[2][1:4] == ["80.0%", "other (60.0%)", "+20.0 (-1.5 to +41.5)"]
     assert {cells[-1] for cells in goal.cells} == {"none"}
@@ -103,8 +105,30 @@ def test_tables_say_where_it_wins_and_loses(record: Record) -> None:
     )
     assert "50%" not in lines["other"][-1], "three seeds that differ do not outlive twelve comparisons"
     assert chosen.cells == [["family", *["a; a; a"] * 6]]
+    assert members.cells == [], "nothing is known of what they do as trained"
+
+
+def test_what_a_family_s_runs_do_as_trained() -> None:
+    made = table()
+    of_b = (made["arm"] == "b") & (made["split"] == HELDOUT)
+    made.loc[of_b, "correct"] = 1.0
+    made.loc[of_b, "called"] = (np.arange(of_b.sum()) % N < 5 + made.loc[of_b, "seed"]).astype(float)
+    rows, comparisons = CONTEST.figures(made)
+    record: Record = {"rows": rows, "comparisons": comparisons, "seeds": list(SEEDS)}
+    members = along_the_curve_shown.tables(CONTEST, record)[-1]
+    assert members.cells == [["family", "b", "25.0 to 35.0%", "100.0%"]]
+
+
+def test_the_picture_tells_some_methods_of_the_goal_apart(record: Record) -> None:
     figure = Figure(layout="constrained")
-    along_the_curve_shown.draw(CONTEST, figure, record)
+    along_the_curve_shown.draw(replace(CONTEST, picked=("family",)), figure, record)
+    curves = figure.axes[0]
+    assert [t.get_text() for t in curves.get_legend().get_texts()] == [
+        "ours",
+        "family",
+        "the 1 other methods of the goal",
+    ]
+    assert len({line.get_color() for line in curves.get_lines()}) == 3
 
 
 def test_it_is_said_where_the_goal_is_missed() -> None:
