@@ -9,13 +9,14 @@ import numpy as np
 from studies import arms
 from studies.arms import Arm, Finished, Rows
 from studies.drawing import COLOURS, SMALL, panels
-from studies.report import Column, Record, Study, Table, grouped, mean_of, seeds_of, table_of
+from studies.report import Column, Record, Row, Study, Table, grouped, mean_of, seeds_of, table_of
 from studies.rlcr import rlcr
 from studies.statistics import Difference
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+OURS = "GAPG"
 PHASES = ("rollout", "oracle", "update", "sync")
 """Parts of a step; metrics.jsonl has the seconds of each."""
 
@@ -48,12 +49,19 @@ def _row(run: Finished) -> dict[str, float | int | str]:
         "groups": sum(row["groups/with_gradient"] for row in steps),
         "requests": run.info["oracle"]["requests"],
         "seconds": sum(seconds.values()),
+        "seconds_whole": run.info["seconds"],
         **{f"seconds_{phase}": value for phase, value in seconds.items()},
     }
 
 
 def tables(record: Record) -> list[Table]:
     count = "{:,.0f}".format
+    base = {row["seed"]: row["seconds_whole"] for row in record["rows"] if row["method"] == OURS}
+
+    def over(rows: list[Row]) -> str:
+        ratios = [row["seconds_whole"] / base[row["seed"]] for row in rows]
+        return f"{np.mean(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
+
     columns: list[Column] = [
         ("method", lambda rows: str(rows[0]["method"])),
         ("updates", mean_of("updates", count)),
@@ -66,6 +74,7 @@ def tables(record: Record) -> list[Table]:
             seeds_of("seconds", lambda values: f"{np.mean(values):.0f} ({min(values):.0f} to {max(values):.0f})"),
         ),
         *((f"of these, {phase}", mean_of(f"seconds_{phase}", count)) for phase in PHASES),
+        (f"with evaluations, over {OURS}'s", over),
     ]
     title = "A training run, mean over seeds: the policy gradient alone, without its warm start and evaluations"
     return [table_of(title, grouped(record["rows"], "method").values(), columns)]
