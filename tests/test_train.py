@@ -3,12 +3,13 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -338,6 +339,31 @@ def test_where_calls_have_no_price_none_is_to_be_changed(capsys: pytest.CaptureF
         warn_if_collapsed(state, {"call_fraction": 0.0, "alpha_c": 0.3, "marginal/brier": 0.5})
     error = capsys.readouterr().err
     assert "never called the cloud" in error and "lengthen the warm start" in error and "alpha_c" not in error
+
+
+def answers(state: TrainState, rights: Iterable[float]) -> None:
+    for right in rights:
+        state.step += 1
+        warn_if_collapsed(state, {"call_fraction": 0.3, "alpha_c": 0.3, "marginal/brier": 0.2, "marginal/right": right})
+
+
+def test_answers_that_a_run_loses_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    state = TrainState()
+    answers(state, [0.7] * 60)
+    assert "collapsed" not in capsys.readouterr().err
+    answers(state, [math.nan, *[0.3] * 100])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "are right by now, and 70% were; train with a lower optim.lr or marginal.weight" in line
+    answers(state, [0.7] * 60 + [0.1] * 60)
+    assert "policy collapsed" in capsys.readouterr().err, "and again after they had come back"
+
+
+@pytest.mark.parametrize("right", [0.02, 0.2, 0.5, 0.9])
+def test_answers_that_are_right_by_chance_are_not_lost(right: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """A batch of 64 responses, in prompts of eight that are right or wrong together."""
+    rng = np.random.default_rng(0)
+    answers(TrainState(), (rng.binomial(8, right, size=1000) / 8).tolist())
+    assert "collapsed" not in capsys.readouterr().err
 
 
 def test_task_tuning_may_never_call(capsys: pytest.CaptureFixture[str]) -> None:

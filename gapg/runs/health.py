@@ -24,6 +24,8 @@ IDLE_STEPS = 3
 """More idle steps than others before that is said: a run of which most are idle is told, whatever lies between."""
 COLLAPSED_AFTER = 20
 """Steps in a row in which all responses call, or none does, of which that is said."""
+LOST, LOST_PART = 0.15, 0.25
+"""How many of all answers, and how many of those that were right, are lost before that is said."""
 
 
 class Diverged(RuntimeError):
@@ -68,7 +70,7 @@ def watch(state: TrainState, row: dict[str, Any], selection: Selection) -> None:
 
 
 def warn_if_collapsed(state: TrainState, row: dict[str, Any]) -> None:
-    """Counts the steps in which nobody called, or everybody, and warns of many."""
+    """Counts the steps in which nobody called, or everybody, and warns of many; and warns where answers get worse."""
     f = row["call_fraction"]
     pays = row["alpha_c"] > 0  # task-tuning only is meant never to call
     state.never_called = state.never_called + 1 if f == 0 and pays else 0
@@ -78,6 +80,23 @@ def warn_if_collapsed(state: TrainState, row: dict[str, Any]) -> None:
         fix = "raise reward.alpha_c or " if state.never_called else "lower reward.alpha_c or "
         fix = "" if "marginal/brier" in row else fix  # a forecast has no price
         warn(f"policy collapsed: it {what} for {COLLAPSED_AFTER} steps; {fix}lengthen the warm start")
+    if math.isfinite(right := row.get("marginal/right", math.nan)):
+        _warn_if_answers_are_lost(state, right)
+
+
+def _warn_if_answers_are_lost(state: TrainState, right: float) -> None:
+    """The decision's gradient moves all weights: too large a step by it ruins the answers, at a good score."""
+    state.right += (right - state.right) / min(state.step, COLLAPSED_AFTER)
+    if state.step >= COLLAPSED_AFTER:
+        state.most_right = max(state.most_right, state.right)
+    lost = state.right < min(state.most_right - LOST, (1 - LOST_PART) * state.most_right)
+    if lost and not state.loss_said:
+        warn(
+            f"policy collapsed: of its answers {state.right:.0%} are right by now, and {state.most_right:.0%} were; "
+            "train with a lower optim.lr or marginal.weight"
+        )
+    # not while it hovers about the bound
+    state.loss_said = lost or (state.loss_said and state.right < (1 - LOST_PART / 2) * state.most_right)
 
 
 def say_if_thinking(groups: Sequence[Group], ids_of: Mapping[str, Sequence[int]], help: HelpControl | None) -> None:

@@ -24,6 +24,10 @@ class TrainState:
     never_called: int = 0
     """The last steps in which no response called; and below, in which all did."""
     always_called: int = 0
+    right: float = 0.0
+    """With `method: marginal`: how many answers are right of late, the most that were, and whether a loss was said."""
+    most_right: float = 0.0
+    loss_said: bool = False
     lost_steps: int = 0
     """The last steps in which the oracle failed every question; and the step at which that was last said."""
     outage_said_at: int = 0
