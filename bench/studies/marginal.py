@@ -132,15 +132,16 @@ def contest(members: Sweeps, others: Sequence[Entrant], goal: Sequence[Entrant])
     )
     aimed = [*_names(goal), *(stacked(entrant.name) for entrant in goal if entrant.sees == "answer")]
     families = {family: _names(of_family) for family, of_family in members.items()}
+    about = (GAPG, *families, *LOG_PROB_ROUTERS, *aimed)
     return Contest(
         OURS,
         MASKED,
         (*own, *others, *goal, *(entrant for of_family in members.values() for entrant in of_family)),
         ROUTERS,
         families,
-        (GAPG, *families, *LOG_PROB_ROUTERS, *aimed),
+        about,
         CEILINGS,
-        tuple(name for name in PICKED if name in (GAPG, *families, *LOG_PROB_ROUTERS, *aimed)),
+        tuple(name for name in PICKED if name in about),
     )
 
 
