@@ -24,6 +24,7 @@ from gapg.data import split_validation
 from gapg.files import replacing
 from gapg.tasks.base import Prompt
 from studies.arms import Entrant, Finished, Rows
+from studies.routers import doubt
 from studies.stacked import features, stacked_score
 from studies.statistics import DIFFERENT, FloatArray, of_answers, of_run
 
@@ -38,6 +39,15 @@ Router = Callable[[Finished, str, Rows], tuple[FloatArray, FloatArray]]
 
 def stacked(name: str) -> str:
     return f"{name}, stacked"
+
+
+def right_alone(answers: Rows) -> FloatArray:
+    return np.array([float(row["outcome"] == "local_correct") for row in answers])
+
+
+def log_prob_router(key: str) -> Router:
+    """Calls where a log-prob of the answer is low."""
+    return lambda run, split, answers: (doubt(answers, key), right_alone(answers))
 
 
 # ---- collected

@@ -14,10 +14,10 @@ import numpy as np
 from studies import along_the_curve_shown, arms, frozen_decision, probe, prompt_router, rejection, rlcr, self_check
 from studies.along_the_curve import Contest
 from studies.arms import FRESH_SEEDS, Arm, Entrant, Finished, Predictions, Rows
-from studies.by_problem import HELDOUT, VALIDATION, Router, stacked
+from studies.by_problem import HELDOUT, VALIDATION, Router, log_prob_router, right_alone, stacked
 from studies.predictions import CALIBRATION_SAMPLES, HELDOUT_SAMPLES, SAMPLES
 from studies.report import ByProblem, Study
-from studies.routers import doubt, reading, self_consistency
+from studies.routers import reading, self_consistency
 from studies.statistics import FloatArray
 
 FRESH = {"task.args.seed": "9", "rollout.prompts_per_step": "64", "rollout.samples_per_prompt": "4"}
@@ -37,21 +37,13 @@ RANDOM, VOTES = "+ random offloading", f"+ self-consistency of {SAMPLES}"
 # ---- routers put on a trained model, from predictions that every run has
 
 
-def _log_prob(key: str) -> Router:
-    return lambda run, split, answers: (doubt(answers, key), _local(answers))
-
-
-def _local(answers: Rows) -> FloatArray:
-    return np.array([float(row["outcome"] == "local_correct") for row in answers])
-
-
 def _random(run: Finished, split: str, answers: Rows) -> tuple[FloatArray, FloatArray]:
-    return np.zeros(len(answers)), _local(answers)
+    return np.zeros(len(answers)), right_alone(answers)
 
 
 def _perfect(run: Finished, split: str, answers: Rows) -> tuple[FloatArray, FloatArray]:
     """Calls on exactly the wrong answers first."""
-    return 1 - _local(answers), _local(answers)
+    return 1 - right_alone(answers), right_alone(answers)
 
 
 def _votes(run: Finished, split: str, answers: Rows) -> tuple[FloatArray, FloatArray]:
@@ -66,12 +58,15 @@ LOG_PROBS = {"mean log-prob": "answer_logprob_mean", "min log-prob": "answer_log
 ROUTERS: Mapping[str, Mapping[str, Router]] = {
     MASKED: {
         RANDOM: _random,
-        **{f"+ {name}": _log_prob(key) for name, key in LOG_PROBS.items()},
+        **{f"+ {name}": log_prob_router(key) for name, key in LOG_PROBS.items()},
         VOTES: _votes,
         "+ perfect self-check": _perfect,
     },
-    UNSHOWN: {f"+ {name}, help not shown": _log_prob(key) for name, key in LOG_PROBS.items()},
-    OURS: {"marginal, its mean log-prob": _log_prob("answer_logprob_mean"), "marginal, perfect self-check": _perfect},
+    UNSHOWN: {f"+ {name}, help not shown": log_prob_router(key) for name, key in LOG_PROBS.items()},
+    OURS: {
+        "marginal, its mean log-prob": log_prob_router("answer_logprob_mean"),
+        "marginal, perfect self-check": _perfect,
+    },
 }
 CEILINGS = ("+ perfect self-check", "marginal, perfect self-check")
 LOG_PROB_ROUTERS = (

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,8 @@ from gapg.tasks.templates import ANSWER_ONLY
 from gapg.tasks.vocabulary import word_tokenizer
 from gapg_rollout.records import OracleQuestion
 from studies import arms
-from studies.arms import Arm, Finished, Rows
+from studies.arms import Arm, Entrant, Finished, Rows
+from studies.by_problem import HELDOUT, collect, log_prob_router, stacked
 from studies.drawing import COLOURS, SMALL, panels, percent
 from studies.report import (
     Column,
@@ -33,8 +35,7 @@ from studies.report import (
     table_of,
     verdict,
 )
-from studies.routers import doubt
-from studies.statistics import Difference, area, at_calls, compare, curve, problems
+from studies.statistics import Difference, area, at_calls, compare, curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -200,44 +201,43 @@ BASES = (arms.warm_start, arms.masked, arms.gapg, arms.marginal)
 
 
 def other_arms(seed: int) -> list[Arm]:
-    found = []
-    for name, overrides in TASKS.items():
-        for base in BASES:
-            arm = base(seed)
-            found.append(replace(arm, label=f"{arm.label} on {name}", overrides={**arm.overrides, **overrides}))
-    return found
+    return [_on_task(base, name, seed) for name in TASKS for base in BASES]
+
+
+def _on_task(base: Callable[[int], Arm], name: str, seed: int) -> Arm:
+    arm = base(seed)
+    return replace(arm, label=f"{arm.label} on {name}", overrides={**arm.overrides, **TASKS[name]})
 
 
 def measure(finished: list[Finished]) -> tuple[Rows, list[Difference]]:
-    """A row a task, method and seed; the marginal method less each other on its task, at equal calls. Greedy."""
+    """A row a task, method and seed; at equal calls the marginal method less each other on its task, and of those that
+    stack their score with log-probs and length the same. Greedy."""
     rows: Rows = []
     comparisons: list[Difference] = []
     for name in TASKS:
-        ending = f" on {name}"
-        runs = [run for run in finished if run.arm.label.endswith(ending)]
-        table = problems(runs)
-        table["arm"] = table["arm"].str.removesuffix(ending)
-        table = pd.concat([table, *(_log_prob_router(run, table) for run in runs)], ignore_index=True)
+        table = _table(finished, name)
         for (method, seed), part in table.groupby(["arm", "seed"], sort=False):
             line = curve(part)
             right = {f"at_{c:g}": line.at(c) for c in (0.0, *FRACTIONS, 1.0)}
             rows.append({"task": name, "method": method, "seed": int(seed), "n": len(part), "area": area(line)} | right)
+        pairs = [(stacked(OURS) if arm.endswith(stacked("")) else OURS, arm) for arm in table["arm"].unique()]
         for c in FRACTIONS:
             right = at_calls(table, c)
-            others = [arm for arm in table["arm"].unique() if arm != OURS]
             comparisons += [
-                {"a": OURS, "b": b, "task": name, "cloud_fraction": c, **compare(table, right, OURS, b)} for b in others
+                {"a": a, "b": b, "task": name, "cloud_fraction": c, **compare(table, right, a, b)}
+                for a, b in pairs
+                if a != b
             ]
     return rows, comparisons
 
 
-def _log_prob_router(run: Finished, table: pd.DataFrame) -> pd.DataFrame:
-    """The problems of the masked task-tuned run, scored by its mean log-prob; no rows of another run."""
-    mine = table[(table["arm"] == arms.masked(0).label) & (table["seed"] == run.arm.seed)]
-    if not run.arm.label.startswith(arms.masked(0).label):
-        return mine.iloc[:0]
-    of = {row["id"]: row for row in run.rows("heldout-masked")}
-    return mine.assign(arm=LOG_PROB, score=doubt([of[i] for i in mine["id"]], "answer_logprob_mean"))
+def _table(finished: list[Finished], name: str) -> pd.DataFrame:
+    """The held-out problems of a task, by method; the mean log-prob routes for the masked task-tuned run."""
+    entrants = [Entrant(base(0).label, partial(_on_task, base, name)) for base in BASES]
+    runs = [run for run in finished if run.arm.label.endswith(f" on {name}")]
+    masked = _on_task(arms.masked, name, 0).label
+    table = collect(runs, entrants, {masked: {LOG_PROB: log_prob_router("answer_logprob_mean")}})
+    return table[table["split"] == HELDOUT].reset_index(drop=True)
 
 
 def tables(record: Record) -> list[Table]:
@@ -254,21 +254,23 @@ def tables(record: Record) -> list[Table]:
         *((f"{c:.0%} called", seeds_of(f"at_{c:g}")) for c in FRACTIONS),
         ("cloud alone", mean_of("at_1")),
         ("area", mean_of("area", "{:.3f}".format)),
-        (f"{OURS} less it, points (95%)", against),
+        (f"{OURS} less it, points (95%); stacked less stacked", against),
     ]
     title = f"Right together at equal calls, greedy; {covered(len(record['seeds']))}"
     return [table_of(title, grouped(record["rows"], "task", "method").values(), columns)]
 
 
 def draw(figure: Figure, record: Record) -> None:
-    """Accuracy against calls, a panel a task; a thin line a seed."""
+    """Accuracy against calls, a panel a task: a line a method, and a dashed one of its stacked score."""
     at = np.array([0.0, *FRACTIONS, 1.0])
     of_task = grouped(record["rows"], "task")
+    plain = [row["method"] for row in record["rows"] if not row["method"].endswith(stacked(""))]
+    colours = dict(zip(dict.fromkeys(plain), COLOURS, strict=False))
     for axis, ((name,), rows) in zip(panels(figure, len(of_task), width=6.4), of_task.items(), strict=True):
-        for ((method,), of_method), colour in zip(grouped(rows, "method").items(), COLOURS, strict=False):
+        for (method,), of_method in grouped(rows, "method").items():
             y_SK = np.array([[row[f"at_{c:g}"] for c in at] for row in of_method])
-            axis.plot(at, y_SK.T, color=colour, linewidth=0.6, alpha=0.5)
-            axis.plot(at, y_SK.mean(0), color=colour, linewidth=2, label=method)
+            style = {"color": colours[method.removesuffix(stacked(""))], "label": method}
+            axis.plot(at, y_SK.mean(0), "-" if method in colours else "--", linewidth=2, **style)
         axis.set(xlabel="called", ylabel="right together", title=name)
         axis.legend(fontsize=SMALL, loc="lower right")
         percent(axis, x=True, y=True)
@@ -284,5 +286,7 @@ OTHER_TASKS = Study(
     draw,
     sets=("task.name", "task.args"),
     notes="Chains are trained at half of the quickstart's learning rate. At the whole of it, on a seed for tuning,"
-    " marginal lost its answers: it took to answering before its last step. A decision weight of .25 kept them.",
+    " marginal lost its answers: it took to answering before its last step. A decision weight of .25 kept them."
+    ' "stacked": a logistic regression of the help margin, the mean and least log-prob and the length, fitted on the'
+    " validation problems.",
 )

@@ -12,6 +12,7 @@ from gapg.config import load_config
 from gapg.judge import parse
 from gapg.tasks.base import HELP_PHRASE, Verdict
 from studies.arms import Finished
+from studies.by_problem import stacked
 from studies.other_tasks import FRACTIONS, LOG_PROB, OTHER_TASKS, OURS, TASKS, Chains, other_arms
 from studies.report import Record, Study
 
@@ -104,23 +105,38 @@ def test_the_study_on_tables_made_by_hand(
     predicted: Callable[..., dict[str, Any]],
     drawn: Callable[[Study, list[Finished]], Record],
 ) -> None:
-    """Wrong alone on the first half; the marginal method calls these first, the others the last half; the log-prob
-    tells them nothing."""
+    """Wrong alone on the first half; the marginal method calls these first, the others the last half; the mean log-prob
+    tells them nothing, and the least one all."""
+
+    def answered(ids: range, sign: int) -> list[dict[str, Any]]:
+        wrong = len(ids) // 2
+        return [
+            predicted(
+                i,
+                "local_wrong" if i - ids.start < wrong else "local_correct",
+                sign * (ids.start + wrong + 0.5 - i),
+                answer_logprob_mean=-1.0,
+                answer_logprob_min=-3.0 if i - ids.start < wrong else -2.0,
+            )
+            for i in ids
+        ]
+
     runs = []
     for arm in (arm for seed in (20, 21) for arm in other_arms(seed)):
         sign = 1 if arm.label.startswith(OURS) else -1
-        rows = [
-            predicted(i, "local_wrong" if i < 20 else "local_correct", sign * (20.5 - i), answer_logprob_mean=-1.0)
-            for i in range(40)
-        ]
-        runs.append(finish(arm, {"heldout-masked": rows, "heldout-sampled": rows}))
+        heldout, train = answered(range(40), sign), answered(range(100, 200), sign)
+        files = {"heldout-masked": heldout, "heldout-sampled": heldout, "train-masked": train}
+        runs.append(finish(arm, files))
     record = drawn(OTHER_TASKS, runs)
     at = {(row["task"], row["method"], row["seed"]): row for row in record["rows"]}
-    assert len(at) == len(TASKS) * 5 * 2
+    assert len(at) == len(TASKS) * (5 + 4) * 2
     for task in TASKS:
         assert at[task, OURS, 20]["at_0.3"] == pytest.approx(0.8)
         assert at[task, LOG_PROB, 21]["at_0.3"] == pytest.approx(0.65)
         assert at[task, "GAPG", 20]["at_0.3"] == pytest.approx(0.5)
-        less = {(d["b"], d["cloud_fraction"]): d["mean"] for d in record["comparisons"] if d["task"] == task}
-        assert less["GAPG", 0.5] == pytest.approx(0.5) and less[LOG_PROB, 0.5] == pytest.approx(0.25)
-        assert len(less) == 4 * len(FRACTIONS)
+        assert at[task, stacked("GAPG"), 20]["at_0.3"] == pytest.approx(0.8)
+        of_task = [d for d in record["comparisons"] if d["task"] == task]
+        less = {(d["a"], d["b"], d["cloud_fraction"]): d["mean"] for d in of_task}
+        assert less[OURS, "GAPG", 0.5] == pytest.approx(0.5) and less[OURS, LOG_PROB, 0.5] == pytest.approx(0.25)
+        assert less[stacked(OURS), stacked("GAPG"), 0.5] == pytest.approx(0.0)
+        assert len(less) == (4 + 3) * len(FRACTIONS)
