@@ -22,8 +22,10 @@ UNSEEN = "whose marks are not single tokens"
 def help_control(tokenizer: PreTrainedTokenizerBase) -> HelpControl:
     """The help phrase in tokens, in every way that the tokenizer writes it, whatever stands before it.
 
-    Real tokenizers join its `<` with a blank or a mark into other tokens (` <`, `.<`). Each spelling is split where it
-    first differs from an answer block in the same place. Think blocks are those whose marks are tokens of their own.
+    Real tokenizers join its `<` with a blank or a mark into other tokens (` <`, `.<`). Each spelling is split at the
+    token that first says more than an answer block in the same place could. Where one of the tags is a token of its own
+    and the other is not, their tokens differ earlier: at a `<`, or a blank, of any text. Think blocks are those whose
+    marks are tokens of their own.
 
     Raises ConfigError for a tokenizer that cannot tell the two endings apart.
     """
@@ -31,10 +33,12 @@ def help_control(tokenizer: PreTrainedTokenizerBase) -> HelpControl:
     def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False))
 
-    found = []
+    found, both = [], HELP_PHRASE[: _shared(HELP_PHRASE, ANSWER_OPEN)]
     for before in ("x", "x ", "x\n", *_joined(tokenizer)):
         phrase = encode(before + HELP_PHRASE)
         split = _shared(phrase, encode(before + ANSWER_OPEN))
+        while split < len(phrase) and _begins(before + both, plain_text(tokenizer, phrase[: split + 1])):
+            split += 1
         # a token that only holds what stood before is no part of the phrase; one that joins both is
         start = min(split, _shared(phrase, encode(before)))
         # a word tokenizer may have swallowed a part of the phrase with what stood before
@@ -53,13 +57,21 @@ def help_control(tokenizer: PreTrainedTokenizerBase) -> HelpControl:
 def _joined(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What the tokenizer joins with the beginning of the phrase in one token, after a letter."""
     ids = sorted(i for token, i in tokenizer.get_vocab().items() if HELP_PHRASE[0] in token)
-    texts = [plain_text(tokenizer, [i]) for i in ids]
+    # behind a letter, because SentencePiece takes the blank away from what begins a text
+    letter = list(tokenizer.encode("x", add_special_tokens=False))
+    head = plain_text(tokenizer, letter)
+    texts = [plain_text(tokenizer, [*letter, i]).removeprefix(head) for i in ids]
     cuts = [(text, text.rfind(HELP_PHRASE[0])) for text in texts]
     return [f"x{text[:cut]}" for text, cut in cuts if cut > 0 and HELP_PHRASE.startswith(text[cut:])]
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two lists begin with together."""
+def _begins(text: str, part: str) -> bool:
+    """Whether a text begins with a part, blanks aside: some tokenizers put them between words, or take them away."""
+    return "".join(text.split()).startswith("".join(part.split()))
+
+
+def _shared(a: Sequence[object], b: Sequence[object]) -> int:
+    """How many tokens, or letters, two sequences begin with together."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -89,7 +101,7 @@ def thinks_unseen(control: HelpControl, prompt_ids: Sequence[int], completion: C
     if spoken(completion.text, thinking) == completion.text:
         return False
     (_, prompts), *changes = _changes(control, prompt_ids, completion.token_ids, thinking)
-    return (thinking and prompts < 0) or len(changes) < think_marks(completion.text)
+    return (thinking and prompts < 0) or len(changes) < think_marks(completion.text, thinking)
 
 
 def _changes(

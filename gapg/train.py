@@ -57,7 +57,7 @@ def train(run: Run, validate: Validate) -> None:
                 with run.phases("evaluate"):
                     row |= validate(run)
             best = not row["skipped"] and _is_best(run, row)
-            health.warn_if_collapsed(state, row)
+            health.warn_if_collapsed(config, state, row)
             row |= {f"seconds/{name}": seconds for name, seconds in run.phases.take().items()}
             run.tracker.log({"step": state.step, **row})
             if state.bad_in_a_row >= health.BAD_STEPS:

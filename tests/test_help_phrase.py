@@ -92,6 +92,8 @@ def test_blocks_that_no_tokens_tell_of() -> None:
     assert not unseen((6, 5, 7, 5), block) and not unseen((5,), plain)
     assert not unseen((5, 7, 5), "5 </think> 5", prompt=(6,))
     assert not unseen((5, 5), "5 5", prompt=(6,)), "it has not ended"
+    assert not unseen((6, 5, 6, 5, 7, 5), "<think> 5 <think> 5 </think> 5"), "a mark in a block opens nothing"
+    assert not unseen((6, 2, 5, 2, 7, 5), "<think> <reasoning> 5 </reasoning> </think> 5")
     assert unseen((2, 3, 5, 7, 5), block), "opened in other tokens"
     assert unseen((5, 2, 3, 5), "5 </think> 5", prompt=(6,)), "closed in other tokens"
     assert unseen((6, 7, 2, 3, 5), "<think></think><reasoning> 5"), "another after it"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from gapg.config import load_config
 from gapg.evaluation.validate import validate
 from gapg.jsonl import read_jsonl
 from gapg.judge import Judge
@@ -312,6 +313,9 @@ def test_a_kill_between_any_two_writes_changes_nothing(
     assert not failures, f"killed at moment: {failures}"
 
 
+GAPG, MARGINAL = load_config("quickstart"), load_config("quickstart", {"method": "marginal"})
+
+
 # --- warnings --------------------------------------------------------------------------------------------------------
 
 
@@ -321,30 +325,40 @@ def test_a_collapsed_policy_is_said_loudly_and_once(
 ) -> None:
     state = TrainState()
     for _ in range(COLLAPSED_AFTER - 1):
-        warn_if_collapsed(state, {"call_fraction": fraction, "alpha_c": 0.3})
+        warn_if_collapsed(GAPG, state, {"call_fraction": fraction, "alpha_c": 0.3})
     assert "collapsed" not in capsys.readouterr().err
     for _ in range(30):
-        warn_if_collapsed(state, {"call_fraction": fraction, "alpha_c": 0.3})
+        warn_if_collapsed(GAPG, state, {"call_fraction": fraction, "alpha_c": 0.3})
     error = capsys.readouterr().err
     assert error.count(f"policy collapsed: it {what} the cloud for 20 steps") == 1
-    warn_if_collapsed(state, {"call_fraction": 0.3, "alpha_c": 0.3})
+    warn_if_collapsed(GAPG, state, {"call_fraction": 0.3, "alpha_c": 0.3})
     for _ in range(COLLAPSED_AFTER):
-        warn_if_collapsed(state, {"call_fraction": fraction, "alpha_c": 0.3})
+        warn_if_collapsed(GAPG, state, {"call_fraction": fraction, "alpha_c": 0.3})
     assert "policy collapsed" in capsys.readouterr().err, "and again after it had recovered"
 
 
-def test_where_calls_have_no_price_none_is_to_be_changed(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("fraction", "what"), [(1e-3, "never called"), (0.999, "always called")])
+def test_chances_that_make_up_no_call_are_a_collapse_too(
+    capsys: pytest.CaptureFixture[str], fraction: float, what: str
+) -> None:
+    """A mean of chances is never quite 0 or 1: of 256 responses these make up a quarter of a call, or of an answer."""
+    for settings, named in ({}, False), ({"marginal.score": "price"}, True):
+        config, state = load_config("quickstart", {"method": "marginal", **settings}), TrainState()
+        for _ in range(COLLAPSED_AFTER):
+            warn_if_collapsed(config, state, {"call_fraction": fraction, "alpha_c": 0.3})
+        error = capsys.readouterr().err
+        assert f"{what} the cloud" in error and "lengthen the warm start" in error
+        assert ("reward.alpha_c" in error) == named, "a forecast has no price"
     state = TrainState()
     for _ in range(COLLAPSED_AFTER):
-        warn_if_collapsed(state, {"call_fraction": 0.0, "alpha_c": 0.3, "marginal/brier": 0.5})
-    error = capsys.readouterr().err
-    assert "never called the cloud" in error and "lengthen the warm start" in error and "alpha_c" not in error
+        warn_if_collapsed(MARGINAL, state, {"call_fraction": 0.01, "alpha_c": 0.3})
+    assert "collapsed" not in capsys.readouterr().err, "two or three calls a step"
 
 
 def answers(state: TrainState, rights: Iterable[float]) -> None:
     for right in rights:
         state.step += 1
-        warn_if_collapsed(state, {"call_fraction": 0.3, "alpha_c": 0.3, "marginal/brier": 0.2, "marginal/right": right})
+        warn_if_collapsed(MARGINAL, state, {"call_fraction": 0.3, "alpha_c": 0.3, "marginal/right": right})
 
 
 def test_answers_that_a_run_loses_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -367,7 +381,9 @@ def test_answers_that_are_right_by_chance_are_not_lost(right: float, capsys: pyt
 
 
 def test_task_tuning_may_never_call(capsys: pytest.CaptureFixture[str]) -> None:
-    state = TrainState()
-    for _ in range(30):
-        warn_if_collapsed(state, {"call_fraction": 0.0, "alpha_c": 0.0})
+    unpriced = load_config("quickstart", {"method": "marginal", "marginal.weight": "0"})
+    for config, alpha_c in ((GAPG, 0.0), (unpriced, 0.3)):
+        state = TrainState()
+        for _ in range(30):
+            warn_if_collapsed(config, state, {"call_fraction": 0.0, "alpha_c": alpha_c})
     assert "collapsed" not in capsys.readouterr().err

@@ -118,7 +118,8 @@ class MaskedPass:
         """(the bias whose greedy calls agree best with S < chance, the part of the problems on which they do).
 
         Both rank problems, by the margin of one token and by the chances of all, and not quite alike. Of biases that
-        agree as well the one that calls least. Raises ValueError when no problem came near the phrase.
+        agree as well those that call least, and of these the chance's own log-odds where they are among them: what it
+        is for a response that could call at one place. Raises ValueError when no problem came near the phrase.
         """
         below_N, near_N = self.stays < chance, np.isfinite(self.margin_N)
         if not near_N.any():
@@ -126,7 +127,9 @@ class MaskedPass:
         margin_U, of_N = np.unique(-self.margin_N[near_N], return_inverse=True)
         gain_U = np.bincount(of_N, weights=np.where(below_N[near_N], 1.0, -1.0))
         calls = int(np.argmax(np.concatenate([[0.0], gain_U.cumsum()])))
-        bias = _bias_below((-margin_U).tolist(), calls)
+        low, high = np.concatenate([[-np.inf], margin_U, [np.inf]])[calls : calls + 2]
+        own = math.log(chance / (1.0 - chance))
+        bias = own if low < own <= high else _bias_below((-margin_U).tolist(), calls)
         return bias, float(np.mean(below_N == (self.chances(bias) > 0)))
 
     def right_among(self, bias: float) -> tuple[float, float]:

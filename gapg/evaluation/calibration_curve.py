@@ -59,6 +59,11 @@ def report(
             f"  calls agree with S < {entry.call_below:g} (S: its own chance of answering) on {entry.agreement:.1%}\n"
             f"  right when nobody is called: {answered} of those it answers, {called} of those it calls on"
         )
+        if chosen["wanted"] in (0.0, 1.0):
+            warn(
+                f"{'none' if chosen['wanted'] == 0 else 'all'} of these {entry.n} problems have S < "
+                f"{entry.call_below:g}, so this bias was tried on one side only: calibrate on more problems"
+            )
     if decoded.cloud_N is None:
         say(f"accuracy together needs oracle.kind={config.oracle.kind} asked {entry.n} times: --accuracy does it")
     if decoded.reachable < chosen["wanted"]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gapg.config import RunConfig
 from gapg.console import say_once, warn
 from gapg.filtering import Selection
 from gapg.help_phrase import UNSEEN, thinks_unseen
@@ -69,16 +70,20 @@ def watch(state: TrainState, row: dict[str, Any], selection: Selection) -> None:
             warn(f"{state.idle_steps} of {step} steps trained on nothing, the last because {_why_idle(selection)}")
 
 
-def warn_if_collapsed(state: TrainState, row: dict[str, Any]) -> None:
+def warn_if_collapsed(config: RunConfig, state: TrainState, row: dict[str, Any]) -> None:
     """Counts the steps in which nobody called, or everybody, and warns of many; and warns where answers get worse."""
-    f = row["call_fraction"]
-    pays = row["alpha_c"] > 0  # task-tuning only is meant never to call
-    state.never_called = state.never_called + 1 if f == 0 and pays else 0
-    state.always_called = state.always_called + 1 if f == 1 else 0
+    marginal = config.method == "marginal"
+    has_price = not marginal or config.marginal.score == "price"  # a forecast has none
+    # task-tuning only is meant never to call
+    pays = (row["alpha_c"] > 0 or not has_price) and not (marginal and config.marginal.weight == 0)
+    n = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    calls = row["call_fraction"] * n  # of chances their sum, which is never quite 0 or all
+    state.never_called = state.never_called + 1 if calls < 0.5 and pays else 0
+    state.always_called = state.always_called + 1 if n - calls < 0.5 and pays else 0
     if COLLAPSED_AFTER in (state.never_called, state.always_called):
         what = "never called the cloud" if state.never_called else "always called the cloud"
         fix = "raise reward.alpha_c or " if state.never_called else "lower reward.alpha_c or "
-        fix = "" if "marginal/brier" in row else fix  # a forecast has no price
+        fix = fix if has_price else ""
         warn(f"policy collapsed: it {what} for {COLLAPSED_AFTER} steps; {fix}lengthen the warm start")
     if math.isfinite(right := row.get("marginal/right", math.nan)):
         _warn_if_answers_are_lost(state, right)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ def has_stopped(text: str, stop: Sequence[str], thinking: bool = False) -> bool:
     return said is not None and any(s in said for s in stop)
 
 
-def think_marks(text: str) -> int:
-    """How often a think block is opened or closed in the text."""
-    return len(_THINK_MARK.findall(text))
+def think_marks(text: str, thinking: bool = False) -> int:
+    """How often a think block is opened or closed in the text; marks inside a block, which do neither, do not count."""
+    return sum(1 for _ in _turns(text, thinking))
 
 
 def spoken(text: str, thinking: bool = False) -> str | None:
@@ -78,17 +78,28 @@ def spoken(text: str, thinking: bool = False) -> str | None:
     before it.
     """
     outside: list[str] = []
-    start = 0
+    start, inside = 0, thinking
+    for found, opens in _turns(text, thinking):
+        if opens:
+            outside.append(text[start : found.start()])
+        else:
+            if not inside:
+                outside.clear()
+            start = found.end()
+        inside = opens
+    # joined by what is in no tag: a block must not hold the halves of one together
+    return None if inside else "\n".join([*outside, text[start:]])
+
+
+def _turns(text: str, thinking: bool) -> Iterator[tuple[re.Match[str], bool]]:
+    """Each mark that opens a block or closes one, and whether it opens it."""
     awaited = "" if thinking else None  # what closes the block; a block of the prompt's is closed by anything
     for found in _THINK_MARK.finditer(text):
         mark = found[0].lower()
         if mark in _CLOSE_OF:
             if awaited is None:
-                outside.append(text[start : found.start()])
                 awaited = _CLOSE_OF[mark]
+                yield found, True
         elif not awaited or mark == awaited:
-            if awaited is None:
-                outside.clear()
-            awaited, start = None, found.end()
-    # joined by what is in no tag: a block must not hold the halves of one together
-    return "\n".join([*outside, text[start:]]) if awaited is None else None
+            awaited = None
+            yield found, False

@@ -55,6 +55,7 @@ def test_where_one_token_decides_it_agrees_everywhere(odds: list[float], chance:
         return
     bias, agreement = one.fit_below(chance)
     assert agreement == 1
+    assert bias == pytest.approx(-threshold), "also where few problems, or none, lie about it"
     assert (one.chances(bias) > 0).tolist() == [z > threshold for z in odds]
 
 
@@ -136,6 +137,15 @@ def test_calibrate_and_evaluate(model: list[str], tmp_path: Path, capsys: pytest
         [r["help_margin"] + entry.bias > 0 for r in masked]
     )
     assert found["greedy, calls below 85%"]["help_bias"] == entry.bias
+
+
+def test_a_threshold_that_no_problem_is_beyond_is_said(
+    model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["calibrate", *model, "--call-below", "0.001", "--problems", "12"])
+    assert "none of these 12 problems have S < 0.001" in " ".join(capsys.readouterr().err.split())
+    (entry,) = load_calibration(tmp_path / "model")
+    assert (entry.called, entry.agreement) == (0.0, 1.0)
 
 
 def test_with_a_known_cloud_it_is_said_what_s_is(

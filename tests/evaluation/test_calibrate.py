@@ -18,13 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from gapg.batches.batching import Example, packed_batches
 from gapg.errors import ConfigError
 from gapg.evaluation.calibrate import fit_bias
-from gapg.help_phrase import help_control, masked
+from gapg.help_phrase import deciding_tokens, help_control, masked
 from gapg.judge import parse
 from gapg.model.policy import response_logprobs
 from gapg.tasks.base import HELP_PHRASE, STOP
 from gapg_rollout.engines.transformers import TransformersEngine
 from gapg_rollout.records import Completion, HelpControl, HelpSpelling, Sampling
-from tests.byte_pairs import ENDINGS, byte_pairs
+from tests.byte_pairs import ENDINGS, byte_pairs, metaspace
 
 MakeModel = Callable[..., PreTrainedModel]
 
@@ -62,10 +62,37 @@ def spelt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[HelpSpelling]:
     return found
 
 
-@given(st.text(alphabet="ab1 .)\n", max_size=6))
-def test_however_the_phrase_comes_it_is_found(bpe: PreTrainedTokenizerFast, before: str) -> None:
-    assert len(spelt(bpe, before + HELP_PHRASE)) == 1
-    assert not spelt(bpe, f"{before}<answer> 4 </answer>")
+ANSWER_TAGS, HELP_TAGS = ["<answer>", "</answer>"], ["<unknown>", "</unknown>"]
+TAGS = ([], ANSWER_TAGS, HELP_TAGS, ANSWER_TAGS + HELP_TAGS)
+"""Tags that may be tokens of their own."""
+
+
+KINDS = {f"{make.__name__} {' '.join(tags)}": (make, tags) for make in (byte_pairs, metaspace) for tags in TAGS}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def real(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    make, tags = KINDS[request.param]
+    tokenizer: PreTrainedTokenizerFast = make()
+    tokenizer.add_tokens(tags)
+    return tokenizer
+
+
+TEXTS = st.text(alphabet='ab1 .)\n"<>=', max_size=6)
+
+
+@given(before=TEXTS)
+def test_however_the_phrase_comes_it_is_found(real: PreTrainedTokenizerFast, before: str) -> None:
+    assert len(spelt(real, before + HELP_PHRASE)) == 1
+    assert not spelt(real, f"{before}<answer> 4 </answer>")
+
+
+@given(text=TEXTS)
+def test_what_is_no_call_is_neither_steered_nor_forbidden(real: PreTrainedTokenizerFast, text: str) -> None:
+    """Whichever of the tags are tokens of their own: `<` of an inequality begins no call, nor does a blank."""
+    ids = real.encode(f"{text}<answer> 4 < 5 </answer>", add_special_tokens=False)
+    forbidden = deciding_tokens(help_control(real), [], ids)
+    assert not [token for token, tokens in zip(ids, forbidden, strict=True) if token in tokens]
 
 
 def test_words_that_swallow_the_tag_are_no_spelling() -> None:
