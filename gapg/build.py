@@ -78,6 +78,7 @@ def make_oracle(run: RunConfig, task: Task, folder: Path) -> Oracle:
 
     settings = config.model_dump(exclude={"kind", "accuracy", "local_share", "cache", "account"})
     try:
+        config.check_model()
         return OpenAIOracle(**settings, cache_path=_cache(config, folder), account=oracle_account(run, folder))
     except CacheError as error:
         raise ConfigError(f"oracle.cache: {' '.join(str(error).split())}") from None

@@ -104,6 +104,8 @@ class RunConfig(Section):
     def _possible(self) -> RunConfig:
         if self.wandb and find_spec("wandb") is None:
             raise ValueError("wandb=true: W&B is not installed; pip install 'gapg[wandb]'")
+        if self.method == "gapg" or self.marginal.cloud != "ignore":
+            self.oracle.check_model()
         return self
 
     @model_validator(mode="after")

@@ -169,6 +169,7 @@ def _key(root: type[BaseModel], loc: tuple[int | str, ...]) -> str:
 
 
 _FORMS = {
+    "float_parsing": "should be a number, as in 0.7",
     "tuple_type": "should be a list, as in [0.1, 0.2]",
     "model_type": "should be a section of keys, not one value",
     "dict_type": "should be a mapping of keys, not one value",

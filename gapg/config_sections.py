@@ -231,7 +231,7 @@ class MarginalConfig(Section):
     def _possible(self) -> MarginalConfig:
         low, high = self.prices
         if low >= high:
-            raise ValueError(f"marginal.prices=[{low:g}, {high:g}]: give a range, such as [0, 1]")
+            raise ValueError(f"marginal.prices=[{low:g}, {high:g}]: give a range, the low end first, as in [0, 1]")
         if self.prices != (0.0, 1.0) and self.score != "brier":
             raise ValueError(f"marginal.prices is the range of score=brier: leave it out for score={self.score}")
         if self.cloud != "ignore" and self.score == "log":
@@ -267,7 +267,9 @@ class LossConfig(Section):
     @model_validator(mode="after")
     def _useful(self) -> LossConfig:
         if self.clip is not None and self.epochs == 1:
-            raise ValueError("loss.clip does nothing in one epoch, whose ratio is 1: set loss.epochs to 2 or more")
+            raise ValueError(
+                "loss.clip does nothing in one epoch, whose ratio is 1: leave it out, or set loss.epochs to 2"
+            )
         return self
 
 
@@ -382,9 +384,12 @@ class OracleConfig(Section):
             raise ValueError(
                 "oracle.spending_cap needs oracle.price_per_million_prompt and oracle.price_per_million_completion"
             )
+        return self
+
+    def check_model(self) -> None:
+        """Raises ValueError where a server is to be asked, and for which model is not said."""
         if self.kind == "openai" and not self.model:
             raise ValueError("oracle.model is empty: name the cloud model, e.g. --oracle.model gpt-5-mini")
-        return self
 
 
 class EvalConfig(Section):
@@ -393,6 +398,6 @@ class EvalConfig(Section):
     every: Whole = 50
     """Steps between evaluations during training (0: none)."""
     problems: Count = 500
-    """Problems kept out of training for these evaluations, and for choosing the best checkpoint."""
+    """Problems kept out of training for these evaluations, and for choosing the best checkpoint: at most a fifth."""
     heldout: Whole | None = None
     """Held-out problems of the final evaluation (empty: all; 0: none)."""

@@ -61,8 +61,7 @@ def train(run: Run, validate: Validate) -> None:
             row |= {f"seconds/{name}": seconds for name, seconds in run.phases.take().items()}
             run.tracker.log({"step": state.step, **row})
             if state.bad_in_a_row >= health.BAD_STEPS:
-                penalty = config.loss.kl_coef > 0
-                raise health.bad_steps(state.step, row, penalty, checkpoint.newest(run.folder / "checkpoints"))
+                raise health.bad_steps(config, state.step, row, checkpoint.newest(run.folder / "checkpoints"))
             late = state.step % config.checkpoint_every == 0 or time.monotonic() - saved_at >= most_s
             due = not row["skipped"] and (late or last or best)
             down, signal = outage.verdict(state, run.failure, last), stop.requested()

@@ -371,3 +371,14 @@ def test_show_holds_every_key() -> None:
     shown = yaml.safe_load(dump_config(load_config("quickstart")))
     assert set(shown) == set(RunConfig.model_fields)
     assert set(shown["rollout"]) >= {"engine", "max_rows", "temperature", "vllm_args"}
+
+
+def test_a_cloud_has_a_name_where_it_is_asked() -> None:
+    """`method: marginal` asks none while it trains, so none need be named; the oracle itself refuses later."""
+    unnamed = {"task.name": "maths", "oracle.kind": "openai"}
+    config = load_config("quickstart", {**unnamed, "method": "marginal"})
+    with pytest.raises(ValueError, match=r"oracle.model is empty"):
+        config.oracle.check_model()
+    for more in ({}, {"method": "marginal", "marginal.score": "brier", "marginal.cloud": "cached"}):
+        with pytest.raises(ConfigError, match=r"oracle.model is empty: name the cloud model"):
+            load_config("quickstart", {**unnamed, **more})

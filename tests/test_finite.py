@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg.build import make_task
 from gapg.commands.cli import main
-from gapg.config import RunConfig
+from gapg.config import RunConfig, load_config
 from gapg.config_sections import OptimConfig
 from gapg.evaluation.validate import validate
 from gapg.filtering import Selection
@@ -136,6 +136,16 @@ def goes_on(start: Start, good_step: Path, tmp_path: Path) -> Start:
     """`start`, for the steps after the good one."""
     shutil.copytree(good_step, tmp_path / "run", symlinks=True)
     return lambda **overrides: start(**EVERY_STEP, **overrides)
+
+
+def test_what_to_lower_is_what_the_run_has() -> None:
+    row = {"rollout_lost": 0}
+    for overrides, fix in (
+        ({}, "lower optim.lr or the rewards,"),
+        ({"loss.kl_coef": "0.1"}, "lower optim.lr, loss.kl_coef or the rewards,"),
+        ({"method": "marginal"}, "lower optim.lr or marginal.weight and marginal.trace,"),
+    ):
+        assert fix in str(health.bad_steps(load_config("quickstart", overrides), 3, row, None))
 
 
 @pytest.mark.parametrize("way", WAYS)

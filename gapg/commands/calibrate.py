@@ -93,7 +93,8 @@ def check_forecast(config: RunConfig, model: Path, call_below: float) -> None:
     if why := no_forecast(config, model):
         raise ConfigError(
             f"--call-below needs a policy whose chance of answering was trained to be that of a right answer, and this "
-            f"was not ({why}): use --cloud-fraction, or train with method=marginal"
+            f"was not ({why}): use --cloud-fraction, or a model trained with method=marginal, whose score, weight and "
+            "temperature are left as they are"
         )
     low, high = config.marginal.prices
     if not low < call_below < high:

@@ -65,7 +65,8 @@ def _evaluation_oracle(run: Run) -> Oracle:
         return run.oracle
     if run.config.oracle.kind == "solver":
         return make_oracle(run.config, run.task, run.folder)
-    say(f"no cloud is asked here, so calls may stay unknown: gapg eval {run.folder} asks {run.config.oracle.model}")
+    cloud = run.config.oracle.model or "one"
+    say(f"no cloud is asked here, so calls may stay unknown: gapg eval {run.folder} asks {cloud}")
     return run.oracle
 
 

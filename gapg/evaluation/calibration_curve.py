@@ -15,6 +15,7 @@ from gapg.config import RunConfig
 from gapg.console import printable, say, tables, warn
 from gapg.evaluation.calibrate import LIMIT, Calibration, MaskedPass
 from gapg.evaluation.report import BLUE, GREEN, GREY, save_figure
+from gapg.evaluation.statistics import wilson
 from gapg.files import write_whole
 from gapg.jsonl import to_json
 
@@ -62,7 +63,14 @@ def report(
         if chosen["wanted"] in (0.0, 1.0):
             warn(
                 f"{'none' if chosen['wanted'] == 0 else 'all'} of these {entry.n} problems have S < "
-                f"{entry.call_below:g}, so this bias was tried on one side only: calibrate on more problems"
+                f"{entry.call_below:g}: the bias follows from that chance alone, no problem has tried it"
+            )
+        n = round(entry.n * (1 - entry.called))
+        known = config.marginal.cloud != "ignore"  # then S is another chance than that of a right answer
+        if n and not known and wilson(round(n * chosen["right_answered"]), n)[1] < entry.call_below:
+            warn(
+                f"of those it answers {answered} are right, where S says {entry.call_below:.4g} or more: S is no such "
+                "chance yet; train for longer, or use --cloud-fraction"
             )
     if decoded.cloud_N is None:
         say(f"accuracy together needs oracle.kind={config.oracle.kind} asked {entry.n} times: --accuracy does it")

@@ -51,10 +51,16 @@ def evaluate(
 
     trained: the config that the model was trained by. settings: what else summary.json tells of where the figures
     come from.
-    Raises ConfigError where a calibration does not fit the tokenizer; and OracleDown, after all is written, where the
-    cloud failed every question, so that nothing is known of the calls.
+    Raises ConfigError where there is no problem, or a calibration does not fit the tokenizer; and OracleDown, after all
+    is written, where the cloud failed every question, so that nothing is known of the calls.
     """
     prompts = fitting_prompts(config, task, tokenizer, "heldout")
+    if not prompts:
+        raise ConfigError(
+            "no held-out problem to evaluate on: add --eval.heldout none for all, or --eval.heldout 200 for the first"
+            if config.eval.heldout == 0
+            else f"task {task.name!r}: no held-out problem fits; raise rollout.max_prompt_tokens"
+        )
     judge = Judge(task, oracle, ask_unsolved=False, thinking=opens_think(task, tokenizer))
     wanted = decodings(config, tokenizer, Path(model))
     decoded, lines, unbiased = masked_greedy(config, task, tokenizer, engine, prompts, judge.thinking)

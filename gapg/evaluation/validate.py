@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from gapg.runs.run import Run
 
 
+CLOUD = {
+    "ignore": "the cloud, which nobody asks, counts as right",
+    "cached": "where none of its answers is kept, the cloud counts as right",
+    "ask": "the cloud as right as its answers",
+}
+
+
 def validate(run: Run) -> dict[str, float]:
     """The figures `eval/...` of the validation problems; prints and logs one transcript of each outcome.
 
@@ -38,15 +45,17 @@ def validate(run: Run) -> dict[str, float]:
     if marginal:
         forecast = f"S, the chance to answer, tells which: AUROC {figures['auroc']:.3f}, Brier {figures['brier']:.3f}"
         say(f"step {step}: right alone {local} of {n} validation problems; {forecast}")
-        say(f"    together {together} with the {called} of least S called; a cloud that is not asked counts as right")
+        say(f"    together {together} with the {called} of least S called; {CLOUD[run.config.marginal.cloud]}")
     else:
         say(f"step {step}: together {together}, local {local}, called {called} of {n} validation problems")
     try:
         check_evaluation(groups)
     except OracleDown as error:  # whether training ends is said by its own questions
         warn(str(error))
+    if unknown := sum(g.unknown for g in groups):
+        say("    nobody knows whether this is the best step so far, so it is not kept as that")
     _transcripts(run, groups)
-    return {f"eval/{key}": figure for key, figure in figures.items()} | {"eval/unknown": sum(g.unknown for g in groups)}
+    return {f"eval/{key}": figure for key, figure in figures.items()} | {"eval/unknown": unknown}
 
 
 def masked_figures(groups: list[Group], cloud_fraction: float) -> dict[str, float]:
@@ -55,20 +64,21 @@ def masked_figures(groups: list[Group], cloud_fraction: float) -> dict[str, floa
     `local_accuracy`: the part that is right, no problem called. `brier`, `auroc`: of S as a forecast of that.
     `call_fraction`, `accuracy`: the problems of least S are called, as many as fit into `cloud_fraction`; each is then
     right as often as the cloud's known answers to it, or always where none is known. A group whose question failed is
-    left out; figures of no problems are NaN.
+    left out of these two; figures of no problems are NaN.
     """
-    known = [g for g in groups if not g.unknown]
-    odds = [np.array(g.completions[0].help_log_odds or ()) for g in known]
+    odds = [np.array(g.completions[0].help_log_odds or ()) for g in groups]
     stays = np.exp([-np.logaddexp(0, o).sum() for o in odds])
-    right = np.array([float(g.solved_locally) for g in known])
-    cloud = np.array([1.0 if g.oracle_score is None else g.oracle_score for g in known])
-    called = np.argsort(stays, kind="stable")[: math.floor(len(known) * Fraction(str(cloud_fraction)))]
+    right = np.array([float(g.solved_locally) for g in groups])
+    cloud = np.array([1.0 if g.oracle_score is None else g.oracle_score for g in groups])
+    known = np.flatnonzero([not g.unknown for g in groups])
+    called = known[np.argsort(stays[known], kind="stable")]
+    called = called[: math.floor(len(known) * Fraction(str(cloud_fraction)))]
     together = right.copy()
     together[called] = cloud[called]
     return {
-        "accuracy": float(together.mean()) if known else math.nan,
-        "local_accuracy": float(right.mean()) if known else math.nan,
-        "call_fraction": len(called) / len(known) if known else math.nan,
+        "accuracy": float(together[known].mean()) if len(known) else math.nan,
+        "local_accuracy": float(right.mean()) if groups else math.nan,
+        "call_fraction": len(called) / len(known) if len(known) else math.nan,
         "brier": brier(stays, right),
         "auroc": auroc(stays, right),
     }

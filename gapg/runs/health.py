@@ -118,15 +118,13 @@ def say_if_thinking(groups: Sequence[Group], ids_of: Mapping[str, Sequence[int]]
         )
 
 
-def bad_steps(step: int, row: dict[str, Any], penalty: bool, last: Path | None) -> Diverged:
-    """What ends a run of which BAD_STEPS steps in a row were skipped, up to `step`, of which `row` tells.
-
-    penalty: there is a KL term.
-    """
+def bad_steps(config: RunConfig, step: int, row: dict[str, Any], last: Path | None) -> Diverged:
+    """What ends a run of which BAD_STEPS steps in a row were skipped, up to `step`, of which `row` tells."""
     if row["rollout_lost"]:
         fix = "mend the engine, or change rollout.engine or model.dtype"
     else:
-        fix = f"lower optim.lr{', loss.kl_coef' if penalty else ''} or the rewards"
+        worth = "marginal.weight and marginal.trace" if config.method == "marginal" else "the rewards"
+        fix = f"lower optim.lr{', loss.kl_coef' if config.loss.kl_coef > 0 else ''} or {worth}"
     return diverged(f"step {step}", f"{_why_bad(row)}, {BAD_STEPS} steps in a row", fix, last)
 
 

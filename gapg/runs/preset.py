@@ -25,10 +25,19 @@ def resolve(name: str, overrides: Mapping[str, str], *, resume: bool) -> RunConf
     What was changed in `name` since then holds where a resume may change it. Raises ConfigError for any other change,
     and so for another preset than the run's.
     """
-    config = load_config(name, overrides)
-    saved = config.output_dir / "config.yaml"
-    if not (resume and holds_run(config.output_dir)):
-        return config
+    if not resume:
+        return load_config(name, overrides)
+    try:
+        folder = load_config(name, overrides).output_dir
+    except ConfigError:
+        # what `name` lacks the run may have: it was given as an option
+        given = overrides.get("output_dir") or load_tree(name).get("output_dir")
+        folder = Path(str(given))
+        if not given or not holds_run(folder):
+            raise
+    if not holds_run(folder):
+        return load_config(name, overrides)
+    saved = folder / "config.yaml"
     return load_config(str(saved), _changes(name, saved) | dict(overrides))
 
 

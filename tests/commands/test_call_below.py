@@ -143,9 +143,16 @@ def test_a_threshold_that_no_problem_is_beyond_is_said(
     model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["calibrate", *model, "--call-below", "0.001", "--problems", "12"])
-    assert "none of these 12 problems have S < 0.001" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "none of these 12 problems have S < 0.001" in said and "no such chance yet" not in said
     (entry,) = load_calibration(tmp_path / "model")
     assert (entry.called, entry.agreement) == (0.0, 1.0)
+
+
+def test_a_chance_that_is_none_is_said(model: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that never trained its decision answers what it seldom gets right."""
+    main(["calibrate", *model, "--call-below", "0.8"])
+    assert "where S says 0.8 or more: S is no such chance yet" in " ".join(capsys.readouterr().err.split())
 
 
 def test_with_a_known_cloud_it_is_said_what_s_is(
@@ -184,6 +191,7 @@ def test_what_a_run_was_trained_by_is_not_changed_on_the_command_line(
     [
         (["--call-below", "1"], ["call_below='1': input should be less than 1"]),
         (["--call-below", "0"], ["call_below='0': input should be greater than 0"]),
+        (["--call-below", "70%"], ["call_below='70%': should be a number, as in 0.7"]),
         (["--call-below", "0.7", "--cloud-fraction", "0.3"], ["give one of them"]),
         (["--call-below", "0.7", "--temperature", "1"], ["greedy decoding", "leave out --temperature"]),
         (["--call-below", "0.7", "--method", "gapg"], ["(method=gapg)", "use --cloud-fraction"]),

@@ -121,7 +121,7 @@ def test_no_prompt_fits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
         (["train", "quickstart", "--optim.lrr"], ["optim.lrr: unknown key", "optim.lr?"]),
         (["train", "quickstart", "--model.lora.rnk", "8"], ["model.lora.rnk: unknown key", "model.lora.rank?"]),
         (["train", "quickstart", "--model.lora", "{rnk: 8}"], ["model.lora.rnk: unknown key", "model.lora.rank?"]),
-        (["train", "quickstart", "--loss.clip", "0.2,0.28"], ["loss.clip", "set loss.epochs to 2"]),
+        (["train", "quickstart", "--loss.clip", "0.2,0.28"], ["loss.clip", "leave it out, or set loss.epochs to 2"]),
         (["train", "quickstart", "--loss.clip", "0.2"], ["loss.clip: too few values", "[0.1, 0.2]"]),
         (["train", "quickstart", "--warm-start", "5"], ["warm_start=5", "a section of keys"]),
         (["train", "quickstart", "--compare"], ["compare", "python bench/study.py quickstart"]),

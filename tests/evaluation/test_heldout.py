@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gapg.build import make_engine, make_oracle, make_task
 from gapg.config import RunConfig
+from gapg.errors import ConfigError
 from gapg.evaluation.calibrate import Calibration, MaskedPass, save_calibration
 from gapg.evaluation.evaluate import prediction, respond
 from gapg.evaluation.heldout import evaluate, masked_greedy
@@ -106,12 +107,18 @@ def test_the_decision_s_figures_can_be_computed_again(
     assert f"{found['auroc']:.3f}  (" in out and "not trained to be that of a right answer (method=gapg)" in out
 
 
-def test_no_problems_are_evaluated_too(small: dict[str, Any], tmp_path: Path) -> None:
+def test_no_problems_are_no_evaluation(small: dict[str, Any], tmp_path: Path) -> None:
+    """A run that was trained with `--eval.heldout 0` keeps that in its config."""
     config = small["config"]
-    small["config"] = config.model_copy(update={"eval": config.eval.model_copy(update={"heldout": 0})})
-    evaluate(**small, trained=small["config"], model=str(tmp_path / "model"))
-    decision = json.loads((tmp_path / "summary.json").read_text())["decision"]
-    assert decision["n"] == 0 and decision["auroc"] is None
+    for section, key, value, fix in (
+        ("eval", "heldout", 0, "--eval.heldout none"),
+        ("rollout", "max_prompt_tokens", 1, "raise rollout.max_prompt_tokens"),
+    ):
+        changed = getattr(config, section).model_copy(update={key: value})
+        small["config"] = config.model_copy(update={section: changed})
+        with pytest.raises(ConfigError, match=fix):
+            evaluate(**small, trained=small["config"], model=str(tmp_path / "model"))
+    assert not (tmp_path / "summary.json").exists()
 
 
 def test_a_tokenizer_that_cannot_tell_the_endings_apart(

@@ -36,11 +36,11 @@ def test_the_figures_by_hand() -> None:
         group(True, 0.5, unknown=True),
     ]
     figures = masked_figures(groups, 0.4)
-    assert figures["local_accuracy"] == pytest.approx(2 / 5)
+    assert figures["local_accuracy"] == pytest.approx(3 / 6), "whatever the cloud failed"
     assert figures["call_fraction"] == pytest.approx(2 / 5)
     assert figures["accuracy"] == pytest.approx((1 + 1 + 0.25 + 1 + 0) / 5), "of the called one counts as right"
-    assert figures["brier"] == pytest.approx((0 + 0.4**2 + 0.28**2 + 0.05**2 + 0.99**2) / 5)
-    assert figures["auroc"] == pytest.approx((3 + 2) / 6)
+    assert figures["brier"] == pytest.approx((0 + 0.4**2 + 0.28**2 + 0.05**2 + 0.99**2 + 0.5**2) / 6)
+    assert figures["auroc"] == pytest.approx((3 + 2 + 2) / 9)
     assert masked_figures(groups, 0.2)["accuracy"] == pytest.approx(2.25 / 5), "the least S alone"
 
 
@@ -53,7 +53,9 @@ def test_never_more_calls_than_the_budget(fraction: float, n: int, calls: int) -
 
 
 def test_of_no_problems_nothing_is_known() -> None:
-    assert all(map(math.isnan, masked_figures([group(True, unknown=True)], 0.3).values()))
+    assert all(map(math.isnan, masked_figures([], 0.3).values()))
+    figures = masked_figures([group(True, unknown=True)], 0.3)
+    assert {key for key, x in figures.items() if math.isnan(x)} == {"accuracy", "call_fraction", "auroc"}
 
 
 def test_a_phrase_that_is_all_but_certain_or_impossible() -> None:
@@ -84,13 +86,15 @@ def test_a_run_is_validated_without_a_call(start: Callable[..., Run], capsys: py
     assert run.state.best_step in (1, 2) and run.state.best_score is not None
 
 
-def test_known_answers_of_the_cloud_count(start: Callable[..., Run]) -> None:
+def test_known_answers_of_the_cloud_count(start: Callable[..., Run], capsys: pytest.CaptureFixture[str]) -> None:
     """The solver, always wrong, makes a call worth nothing; `ignore` takes it for right."""
     wrong = settings("https://cloud.invalid/v1", "cached") | {"oracle__kind": "solver", "oracle__accuracy": "0"}
     run = start(**wrong)
     figures = validate(run)
     assert figures["eval/accuracy"] <= figures["eval/local_accuracy"]
     assert run.oracle.usage.requests == 0 and run.oracle.usage.cache_hits == 12
+    assert "where none of its answers is kept, the cloud counts as right" in capsys.readouterr().err
     trusted = validate(start("ignore", **wrong | {"marginal__cloud": "ignore"}))
+    assert "the cloud, which nobody asks, counts as right" in capsys.readouterr().err
     assert trusted["eval/local_accuracy"] == figures["eval/local_accuracy"]
     assert trusted["eval/accuracy"] - figures["eval/accuracy"] == pytest.approx(figures["eval/call_fraction"])

@@ -101,5 +101,19 @@ def test_a_file_that_is_complete_only_with_options(tmp_path: Path) -> None:
     preset.remember(name, folder)
     (folder / "config.yaml").write_text(dump_config(config))
     assert preset.resolve(name, given, resume=True) == config
+    assert preset.resolve(name, {"output_dir": str(folder)}, resume=True) == config, "options need not be given again"
+    with pytest.raises(ConfigError, match=r"oracle.model is empty"):
+        preset.resolve(name, {"output_dir": str(tmp_path / "other"), "task.name": "countdown"}, resume=True)
     Path(name).write_text("{steps: 9, oracle: {kind: openai}}")
     assert preset.resolve(name, given, resume=True).steps == 9
+
+
+def test_an_option_of_the_runs_own_method_is_read_beside_it(tmp_path: Path) -> None:
+    """A preset of gapg takes no `marginal.weight`; the run that was begun from it by `--method marginal` does."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    given = {"output_dir": str(folder), "method": "marginal"}
+    config = preset.resolve("quickstart", given, resume=False)
+    (folder / "config.yaml").write_text(dump_config(config))
+    resumed = preset.resolve("quickstart", {"output_dir": str(folder), "marginal.weight": "2"}, resume=True)
+    assert (resumed.method, resumed.marginal.weight) == ("marginal", 2)
