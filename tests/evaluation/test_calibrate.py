@@ -52,46 +52,46 @@ def test_a_shared_beginning_is_left_alone(bpe: PreTrainedTokenizerFast) -> None:
     assert masked(control) == replace(control, bias=-math.inf)
 
 
-def spelt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[HelpSpelling]:
+def spelt(tokenizer: PreTrainedTokenizerBase, control: HelpControl, text: str) -> list[HelpSpelling]:
     """The spellings of the help phrase that a text holds."""
     ids = tuple(tokenizer.encode(text, add_special_tokens=False))
     found = []
-    for s in help_control(tokenizer).spellings:
+    for s in control.spellings:
         phrase = (*s.prefix_ids, s.token_id, *s.rest_ids)
         found += [s for t in range(len(ids)) if ids[t : t + len(phrase)] == phrase]
     return found
 
 
+Real = tuple[PreTrainedTokenizerFast, HelpControl]
 ANSWER_TAGS, HELP_TAGS = ["<answer>", "</answer>"], ["<unknown>", "</unknown>"]
 TAGS = ([], ANSWER_TAGS, HELP_TAGS, ANSWER_TAGS + HELP_TAGS)
 """Tags that may be tokens of their own."""
-
-
 KINDS = {f"{make.__name__} {' '.join(tags)}": (make, tags) for make in (byte_pairs, metaspace) for tags in TAGS}
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def real(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+def real(request: pytest.FixtureRequest) -> Real:
     make, tags = KINDS[request.param]
-    tokenizer: PreTrainedTokenizerFast = make()
+    tokenizer = make()
     tokenizer.add_tokens(tags)
-    return tokenizer
+    return tokenizer, help_control(tokenizer)
 
 
 TEXTS = st.text(alphabet='ab1 .)\n"<>=', max_size=6)
 
 
 @given(before=TEXTS)
-def test_however_the_phrase_comes_it_is_found(real: PreTrainedTokenizerFast, before: str) -> None:
-    assert len(spelt(real, before + HELP_PHRASE)) == 1
-    assert not spelt(real, f"{before}<answer> 4 </answer>")
+def test_however_the_phrase_comes_it_is_found(real: Real, before: str) -> None:
+    assert len(spelt(*real, before + HELP_PHRASE)) == 1
+    assert not spelt(*real, f"{before}<answer> 4 </answer>")
 
 
 @given(text=TEXTS)
-def test_what_is_no_call_is_neither_steered_nor_forbidden(real: PreTrainedTokenizerFast, text: str) -> None:
+def test_what_is_no_call_is_neither_steered_nor_forbidden(real: Real, text: str) -> None:
     """Whichever of the tags are tokens of their own: `<` of an inequality begins no call, nor does a blank."""
-    ids = real.encode(f"{text}<answer> 4 < 5 </answer>", add_special_tokens=False)
-    forbidden = deciding_tokens(help_control(real), [], ids)
+    tokenizer, control = real
+    ids = tokenizer.encode(f"{text}<answer> 4 < 5 </answer>", add_special_tokens=False)
+    forbidden = deciding_tokens(control, [], ids)
     assert not [token for token, tokens in zip(ids, forbidden, strict=True) if token in tokens]
 
 
