@@ -141,7 +141,7 @@ def test_no_prompt_fits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
         (["eval", "x", "--trust-cod"], ["trust_cod: unknown key", "trust_code?"]),
         (["eval", "--config", "quickstart"], ["usage: gapg eval CHECKPOINT"]),
         (["calibrate", "--temperature"], ["--temperature: needs a value"]),
-        (["calibrate", "x", "--temperature", "warm"], ["temperature='warm'", "valid number"]),
+        (["calibrate", "x", "--temperature", "warm"], ["temperature='warm': should be a number"]),
         (["calibrate", "x", "--temperature", "-1e-4"], ["temperature=-0.0001: must be 0"]),
         (["calibrate", "x", "--temperature", "inf"], ["temperature=", "finite number"]),
         (["calibrate", "x", "--problems", "--accuracy"], ["--problems: needs a value"]),
