@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg.budget import BudgetController
-from gapg.config import RunConfig
+from gapg.config import RunConfig, check_cloud
 from gapg.config_sections import OracleConfig
 from gapg.console import say
 from gapg.errors import ConfigError, one_line
@@ -78,7 +78,7 @@ def make_oracle(run: RunConfig, task: Task, folder: Path) -> Oracle:
 
     settings = config.model_dump(exclude={"kind", "accuracy", "local_share", "cache", "account"})
     try:
-        config.check_model()
+        check_cloud(config)
         return OpenAIOracle(**settings, cache_path=_cache(config, folder), account=oracle_account(run, folder))
     except CacheError as error:
         raise ConfigError(f"oracle.cache: {' '.join(str(error).split())}") from None

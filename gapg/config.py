@@ -105,7 +105,7 @@ class RunConfig(Section):
         if self.wandb and find_spec("wandb") is None:
             raise ValueError("wandb=true: W&B is not installed; pip install 'gapg[wandb]'")
         if self.method == "gapg" or self.marginal.cloud != "ignore":
-            self.oracle.check_model()
+            check_cloud(self.oracle)
         return self
 
     @model_validator(mode="after")
@@ -128,6 +128,12 @@ class RunConfig(Section):
                 if odd:
                     raise ValueError(f"method=marginal: {key} is gapg's: {why}, or set method=gapg")
         return self
+
+
+def check_cloud(oracle: OracleConfig) -> None:
+    """Raises ValueError where a server is to be asked, and for which model is not said."""
+    if oracle.kind == "openai" and not oracle.model:
+        raise ValueError("oracle.model is empty: name the cloud model, e.g. --oracle.model gpt-5-mini")
 
 
 @cache  # a command reads a run's files more than once

@@ -386,11 +386,6 @@ class OracleConfig(Section):
             )
         return self
 
-    def check_model(self) -> None:
-        """Raises ValueError where a server is to be asked, and for which model is not said."""
-        if self.kind == "openai" and not self.model:
-            raise ValueError("oracle.model is empty: name the cloud model, e.g. --oracle.model gpt-5-mini")
-
 
 class EvalConfig(Section):
     """Evaluations during a run and after it."""

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gapg.config import RunConfig, _warn_of_compare, dump_config, load_config, presets
+from gapg.config import RunConfig, _warn_of_compare, check_cloud, dump_config, load_config, presets
 from gapg.config_keys import keys, parse
 from gapg.errors import ConfigError
 
@@ -378,7 +378,7 @@ def test_a_cloud_has_a_name_where_it_is_asked() -> None:
     unnamed = {"task.name": "maths", "oracle.kind": "openai"}
     config = load_config("quickstart", {**unnamed, "method": "marginal"})
     with pytest.raises(ValueError, match=r"oracle.model is empty"):
-        config.oracle.check_model()
+        check_cloud(config.oracle)
     for more in ({}, {"method": "marginal", "marginal.score": "brier", "marginal.cloud": "cached"}):
         with pytest.raises(ConfigError, match=r"oracle.model is empty: name the cloud model"):
             load_config("quickstart", {**unnamed, **more})
