@@ -31,6 +31,9 @@ from gapg_rollout.oracle.offline import CachedAnswers, OfflineOracle
 from gapg_rollout.oracle.solver import SolverOracle
 from gapg_rollout.records import Engine, Oracle
 
+WRONG = "?"
+"""What a solver replies where it errs: the answer to no problem (0 is to some)."""
+
 
 def make_engine(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> Engine:
     """The config's engine; vLLM starts from the model folder `path` and is synced at once."""
@@ -114,7 +117,7 @@ def _make_solver(config: OracleConfig, task: Task) -> SolverOracle:
     if not isinstance(task, Solvable):
         raise ConfigError(f"oracle.kind=solver: task {task.name!r} has no exact solver; use oracle.kind=openai")
     # the oracle is part of the world, not of the run: the same problems are hard for it under every seed
-    return SolverOracle(task.solve, config.accuracy, wrong="0", samples=config.samples)
+    return SolverOracle(task.solve, config.accuracy, wrong=WRONG, samples=config.samples)
 
 
 def _cache(config: OracleConfig, folder: Path) -> Path:
@@ -155,8 +158,13 @@ def make_controller(config: RunConfig) -> BudgetController:
     return BudgetController(budget.cloud_fraction, reward.alpha_a, reward.alpha_c, budget.gain, budget.damping)
 
 
-def fitting_prompts(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, split: Split) -> list[Prompt]:
-    """The prompts of a split that fit `max_prompt_tokens`; says how many do not. Raises ConfigError."""
+def fitting_prompts(
+    config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, split: Split, name: str | None = None
+) -> list[Prompt]:
+    """The prompts of a split that fit `max_prompt_tokens`; says how many of `name` (empty: the split) do not.
+
+    Raises ConfigError.
+    """
     prompts = task_prompts(task, split)
     if split == "heldout":
         prompts = prompts[: config.eval.heldout]
@@ -166,7 +174,7 @@ def fitting_prompts(config: RunConfig, task: Task, tokenizer: PreTrainedTokenize
     fitting = [p for p, length in zip(prompts, lengths, strict=True) if length <= limit]
     if left_out := len(prompts) - len(fitting):
         longest = f"{limit} tokens (the longest has {max(lengths)})"
-        say(f"left out of {split}: {left_out} of {len(prompts)} prompts, over {longest}")
+        say(f"left out of {name or split}: {left_out} of {len(prompts)} prompts, over {longest}")
     if len({p.id for p in fitting}) < len(fitting):
         raise ConfigError(f"task {task.name!r}: two prompts of split {split} have the same id; ids must be unique")
     return fitting
@@ -215,6 +223,8 @@ def check_run(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase)
         raise ConfigError(
             f"token_cap={config.token_cap} is below rollout.max_prompt_tokens + rollout.max_new_tokens: raise it"
         )
+    if not task_prompts(task, "train"):
+        raise ConfigError(f"task {task.name!r} has no training problems: name some (task maths: in task.args.train)")
     if len(fitting_prompts(config, task, tokenizer, "train")) < 2:
         raise ConfigError(f"rollout.max_prompt_tokens={rollout.max_prompt_tokens}: no training prompt fits; raise it")
 

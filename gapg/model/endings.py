@@ -44,9 +44,10 @@ def check_endings(tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int]) 
 def opens_think(task: Task, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the task's prompts end inside a think block, which chat templates of reasoning models open there.
 
-    The first training prompt tells: what a template adds after the problem is the same for all.
+    The first prompt tells: what a template adds after the problem is the same for all.
     """
-    prompt = plain_text(tokenizer, task.render(task.prompts("train")[0], tokenizer))
+    first = (task.prompts("train") or task.prompts("heldout"))[0]
+    prompt = plain_text(tokenizer, task.render(first, tokenizer))
     return prompt.rstrip().endswith(tuple(open_ for open_, _ in THINK))
 
 

@@ -35,6 +35,8 @@ from gapg.tasks.templates import ANSWER_ONLY, ENDINGS, render_instruction
 from gapg_rollout.records import OracleQuestion
 
 _HELP = 0.2
+_INHERITED = ("path", "subset", "question", "answer", "question_pattern", "answer_pattern")
+"""What of `train` is `heldout`'s too, where that does not say otherwise."""
 _log = logging.getLogger(__name__)
 
 
@@ -46,8 +48,9 @@ class Source:
         `subset`, its configuration), or the import path of a function of your own, `mypkg.mydata:rows`, which maps a
         split to rows with those columns.
     question, answer: columns of texts or numbers. A number of a jsonl keeps its digits.
-    answer_pattern: a regular expression whose first group is the answer within its column (GSM8K: `#### (.+)`).
-    Without one the answer is in the last `\\boxed{…}` of the column, or all of it where nothing is boxed.
+    question_pattern: a regular expression whose first group is the problem within its column; empty: all of it.
+    answer_pattern: one whose first group is the answer within its column (GSM8K: `#### (.+)`). Without one the answer
+        is in the last `\\boxed{…}` of the column, or all of it where nothing is boxed.
     limit: the first so many rows only.
     """
 
@@ -56,12 +59,16 @@ class Source:
     subset: str | None = None
     question: str = "question"
     answer: str = "answer"
+    question_pattern: str | None = None
     answer_pattern: str | None = None
     limit: int | None = None
 
 
 class Maths:
-    """The task. `heldout` takes from `train` whatever it does not say itself, save `split` (test) and `limit`.
+    """The task (Solvable: the gold is known; Demonstrated where the data have worked solutions).
+
+    `heldout` takes from `train` whatever it does not say itself, save `split` (test) and `limit`. With `train` None
+    there are no training problems: enough to evaluate a model on.
 
     Problems are known by the hash of their text, blanks collapsed and accents composed (NFC), the case kept. A training
     problem that is also held out is dropped, with a warning; so is a repeat of a problem, which warns where its answer
@@ -76,25 +83,27 @@ class Maths:
 
     def __init__(
         self,
-        train: str | Mapping[str, Any],
+        train: str | Mapping[str, Any] | None,
         heldout: str | Mapping[str, Any],
         seconds: float = 2.0,
         max_chars: int = 20_000,
     ) -> None:
         self.checker = MathChecker(seconds, max_chars)
-        source = _source("train", train, {})
-        inherited = {k: getattr(source, k) for k in ("path", "subset", "question", "answer", "answer_pattern")}
+        source = None if train is None else _source("train", train, {})
+        inherited = {} if source is None else {k: getattr(source, k) for k in _INHERITED}
         held = _source("heldout", heldout, inherited | {"split": "test"})
-        if replace(held, limit=None) == replace(source, limit=None):
+        if source is not None and replace(held, limit=None) == replace(source, limit=None):
             raise ValueError("task.args.heldout: is the same data as task.args.train; name another path or split")
         self._solutions: dict[str, str] = {}
-        loaded, held_out = self._load("train", source), self._load("heldout", held)
+        loaded = {} if source is None else self._load("train", source)
+        held_out = self._load("heldout", held)
         # Whatever the rows say, nothing is trained on that is evaluated on.
         trained = {key: prompt for key, prompt in loaded.items() if key not in held_out}
         if dropped := len(loaded) - len(trained):
             _log.warning("%d training problems are also held out: dropped from training", dropped)
-        if not trained:
+        if loaded and not trained:
             raise ValueError("task.args.train: every problem is also in task.args.heldout; name another path or split")
+        self._golds = {key: prompt.answer for key, prompt in (loaded | held_out).items()}
         self._splits: dict[Split, tuple[Prompt, ...]] = {
             "train": tuple(trained.values()),
             "heldout": tuple(held_out.values()),
@@ -107,6 +116,8 @@ class Maths:
         clashes: list[str] = []
         for place, row in islice(_rows(where, source), source.limit):
             text, answer = (_cell(where, source, key, row, place) for key in ("question", "answer"))
+            if source.question_pattern is not None:
+                text = _matched(where, "question", source.question_pattern, text, place)
             key, gold = _identity(text), _gold(where, source, answer, place)
             first = found.setdefault(key, Prompt(key, text, gold, self.name))
             if places.setdefault(key, place) != place and first.answer != gold:
@@ -134,6 +145,12 @@ class Maths:
     def start_step(self) -> None:
         """Begins the checker's time budget anew."""
         self.checker.start_step()
+
+    def solve(self, question_id: str) -> str:
+        """The gold of this problem, of either split, in an answer block. Raises ValueError for another problem."""
+        if question_id not in self._golds:
+            raise ValueError(f"no problem of this task has the id {question_id!r}")
+        return f"{ANSWER_OPEN} {self._golds[question_id]} {ANSWER_CLOSE}"
 
     def demonstrations(self, seed: int) -> Sequence[Demonstration]:
         """The data's own worked solutions, ended by an answer block; every fifth breaks off and calls for help.
@@ -186,13 +203,15 @@ def _source(which: Split, given: str | Mapping[str, Any], defaults: Mapping[str,
         elif not isinstance(value, str) or not value:
             raise ValueError(f"{where}.{field.name}: must be a text, not {value!r}; in YAML, quote it")
     source = Source(**settings)
-    if source.answer_pattern is not None:
+    for key in ("question", "answer"):
+        if (pattern := getattr(source, f"{key}_pattern")) is None:
+            continue
         try:
-            groups = re.compile(source.answer_pattern).groups
+            groups = re.compile(pattern).groups
         except re.error as error:
-            raise ValueError(f"{where}.answer_pattern: no regular expression: {error}") from None
+            raise ValueError(f"{where}.{key}_pattern: no regular expression: {error}") from None
         if groups < 1:
-            raise ValueError(f"{where}.answer_pattern: needs a group around the answer, like '#### (.+)'")
+            raise ValueError(f"{where}.{key}_pattern: needs a group around the {key}, like '#### (.+)'")
     return source
 
 
@@ -302,12 +321,16 @@ def _gold(where: str, source: Source, text: str, place: str) -> str:
         if boxed == "":
             raise ValueError(f"{where}.answer: {place} has an empty \\boxed{{}}, which ends in {text[-60:]!r}")
         return boxed or text
-    matches = list(re.finditer(source.answer_pattern, text))
-    gold = (matches[-1][1] or "").strip() if matches else ""
-    if not gold:
-        pattern = f"{where}.answer_pattern: {source.answer_pattern!r}"
-        raise ValueError(f"{pattern} finds no answer in {place}, which ends in {text[-60:]!r}")
-    return gold
+    return _matched(where, "answer", source.answer_pattern, text, place)
+
+
+def _matched(where: str, key: str, pattern: str, text: str, place: str) -> str:
+    """The first group of the pattern's last match, never empty."""
+    matches = list(re.finditer(pattern, text))
+    found = (matches[-1][1] or "").strip() if matches else ""
+    if not found:
+        raise ValueError(f"{where}.{key}_pattern: {pattern!r} finds no {key} in {place}, which ends in {text[-60:]!r}")
+    return found
 
 
 def _worked(solution: str, answer_pattern: str | None) -> str:

@@ -1,13 +1,18 @@
 """Maths problems: the data, their errors, and the checker on right, wrong and hostile answers, in its real process."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from gapg.build import make_oracle
+from gapg.commands.cli import main
+from gapg.config import load_config
 from gapg.judge import oracle_score
-from gapg.tasks.base import Prompt, Verdict
+from gapg.tasks import load_task
+from gapg.tasks.base import Prompt, Solvable, Verdict
 from gapg.tasks.mathcheck import MathChecker
 from gapg_rollout.records import OracleAnswer
 
@@ -140,3 +145,57 @@ def test_plain_expressions_are_read_without_eval():
     worker = Path(sys.modules[MathChecker.__module__].__file__).with_name("_mathworker.py")
     done = subprocess.run([sys.executable, "-P", "-c", script, str(worker)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Golds of many forms, one of them 0."""
+    golds = ["0", "72", "\\frac{1}{2}", "\\text{Evelyn}"]
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps({"question": f"Q{n}", "answer": g}) + "\n" for n, g in enumerate(golds)))
+    return path
+
+
+@pytest.mark.parametrize("accuracy", [0, 1])
+def test_the_gold_stands_in_for_a_cloud(rows, tmp_path, accuracy):
+    """Right or wrong as it is to be, also where the answer is 0."""
+    task = load_task("maths", {"train": None, "heldout": str(rows)})
+    assert isinstance(task, Solvable)
+    config = load_config("quickstart", {"oracle.accuracy": str(accuracy)})
+    oracle = make_oracle(config, task, tmp_path)
+    prompts = task.prompts("heldout")
+    replies = [oracle.ask(task.question(prompt)).result() for prompt in prompts]
+    assert [oracle_score(task, p, r) for p, r in zip(prompts, replies, strict=True)] == [accuracy] * 4
+    if accuracy:
+        assert replies[2][0].text == "<answer> \\frac{1}{2} </answer>"
+    with pytest.raises(ValueError, match="no problem of this task has the id 'Q0'"):
+        task.solve("Q0")
+    task.checker.close()
+
+
+def test_without_training_problems_nothing_is_trained(rows, folder, tmp_path, capsys):
+    """Held-out problems alone are a task to evaluate on."""
+    assert load_task("maths", {"train": None, "heldout": str(rows)}).prompts("train") == ()
+    own = ["--task.name", "maths", "--task.args", f"{{train: null, heldout: {rows}}}", "--model.path", str(folder())]
+    with pytest.raises(SystemExit) as left:
+        main(["train", "quickstart", *own, "--warm-start", "none", "--output-dir", str(tmp_path / "run")])
+    assert left.value.code == 2
+    said = "gapg: task 'maths' has no training problems: name some (task maths: in task.args.train)\n"
+    assert capsys.readouterr().err == said and not (tmp_path / "run").exists()
+
+
+def test_a_problem_within_its_column(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"query": "Q: One?\nA: The answer is", "answer": "1"}) + "\n")
+    source = {"path": str(path), "question": "query", "question_pattern": r"(?s)Q: (.+)\nA:"}
+    assert load_task("maths", {"train": None, "heldout": source}).prompts("heldout")[0].text == "One?"
+    assert load_task(
+        "maths",
+        {"train": source, "heldout": {"path": str(path), "question": "query", "question_pattern": None, "split": "x"}},
+    )
+    for pattern, said in {
+        "X: (.+)": r"finds no question in .*rows.jsonl:1, which ends in",
+        "(": "no regular expression",
+    }.items():
+        with pytest.raises(ValueError, match=rf"task\.args\.heldout\.question_pattern: .*{said}"):
+            load_task("maths", {"train": None, "heldout": source | {"question_pattern": pattern}})
