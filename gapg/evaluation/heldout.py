@@ -31,7 +31,12 @@ from gapg.model.endings import opens_think
 from gapg.runs.outage import check_evaluation
 from gapg.seeding import derive
 from gapg.tasks.base import STOP, Prompt, Task
-from gapg_rollout.records import Completion, Engine, HelpControl, Oracle, Sampling
+from gapg_rollout.records import Completion, Engine, HelpControl, Oracle, OracleUsage, Sampling
+
+Decoding = tuple[str, float, HelpControl | None]
+"""A name, a temperature (0 is greedy), and how the help phrase is steered."""
+PICTURE = "reliability.png"
+NOTHING = OracleUsage()
 
 
 def evaluate(
@@ -54,47 +59,84 @@ def evaluate(
     Raises ConfigError where there is no problem, or a calibration does not fit the tokenizer; and OracleDown, after all
     is written, where the cloud failed every question, so that nothing is known of the calls.
     """
-    prompts = fitting_prompts(config, task, tokenizer, "heldout")
+    prompts = heldout_prompts(config, task, tokenizer)
+    about = {"model": model, **(settings or {}), "task": task.name, "oracle": config.oracle.kind}
+    wanted = decodings(config, tokenizer, Path(model))
+    summary, judged = measure(config, folder, task, tokenizer, engine, oracle, prompts, wanted, about)
+    print_table(summary["rows"])
+    files = [folder / "summary.json", folder / "predictions.jsonl"]
+    if "decision" in summary:
+        files.append(folder / PICTURE)
+        print_reliability(summary["decision"], forecast(trained, Path(model)))
+    say_usage(summary["oracle_usage"])
+    say("  ".join(map(str, files)))
+    check_evaluation(judged)
+
+
+def heldout_prompts(
+    config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, name: str | None = None
+) -> list[Prompt]:
+    """The held-out problems to evaluate on; name: what they are called, other than the task. Raises ConfigError where
+    there is none."""
+    prompts = fitting_prompts(config, task, tokenizer, "heldout", name)
     if not prompts:
         raise ConfigError(
             "no held-out problem to evaluate on: add --eval.heldout none for all, or --eval.heldout 200 for the first"
             if config.eval.heldout == 0
-            else f"task {task.name!r}: no held-out problem fits; raise rollout.max_prompt_tokens"
+            else f"{name or f'task {task.name!r}'}: no held-out problem fits; raise rollout.max_prompt_tokens"
         )
+    return prompts
+
+
+def measure(
+    config: RunConfig,
+    folder: Path,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine,
+    oracle: Oracle,
+    prompts: Sequence[Prompt],
+    wanted: Sequence[Decoding],
+    about: Mapping[str, Any],
+    name: str | None = None,
+    before: OracleUsage = NOTHING,
+) -> tuple[dict[str, Any], list[Group]]:
+    """(what summary.json says, the judged responses) of these problems in each wanted decoding, and of the decision.
+
+    Writes summary.json, predictions.jsonl and reliability.png into `folder`, and prints no table.
+    about: what summary.json begins with. name: what the problems are called in titles, other than the task. before:
+    what the oracle had spent on others than these.
+    """
+    title = f"{name}: " if name else ""
     judge = Judge(task, oracle, ask_unsolved=False, thinking=opens_think(task, tokenizer))
-    wanted = decodings(config, tokenizer, Path(model))
-    decoded, lines, unbiased = masked_greedy(config, task, tokenizer, engine, prompts, judge.thinking)
+    decoded, lines, unbiased = masked_greedy(config, task, tokenizer, engine, prompts, judge.thinking, title)
     rows, judged = [], list[Group]()
-    for name, temperature, help in wanted:
+    for label, temperature, help in wanted:
         how = "sampled" if temperature else "greedy"
         seed = derive(config.seed, "eval", how)
         sampling = Sampling(config.rollout.max_new_tokens, temperature, STOP, seed, help, judge.thinking)
         known = {} if temperature else unmoved(unbiased, help)
-        groups = respond(engine, task, tokenizer, judge, prompts, sampling, title=f"evaluate {name}", known=known)
+        groups = respond(
+            engine, task, tokenizer, judge, prompts, sampling, title=f"{title}evaluate {label}", known=known
+        )
         judged += groups
-        decoding = name if help else how
+        decoding = label if help else how
         lines += [{"decoding": decoding, **prediction(g, config.reward)} for g in groups]
         outcomes = [g.outcomes[0].value for g in groups]
         rows.append(
-            as_result(name, groups).row()
+            as_result(label, groups).row()
             | {"help_bias": help.bias if help else 0.0}
             | {"outcomes": {o: outcomes.count(o) for o in sorted(set(outcomes))}}
             | {"unknown": sum(g.unknown for g in groups)}
         )
-    usage = asdict(oracle.usage)
-    summary = {"model": model, **(settings or {}), "task": task.name, "oracle": config.oracle.kind, "rows": rows}
-    summary |= {"oracle_usage": usage}
+    spent = asdict(before)
+    usage = {key: value - spent[key] for key, value in asdict(oracle.usage).items()}
+    summary = {**about, "rows": rows, "oracle_usage": usage}
     write_whole(folder / "predictions.jsonl", "".join(to_json(line) + "\n" for line in lines))
-    print_table(rows)
-    files = [folder / "summary.json", folder / "predictions.jsonl"]
     if decoded is not None:
-        files.append(folder / "reliability.png")
-        title = f"{task.name}, {len(prompts)} problems"
-        summary["decision"] = tell_decision(decoded, forecast(trained, Path(model)), files[-1], title)
-    write_whole(files[0], to_json(summary, indent=1) + "\n")
-    say(f"oracle: {', '.join(f'{key} {value:g}' for key, value in usage.items())}")
-    say("  ".join(map(str, files)))
-    check_evaluation(judged)
+        summary["decision"] = draw_decision(decoded, folder / PICTURE, f"{name or task.name}, {len(prompts)} problems")
+    write_whole(folder / "summary.json", to_json(summary, indent=1) + "\n")
+    return summary, judged
 
 
 def masked_greedy(
@@ -104,9 +146,11 @@ def masked_greedy(
     engine: Engine,
     prompts: Sequence[Prompt],
     thinking: bool,
+    title: str = "",
 ) -> tuple[MaskedPass | None, list[dict[str, Any]], list[Completion]]:
     """The problems decoded greedily with help masked: (what that tells, lines of predictions.jsonl, responses).
 
+    title: what the progress display begins with.
     Nothing, and a line that says why, where the tokenizer cannot tell the help phrase from an answer.
     """
     try:
@@ -115,7 +159,7 @@ def masked_greedy(
         say(f"nothing is said of how calibrated the decision is: {error}")
         return None, [], []
     sampling = Sampling(config.rollout.max_new_tokens, 0.0, STOP, help=control, thinking=thinking)
-    decoded, rows, groups = masked_pass(engine, task, tokenizer, prompts, sampling, None)
+    decoded, rows, groups = masked_pass(engine, task, tokenizer, prompts, sampling, None, title)
     lines = [{"decoding": "greedy, help masked", **row} for row in rows]
     return decoded, lines, [g.completions[0] for g in groups]
 
@@ -128,14 +172,10 @@ def unmoved(unbiased: Sequence[Completion], help: HelpControl | None) -> dict[in
     return stay if help else {i: replace(c, help_margin=None, help_log_odds=None) for i, c in stay.items()}
 
 
-def tell_decision(decoded: MaskedPass, trained: str, picture: Path, title: str) -> dict[str, Any]:
-    """How good a forecast of a right answer the decision is: the figures, printed too, and drawn.
-
-    trained: what S was trained to be, in words.
-    """
+def draw_decision(decoded: MaskedPass, picture: Path, title: str) -> dict[str, Any]:
+    """How good a forecast of a right answer the decision is: the figures, and a picture of them."""
     figures = reliability(decoded.hazard(), decoded.margin_N, decoded.local_N)
     bins = bin_scores(decoded.stays, decoded.local_N)
-    print_reliability(figures, trained)
     # not above: matplotlib takes a second to import, and training imports this file before it starts
     from gapg.evaluation.reliability_diagram import draw
 
@@ -143,12 +183,14 @@ def tell_decision(decoded: MaskedPass, trained: str, picture: Path, title: str) 
     return figures | {"bins": [asdict(b) for b in bins]}
 
 
-def decodings(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_folder: Path
-) -> list[tuple[str, float, HelpControl | None]]:
-    """(name, temperature, help control) of all that is evaluated; says so where nothing is calibrated."""
+def say_usage(usage: Mapping[str, float]) -> None:
+    say(f"oracle: {', '.join(f'{key} {value:g}' for key, value in usage.items())}")
+
+
+def decodings(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model_folder: Path) -> list[Decoding]:
+    """All that is evaluated; says so where nothing is calibrated. Raises ConfigError."""
     temperature = config.rollout.temperature
-    found: list[tuple[str, float, HelpControl | None]] = [
+    found: list[Decoding] = [
         ("greedy", 0.0, None),
         (f"sampled, T={temperature:g}", temperature, None),
     ]

@@ -27,17 +27,18 @@ def masked_pass(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     oracle: Oracle | None,
+    title: str = "",
 ) -> tuple[MaskedPass, list[dict[str, Any]], list[Group]]:
     """Decodes each problem once with help masked; the rows from which anyone can judge again; what the cloud said.
 
-    Raises Stopped.
+    title: what the progress display begins with. Raises Stopped.
     """
     if isinstance(task, Budgeted):
         task.start_step()
     ids = [task.render(p, tokenizer) for p in prompts]
     done: dict[int, Completion] = {}
     asked = {}
-    with Display("decode with help masked", len(prompts)) as display:
+    with Display(f"{title}decode with help masked", len(prompts)) as display:
         for i, (completion,) in engine.generate(ids, 1, sampling):
             done[i] = completion
             if oracle is not None:
