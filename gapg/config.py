@@ -164,6 +164,11 @@ def load_tree(name: str) -> dict[str, Any]:
     path = PRESETS / f"{name}.yaml" if name in presets() else Path(name)
     if not os.path.isfile(path):
         raise ConfigError(f"config {name!r} is neither a file nor a preset; presets: {', '.join(presets())}")
+    return read_tree(path)
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """What a YAML file says. Raises ConfigError."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:

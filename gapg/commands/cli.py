@@ -17,7 +17,7 @@ EXITS = {"ConfigError": 2, "OracleDown": 3, "Stopped": 4, "Diverged": 1, "DiskFu
 """Exit codes of errors that say all in one line, WorkFailed for a study's; by name, because importing some of them
 would import torch."""
 
-AGAIN = "nothing was written; run it again (paid answers are kept)"
+AGAIN = "what was under way was not written; run it again (paid answers are kept)"
 INTERRUPTED = {"eval": AGAIN, "calibrate": AGAIN}
 
 

@@ -45,6 +45,18 @@ class Eval(OfModel):
     """Evaluate a checkpoint or any Hugging Face model folder on held-out problems, greedy and sampled, and how good a
     forecast of a right answer its decision is."""
 
+    suite: str | None = None
+    """Also evaluate on several sets of maths problems, with one table and suite.json at the end: `maths` (GSM8K,
+    MATH-500, AMC23, Minerva, AGIEval's MATH, SVAMP), or a YAML file that names sets of your own."""
+    suite_data: Path | None = None
+    """A folder that has the suite's sets, `gsm8k/test.jsonl` and so on; empty: they are read from the hub."""
+
+    @model_validator(mode="after")
+    def _data_of_a_suite(self) -> Eval:
+        if self.suite_data is not None and self.suite is None:
+            raise ValueError("--suite-data is the folder of a suite's sets: add --suite maths")
+        return self
+
 
 class Calibrate(OfModel):
     """Find the bias on the help phrase that gives a call fraction, or calls where a right answer is unlikely, and save

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.padding import Padding
 from rich.table import Table
 
 from gapg.console import printable, tables
@@ -36,6 +37,47 @@ def print_table(rows: Sequence[dict[str, Any]], cloud_fraction: float | None = N
         )
         table.add_row(*map(printable, cells))
     tables.print(table)
+
+
+def print_suite(suite: Mapping[str, Any]) -> None:
+    """What `gapg.evaluation.suite.together` found, on standard output: a column for each set, a row for each decoding
+    under the figure that it shows; the means are over the sets out of domain."""
+    sets, table = suite["sets"], Table()
+    averaged = not all(one["in_domain"] for one in sets)
+    table.add_column("", min_width=16)
+    for one in sets:
+        # a name may break after its dashes, which rich does not do
+        name = printable(one["name"]).replace("-", "-\n")
+        table.add_column(name + "\n(in domain)" * one["in_domain"], justify="right")
+    if averaged:
+        table.add_column("mean,\nout of\ndomain", justify="right")
+    decodings = [row for row in suite["rows"] if "accuracy" in row["mean"]]
+    alone = [row for row in suite["rows"] if "accuracy" not in row["mean"]]
+    failed = any(cell["unknown"] for row in decodings for cell in row["sets"].values())
+    for title, figure, rows in (
+        ("together", "accuracy", decodings),
+        ("called", "call_fraction", decodings),
+        ("unknown", "unknown", decodings if failed else []),
+        ("right", "local_accuracy", alone),
+    ):
+        if rows:
+            table.add_row(title)
+        for row in rows:
+            values = [row["sets"][one["key"]][figure] for one in sets] + [row["mean"].get(figure)] * averaged
+            table.add_row(Padding(printable(row["name"]), (0, 0, 0, 2)), *map(_cell, values))
+        table.add_section()
+    table.add_row("problems", *(str(one["n"]) for one in sets))
+    # of many sets it is wider than others, rather than without its digits
+    least = tables.measure(table, options=tables.options.update(width=10_000)).minimum
+    table.width = least if least > tables.width else None
+    tables.print(table, crop=False)
+
+
+def _cell(value: float | None) -> str:
+    """A count, or a part of a whole: `?` where nobody knows it."""
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    return "?" if math.isnan(value) else f"{value:.3f}"
 
 
 def print_reliability(figures: Mapping[str, Any], forecast: str) -> None:

@@ -1,0 +1,207 @@
+"""`gapg eval --suite`, end to end: one table and one suite.json of several sets, a cloud's money and its failures."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from gapg.commands.cli import main
+from gapg.evaluation.reliability import auroc, brier, ece
+from gapg.evaluation.report import print_suite
+from gapg.evaluation.statistics import wilson
+from gapg.evaluation.suite import OWN
+from gapg.jsonl import read_jsonl
+from tests.conftest import FaultServer
+from tests.evaluation.small_maths import make_config, sums, write
+
+DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Warm-started by its data's worked solutions, and calibrated."""
+    folder = tmp_path_factory.mktemp("suite")
+    config = make_config(folder)
+    main(["train", str(folder / "config.yaml")])
+    main(["calibrate", str(config.output_dir), "--cloud-fraction", "0.5"])
+    return config.output_dir
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A suite of two sets of one's own."""
+    write(tmp_path / "minus" / "test.jsonl", *sums(range(12), "-"))
+    write(
+        tmp_path / "times.jsonl",
+        *({"problem": r["question"], "gold": 5 + n % 2} for n, r in enumerate(sums(range(8), "*"))),
+    )
+    minus = {"path": str(tmp_path / "minus"), "split": "test", "answer_pattern": "#### (.+)"}
+    times = {"path": str(tmp_path / "times.jsonl"), "question": "problem", "answer": "gold"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"minus": minus, "times": times}, sort_keys=False))
+    return tmp_path / "mine.yaml"
+
+
+def figures(lines: list[dict[str, Any]], key: str, decoding: str) -> dict[str, Any]:
+    """A cell of suite.json, computed again from predictions.jsonl."""
+    outcomes = [line["outcome"] for line in lines if line["decoding"] == decoding]
+    hits = {
+        "accuracy": [o in ("local_correct", "cloud_correct") for o in outcomes],
+        "local_accuracy": [o == "local_correct" for o in outcomes],
+        "call_fraction": [o.startswith("cloud") for o in outcomes],
+    }[key]
+    low, high = wilson(sum(hits), len(hits))
+    return {"n": len(hits), key: sum(hits) / len(hits), f"{key}_low": low, f"{key}_high": high}
+
+
+DECODINGS = {
+    "greedy": "greedy",
+    "sampled, T=1": "sampled",
+    "greedy, calibrated to 50%": "greedy, calibrated to 50%",
+    "alone, greedy": "greedy, help masked",
+}
+"""To each row of suite.json its lines of predictions.jsonl."""
+
+
+def test_one_table_and_one_json_of_several_sets(
+    run: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its figures are those of the predictions; the first column is what the command says without a suite."""
+    out = tmp_path / "eval"
+    out.mkdir()
+    (out / "suite.json").write_text("of another evaluation")
+    both = ["eval", str(run), "--eval.heldout", "none"]
+    main([*both, "--suite", str(mine), "--output-dir", str(out)])
+    captured = capsys.readouterr()
+    suite = json.loads((out / "suite.json").read_text())
+    assert [(s["key"], s["name"], s["in_domain"], s["n"]) for s in suite["sets"]] == [
+        (OWN, "maths", True, 20),
+        ("minus", "minus", False, 12),
+        ("times", "times", False, 8),
+    ]
+    assert [row["name"] for row in suite["rows"]] == list(DECODINGS)
+    calls = 0
+    for one in suite["sets"]:
+        lines = read_jsonl(out / one["key"] / "predictions.jsonl")
+        assert {line["decoding"] for line in lines} == set(DECODINGS.values())
+        for row in suite["rows"]:
+            cell = row["sets"][one["key"]]
+            keys = [key for key in ("accuracy", "local_accuracy", "call_fraction") if key in cell]
+            assert len(keys) == (1 if row["name"] == "alone, greedy" else 3)
+            for key in keys:
+                again = figures(lines, key, DECODINGS[row["name"]])
+                assert {k: cell[k] for k in again} == pytest.approx(again)
+        masked = [line for line in lines if line["decoding"] == "greedy, help masked"]
+        score, right = (np.array([float(line[key]) for line in masked]) for key in ("answer_chance", "local_correct"))
+        decision = suite["decision"][one["key"]]
+        assert (decision["brier"], decision["ece"]) == pytest.approx((brier(score, right), ece(score, right)))
+        assert decision["auroc"] == pytest.approx(auroc(score, right))
+        calls += sum(line["outcome"].startswith("cloud") for line in lines)
+        assert (out / one["key"] / "reliability.png").stat().st_size > 1000
+        assert f"{one['name']}: evaluate sampled, T=1 {one['n']}/{one['n']}" in captured.err
+    assert suite["oracle_usage"]["requests"] == calls > 0, "what all sets asked"
+    for row in suite["rows"]:
+        for key, value in row["mean"].items():
+            assert value == pytest.approx((row["sets"]["minus"][key] + row["sets"]["times"][key]) / 2)
+    assert_table(suite, captured.out)
+    main([*both, "--output-dir", str(tmp_path / "plain")])
+    plain = json.loads((tmp_path / "plain" / "summary.json").read_text())
+    in_domain = json.loads((out / OWN / "summary.json").read_text())
+    assert {k: in_domain[k] for k in plain if k != "overrides"} == {k: plain[k] for k in plain if k != "overrides"}
+    assert plain["rows"] == [{"name": r["name"], **r["sets"][OWN]} for r in suite["rows"][:3]]
+    predicted = (tmp_path / "plain" / "predictions.jsonl").read_bytes()
+    assert predicted == (out / OWN / "predictions.jsonl").read_bytes()
+
+
+def assert_table(suite: dict[str, Any], printed: str) -> None:
+    """One table and nothing else, not wider than its console, with each figure in its column."""
+    lines = printed.splitlines()
+    assert printed.count("┏") == printed.count("└") == 1 and lines[-1].startswith("└")
+    assert max(map(len, lines)) <= 100
+    assert "(in domain)" in printed
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+    rows = [row for row in cells if row]
+    keys = [one["key"] for one in suite["sets"]]
+    group = ""
+    found = 0
+    for row in rows:
+        group = row[0] if not any(row[1:]) else group
+        named = [r for r in suite["rows"] if r["name"] == row[0]]
+        if named and any(row[1:]):
+            key = {"together": "accuracy", "called": "call_fraction", "right": "local_accuracy"}[group]
+            assert row[1:] == [f"{v:.3f}" for v in (*(named[0]["sets"][k][key] for k in keys), named[0]["mean"][key])]
+            found += 1
+    assert found == 2 * 3 + 1
+    assert rows[-1] == ["problems", *(str(one["n"]) for one in suite["sets"]), ""]
+
+
+@pytest.mark.parametrize("more", [0, 8])
+def test_the_shipped_sets_fit_and_more_lose_no_digits(more: int, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["countdown", "gsm8k", "math500", "amc23", "minerva", "agieval-math", "svamp", *map(str, range(more))]
+    cell = {"accuracy": 0.125, "call_fraction": math.nan, "unknown": 0}
+    rows = [{"name": name, "sets": dict.fromkeys(names, cell), "mean": cell} for name in list(DECODINGS)[:3]]
+    sets = [{"key": name, "name": name, "in_domain": name == "countdown", "n": 1319} for name in names]
+    print_suite({"sets": sets, "rows": rows})
+    printed = capsys.readouterr().out
+    assert (max(map(len, printed.splitlines())) <= 100) == (not more)
+    assert printed.count("0.125 │") == printed.count(" ? │") == (8 + more) * 3
+    assert printed.count("1319") == 7 + more
+    assert "agieval-" in printed and "(in domain)" in printed and "…" not in printed
+
+
+CLOUD = ["--oracle.kind", "openai", "--oracle.max-tokens", "5", "--oracle.concurrency", "1", "--eval.heldout", "6"]
+PAID = ["--oracle.price-per-million-prompt", "0", "--oracle.price-per-million-completion", "1000000"]
+"""An answer costs 5, and so does the worst one."""
+
+
+def test_a_cloud_s_cap_holds_over_all_sets(
+    run: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], server: FaultServer
+) -> None:
+    """What it did not answer is unknown, and is counted in the table."""
+    cloud = [*CLOUD, *PAID, "--oracle.model", "capped", "--oracle.base-url", server.url, "--oracle.spending-cap", "15"]
+    main(["eval", str(run), "--suite", str(mine), *cloud, "--output-dir", str(tmp_path / "eval")])
+    suite = json.loads((tmp_path / "eval" / "suite.json").read_text())
+    assert server.seen("capped")["requests"] == suite["oracle_usage"]["requests"] == 3
+    assert suite["oracle_usage"]["cost"] == pytest.approx(15)
+    shares = [json.loads((tmp_path / "eval" / s["key"] / "summary.json").read_text()) for s in suite["sets"]]
+    assert sum(s["oracle_usage"]["requests"] for s in shares) == 3
+    captured = capsys.readouterr()
+    (row,) = [row for row in suite["rows"] if row["name"] == "greedy, calibrated to 50%"]
+    lost = [row["sets"][s["key"]]["unknown"] for s in suite["sets"]]
+    assert lost[-1] > 0
+    counted = captured.out[captured.out.index("│ unknown ") :].splitlines()[3]
+    assert [cell.strip() for cell in counted.split("│")[1:-1]] == [row["name"], *map(str, lost), ""]
+    assert "spending cap of 15 reached" in captured.err
+    assert "questions: those problems are left out of the accuracy" in captured.err
+
+
+def test_a_cloud_that_fails_is_told_after_all_is_written(
+    run: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], server: FaultServer
+) -> None:
+    server.plan("refuses", {"status": 401})
+    mine.write_text(yaml.safe_dump({"times": yaml.safe_load(mine.read_text())["times"]}))
+    cloud = [*CLOUD, "--oracle.model", "refuses", "--oracle.base-url", server.url]
+    with pytest.raises(SystemExit) as left:
+        main(["eval", str(run), "--suite", str(mine), *cloud, "--output-dir", str(tmp_path / "eval")])
+    assert left.value.code == 3
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1].startswith("gapg: the oracle failed all ")
+    suite = json.loads((tmp_path / "eval" / "suite.json").read_text())
+    assert sum(cell["unknown"] for row in suite["rows"][:3] for cell in row["sets"].values()) > 0
+    assert "│ unknown " in captured.out
+
+
+# The real sets are not shipped; the rows above keep every path tested where they are absent.
+if DATA.is_dir():
+
+    def test_the_shipped_suite_on_the_real_sets(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        argv = ["--suite", "maths", "--suite-data", str(DATA), "--eval.heldout", "4", "--output-dir", str(tmp_path)]
+        main(["eval", str(run), *argv])
+        suite = json.loads((tmp_path / "suite.json").read_text())
+        assert [(s["name"], s["n"]) for s in suite["sets"]] == [("maths", 4), ("gsm8k", 4), ("math500", 4)]
+        captured = capsys.readouterr()
+        assert "left out, not in" in captured.err and "amc23, minerva, agieval-math, svamp" in captured.err
+        assert "gsm8k" in captured.out and "math500" in captured.out
