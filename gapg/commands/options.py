@@ -47,7 +47,8 @@ class Eval(OfModel):
 
     suite: str | None = None
     """Also evaluate on several sets of maths problems, with one table and suite.json at the end: `maths` (GSM8K,
-    MATH-500, AMC23, Minerva, AGIEval's MATH, SVAMP), or a YAML file that names sets of your own."""
+    MATH-500, AMC23, Minerva, AGIEval's MATH, SVAMP), or a YAML file that names sets of your own. Of each set as many
+    problems as `--eval.heldout` says."""
     suite_data: Path | None = None
     """A folder that has the suite's sets, `gsm8k/test.jsonl` and so on; empty: they are read from the hub."""
 
