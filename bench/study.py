@@ -1,7 +1,7 @@
 """Makes studies: training runs, and of each study a table, a picture and a JSON of its figures.
 
     python bench/study.py list                          each study and its question
-    python bench/study.py NAME … [--key value …]        these studies; `all` makes every one
+    python bench/study.py NAME … [--key value …]        these studies; `all`: every one of the quickstart
     python bench/study.py quickstart [--key value …]    one GAPG run beside its task-tuned twin, in minutes
     python bench/study.py --redraw                      the committed tables and pictures again, from the same figures
 
@@ -26,6 +26,7 @@ from gapg.errors import ConfigError
 from gapg.runs.stop import listening
 from record import ROOT, draw_between
 
+QUICKSTART = "quickstart"
 COMMITTED = ROOT / "bench" / "results" / "studies"
 PAGE, MARKERS = ROOT / "docs" / "benchmarks.md", ("<!-- studies -->", "<!-- end of studies -->")
 SHOWN, LINK = ("marginal", "baselines", "budgets"), "../bench/results/studies/README.md"
@@ -37,8 +38,8 @@ class Options(Section):
     """Seeds, as in 0,1,2; empty: each study's own."""
     jobs: Annotated[int, Field(ge=1)] = 1
     """Training runs side by side."""
-    config: str = "quickstart"
-    """Preset or YAML file that the study starts from."""
+    config: str | None = None
+    """Preset or YAML file that the study starts from; empty: each study's own."""
     work_dir: Path = Path("runs/studies")
     """Where warm starts and runs are kept; studies share them."""
     output: Path = Path("runs/studies/results")
@@ -83,12 +84,13 @@ def run(argv: list[str]) -> None:
         with listening():  # from here on: the imports alone take seconds
             from studies.quickstart import quickstart
 
-            quickstart(options.config, overrides)
+            quickstart(options.config or QUICKSTART, overrides)
         return
     from studies.catalog import STUDIES
     from studies.report import overview, redraw
     from studies.runner import make_studies
 
+    every = [name for name, study in STUDIES.items() if study.config == QUICKSTART]
     if options.redraw:
         folder = options.output if "output" in given else COMMITTED
         if not os.path.isdir(folder):
@@ -101,7 +103,7 @@ def run(argv: list[str]) -> None:
         print("\n".join(f"{name:<{width}}  {study.question}" for name, study in STUDIES.items()))
     elif unknown := [word for word in words if word not in STUDIES and words != ["all"]]:
         raise ConfigError(f"no study {unknown[0]!r}: use some of {', '.join(STUDIES)}, or quickstart or all alone")
-    elif not make_studies(list(STUDIES) if words == ["all"] else words, STUDIES, options, overrides):
+    elif not make_studies(every if words == ["all"] else words, STUDIES, options, overrides):
         sys.exit(1)
 
 

@@ -46,7 +46,7 @@ class TaskConfig(Section):
     """What is trained on: prompts, right answers and their verifier."""
 
     name: str
-    """`countdown`, `maths`, or the import path of your own: `mypkg.mytask:MyTask`."""
+    """`countdown`, `word-problems`, `maths`, or the import path of your own: `mypkg.mytask:MyTask`."""
     args: dict[str, Any] = {}
     """Keyword arguments of the task."""
 

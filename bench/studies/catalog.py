@@ -13,6 +13,7 @@ from studies.report import Study
 from studies.shift import SHIFT
 from studies.training_cost import TRAINING_COST
 from studies.weak_cloud import WEAK_CLOUD
+from studies.word_problems import WORD_PROBLEMS
 
 STUDIES: dict[str, Study] = {
     study.name: study
@@ -33,5 +34,6 @@ STUDIES: dict[str, Study] = {
         OTHER_TASKS,
         WEAK_CLOUD,
         TRAINING_COST,
+        WORD_PROBLEMS,
     )
 }

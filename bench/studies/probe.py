@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
@@ -32,8 +32,8 @@ NETS = 5
 """Their log-odds are averaged."""
 EPOCHS, BATCH = 8, 256
 WEIGHT_DECAY = 0.1
-AT_ONCE = 256
-"""Sequences a forward of the device model."""
+AT_ONCE = 64
+"""Sequences a forward of the device model: their hidden states are all there at once."""
 
 Inputs = tuple[Tensor, ...]
 """What a net reads, each of n answers."""
@@ -62,22 +62,18 @@ class States:
 
 @torch.no_grad()
 def states(model: PreTrainedModel, examples: Sequence[Example]) -> States:
-    """Of prompts and responses. All is kept in memory: n L D floats, which long responses of a large model fill."""
-    kept, trains = [], model.training
+    """Of prompts and responses, in one forward."""
+    trains = model.training
     model.eval()
-    for start in range(0, len(examples), AT_ONCE):
-        part = examples[start : start + AT_ONCE]
-        ids = [torch.tensor([*e.prompt_ids, *e.response_ids]) for e in part]
-        # padded on the right, where no causal layer looks
-        padded = pad_sequence(ids, batch_first=True).to(model.device)
-        out = body(model)(input_ids=padded, use_cache=False, output_hidden_states=True)
-        x_BLD = torch.cat(out.hidden_states, dim=-1).float().cpu()
-        kept += [x[: len(e)] for x, e in zip(x_BLD, part, strict=True)]
+    ids = [torch.tensor([*e.prompt_ids, *e.response_ids]) for e in examples]
+    # padded on the right, where no causal layer looks
+    padded = pad_sequence(ids, batch_first=True).to(model.device)
+    out = body(model)(input_ids=padded, use_cache=False, output_hidden_states=True)
     model.train(trains)
-    x = pad_sequence(kept, batch_first=True)
-    place = torch.arange(x.shape[1])[None]
-    prompt, length = (torch.tensor(n)[:, None] for n in ([len(e.prompt_ids) for e in examples], list(map(len, kept))))
+    place = torch.arange(padded.shape[1])[None]
+    prompt, length = (torch.tensor(n)[:, None] for n in ([len(e.prompt_ids) for e in examples], list(map(len, ids))))
     here = place < length
+    x = torch.cat(out.hidden_states, dim=-1).float().cpu().masked_fill(~here[..., None], 0.0)
     return States(x, here, here & (place >= prompt - 1))
 
 
@@ -131,7 +127,7 @@ def probe_scores(
 
     The same seed gives the same scores on the same machine, and leaves torch's generator as it was.
     """
-    read = [kind.read(states(model, part.examples)) for part in answers]
+    read = [_read(kind, model, part.examples) for part in answers]
     first, *there = read[0]
     known = first[there[0]] if there else first
     centre, scale = known.mean(0), known.std(0) + 1e-4
@@ -144,6 +140,19 @@ def probe_scores(
             for scores, of_split in zip(total, inputs[1:], strict=True):
                 scores += _scores(net, of_split) / nets
     return total[0], total[1]
+
+
+def _read(kind: Kind, model: PreTrainedModel, examples: Sequence[Example]) -> Inputs:
+    """What its nets read of all examples. `ATTENTION` keeps each token's states, which long responses of a large model
+    do not leave memory for; `POOLED` keeps none."""
+    parts = [kind.read(states(model, examples[i : i + AT_ONCE])) for i in range(0, len(examples), AT_ONCE)]
+    return tuple(map(_joined, zip(*parts, strict=True)))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """End to end, as long as the longest along the second dimension."""
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([pad(part, (*(0, 0) * (part.dim() - 2), 0, longest - part.shape[1])) for part in parts])
 
 
 def _train(

@@ -66,6 +66,8 @@ class Study:
     """Keys that no command may override, beside those that arms set: the study takes them as it has them."""
     notes: str = ""
     """What a reader needs to know of the rows."""
+    config: str = "quickstart"
+    """The preset that its runs start from."""
     by_problem: ByProblem | None = field(default=None, repr=False)
     """For a study whose figures come from a file of what happened on each problem: `measure` is its two steps."""
 
@@ -184,7 +186,7 @@ def earlier_runs(study: Study, folder: Path, made: Record) -> list[Record]:
         return []
     earlier: Record = json.loads(path.read_text())
     if any(earlier[key] != made[key] for key in ("config", "overrides")):
-        raise ConfigError(f"{path}: of other settings ({command(earlier)}); choose another --output")
+        raise ConfigError(f"{path}: of other settings ({command(study, earlier)}); choose another --output")
     return [run for run in earlier["runs"] if run["seed"] not in made["seeds"]]
 
 
@@ -247,7 +249,9 @@ def overview(studies: Mapping[str, Study], folder: Path, shown: Collection[str],
     found, parts = records(studies, folder), []
     for name in shown:
         table, seeds = studies[name].tables(found[name])[0], ", ".join(map(str, found[name]["seeds"]))
-        parts.append(markdown(replace(table, title=f"{table.title} (`{command(found[name])}`, seeds {seeds}):")))
+        parts.append(
+            markdown(replace(table, title=f"{table.title} (`{command(studies[name], found[name])}`, seeds {seeds}):"))
+        )
     lines = [f"- [{name}]({link}#{name}): {record['question']}" for name, record in found.items()]
     return "\n\n".join([*parts, "\n".join(lines)])
 
@@ -263,7 +267,7 @@ def section(study: Study, record: Record) -> str:
     where, unknown = record["machine"], max(run["unknown"] for run in record["runs"])
     lost = f"The cloud failed on up to {unknown} predictions of a run, which are left out. " if unknown else ""
     foot = (
-        f"{len(record['runs'])} runs, seeds {', '.join(map(str, seeds))}{fewer}: `{command(record)}`, "
+        f"{len(record['runs'])} runs, seeds {', '.join(map(str, seeds))}{fewer}: `{command(study, record)}`, "
         f"analysed at revision {_revisions([record['revision']])}, {made}, "
         f"on {where['device'] if where['device'] != 'cpu' else where['cpu']}. "
         f"{lost}Raw figures: [{name}.json]({name}.json)"
@@ -273,12 +277,12 @@ def section(study: Study, record: Record) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def command(record: Record) -> str:
+def command(study: Study, record: Record) -> str:
     """What makes the record again."""
     words = ["python", "bench/study.py", record["study"]]
     if record["seeds"] != record["own_seeds"]:
         words += ["--seeds", ",".join(map(str, record["seeds"]))]
-    if record["config"] != "quickstart":
+    if record["config"] != study.config:
         words += ["--config", record["config"]]
     for key, value in record["overrides"].items():
         words += [f"--{key}", value]

@@ -49,7 +49,7 @@ def _plan(study: Study, options: Options, overrides: Mapping[str, str]) -> list[
     """Where the runs of the study's arms lie, seed by seed. Raises ConfigError."""
     arms = [arm for seed in options.seeds or study.seeds for arm in study.arms(seed)]
     _check_overrides(study, arms, overrides)
-    plan = [place(arm, options.config, overrides, options.work_dir.resolve()) for arm in arms]
+    plan = [place(arm, options.config or study.config, overrides, options.work_dir.resolve()) for arm in arms]
     if study.check is not None:
         for p in plan:
             study.check(p.config)
@@ -86,7 +86,7 @@ def _write(
     made: Record = {
         "study": study.name,
         "question": study.question,
-        "config": options.config,
+        "config": options.config or study.config,
         "overrides": dict(overrides),
         "revision": record.revision(),
         "machine": record.machine(),

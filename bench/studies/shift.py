@@ -112,11 +112,12 @@ def shifted(run: Run) -> Rows:
     return [
         {"set": name, **row}
         for name, prompts in {TRAINED: heldout(run), **sets}.items()
-        for row in _with_stays(roomy, f"shift: {name}", prompts)
+        for row in with_stays(roomy, f"shift: {name}", prompts)
     ]
 
 
-def _with_stays(run: Run, name: str, prompts: Sequence[Prompt]) -> Rows:
+def with_stays(run: Run, name: str, prompts: Sequence[Prompt]) -> Rows:
+    """Greedy predictions with help forbidden, each with S, `stays`."""
     control, rows = masked(help_control(run.tokenizer)), []
     for group in judged(run, name, derive(run.config.seed, "product", name), prompts, 0.0, control):
         (completion,) = group.completions

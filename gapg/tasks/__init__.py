@@ -14,7 +14,11 @@ from typing import Any, cast, get_type_hints
 from gapg.errors import ConfigError
 from gapg.tasks.base import Task
 
-NAMES = {"countdown": "gapg.tasks.countdown:Countdown", "maths": "gapg.tasks.maths:Maths"}
+NAMES = {
+    "countdown": "gapg.tasks.countdown:Countdown",
+    "maths": "gapg.tasks.maths:Maths",
+    "word-problems": "gapg.tasks.word_problems:WordProblems",
+}
 _MEMBERS = ("prompts", "render", "verify", "question")
 _IMPORT_PATH = re.compile(r"[^\W\d][\w-]*(\.[^\W\d][\w-]*)*:[^\W\d]\w*")
 

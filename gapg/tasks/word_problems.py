@@ -1,0 +1,258 @@
+"""Arithmetic in words, drawn from templates: people, prices, distances, time. Needs no data, and any chat model.
+
+`word_problems.yaml` has the templates. A problem is a story, perhaps an aside (a number that is not needed), and a
+question; two to four steps lead to its answer, a whole number:
+
+    Nora buys 4 pens at 3 dollars each. There are 11 rulers in the shop. She pays with 20 dollars. How many … ?
+    The pens cost 4 * 3 = 12 dollars.
+    The change is 20 - 12 = 8 dollars.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations_with_replacement
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from gapg.tasks.arithmetic import evaluate
+from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_PHRASE, Demonstration, Prompt, Split, Verdict
+from gapg.tasks.mathcheck import MathChecker
+from gapg.tasks.templates import ANSWER_ONLY, ENDINGS, render_instruction
+from gapg_rollout.records import OracleQuestion
+
+TEMPLATES = Path(__file__).with_suffix(".yaml")
+LARGEST = 9999
+"""Of every number on the way."""
+IN_VAIN = 500
+"""Draws in a row without a new problem, after which there are taken to be no more."""
+
+PEOPLE = (
+    *(dict(name=name, he="she", his="her", him="her", He="She", His="Her")
+      for name in ("Maya", "Nora", "Lena", "Aisha", "Sofia", "Grace", "Hana", "Ines", "Zoe", "Priya")),
+    *(dict(name=name, he="he", his="his", him="him", He="He", His="His")
+      for name in ("Omar", "Leo", "Tom", "Ravi", "Jonas", "Kofi", "Ben", "Mateo", "Sam", "Yusuf")),
+)  # fmt: skip
+_STEP = re.compile(r"((?:\{\w+\}|[0-9]+|[-+*/() ])+)= \{(\w+)\}")
+_RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)(?:/([0-9]+))?")
+
+# The warm start's mix. Help must follow wrong steps: help that is independent of the response dies out in training.
+_RIGHT, _HELP_AFTER_RIGHT, _HELP_AFTER_WRONG = 0.80, 0.03, 0.70
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A kind of problem, its slots in braces.
+
+    steps: sentences that each hold `expression = {slot}`, which fills that slot; the last one's is the answer.
+    where: what fills the others: a range of whole numbers (`2..9`, `10..90/5` in steps of 5), or one of a list. `{x}`,
+        the number in the aside, `{name}` with `{he}`, `{his}`, `{him}`, and `{other}`, another name, fill themselves.
+    """
+
+    name: str
+    story: str
+    question: str
+    steps: tuple[str, ...]
+    where: Mapping[str, str | Sequence[int | str]]
+    aside: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    template: Template
+    slots: Mapping[str, int | str]
+    aside: bool
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Of two problems with the same key the numbers are the same, whoever they are about."""
+        return self.template.name, *(f"{slot}={self.slots[slot]}" for slot in self.template.where)
+
+    @property
+    def text(self) -> str:
+        told = [self.template.story, *([self.template.aside] if self.aside else []), self.template.question]
+        return " ".join(told).format(**self.slots)
+
+    def worked(self, slip: Mapping[int, int] | None = None) -> tuple[list[str], int | None]:
+        """(the steps in words, the answer). `slip` adds to the results of steps; a result that is then no whole number
+        of 1..LARGEST ends the steps, without an answer."""
+        slots, lines, value = dict(self.slots), list[str](), None
+        for i, step in enumerate(self.template.steps):
+            expression, slot = _parse(step)
+            exact = evaluate(expression.format(**slots))[0] + (slip or {}).get(i, 0)
+            if exact.denominator != 1 or not 1 <= exact <= LARGEST:
+                return lines, None
+            slots[slot] = value = int(exact)
+            lines.append(step.format(**slots))
+        return lines, value
+
+
+class WordProblems:
+    """The task (Solvable, Demonstrated), deterministic: the same arguments make the same problems.
+
+    problems, heldout: how many problems are drawn, to train on and held out.
+    steps: fewest and most steps of a problem, 2 to 4.
+    size: ranges of numbers are this many times as wide.
+    asides: fraction of the problems that tell a number that is not needed.
+    held_out_by: `template`: a fifth of the templates, never trained on; `numbers`: templates trained on, with numbers
+        that are not; `both`: half and half. The id of a held-out problem begins with `template/` or `numbers/`.
+    Raises ValueError for settings that leave too few problems.
+    """
+
+    name = "word-problems"
+
+    def __init__(
+        self,
+        problems: int = 6000,
+        heldout: int = 1000,
+        steps: Sequence[int] = (2, 4),
+        size: float = 1.0,
+        asides: float = 0.3,
+        held_out_by: Literal["template", "numbers", "both"] = "both",
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(steps, list | tuple) or tuple(steps) not in combinations_with_replacement((2, 3, 4), 2):
+            raise ValueError(f"steps: must be the fewest and the most, of 2 to 4, as in [2, 3], not {steps!r}")
+        for name, value, least in (("problems", problems, 2), ("heldout", heldout, 1)):
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name}: must be a whole number, {least} or more, not {value!r}")
+        if not (_is_number(size) and 0 < size <= 100):
+            raise ValueError(f"size: must be a number above 0, at most 100, not {size!r}")
+        if not (_is_number(asides) and 0 <= asides <= 1):
+            raise ValueError(f"asides: must be a fraction between 0 and 1, not {asides!r}")
+        if held_out_by not in ("template", "numbers", "both"):
+            raise ValueError(f"held_out_by: must be 'template', 'numbers' or 'both', not {held_out_by!r}")
+        self.checker = MathChecker()
+        known, new = _split(templates(), steps, seed)
+        by_template = {"template": heldout, "numbers": 0, "both": heldout // 2}[held_out_by]
+        rng, seen = random.Random(seed), set[tuple[str, ...]]()
+        drawn = {
+            where: _draw(n, chosen, size, asides, rng, seen)
+            for where, n, chosen in (
+                ("train", problems, known),
+                ("numbers", heldout - by_template, known),
+                ("template", by_template, new),
+            )
+        }
+        self._problems = {f"{where}/{_hash(p.text)}": p for where, found in drawn.items() for p in found}
+        made = [Prompt(key, p.text, str(p.worked()[1]), self.name) for key, p in self._problems.items()]
+        held = [p for p in made if not p.id.startswith("train/")]
+        rng.shuffle(held)
+        self._splits: dict[Split, tuple[Prompt, ...]] = {"train": tuple(made[:problems]), "heldout": tuple(held)}
+
+    def prompts(self, split: Split) -> Sequence[Prompt]:
+        """Problems of a split in a fixed, shuffled order: any first part of it is a fair sample."""
+        return self._splits[split]
+
+    def render(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """One user turn of the model's chat template: the problem, then the two endings. Plain text without one."""
+        return render_instruction(f"{prompt.text}\n\n{ENDINGS}", tokenizer)
+
+    def verify(self, prompt: Prompt, answers: Sequence[str]) -> list[Verdict]:
+        """math-verify's verdicts against the gold, in worker processes under limits."""
+        return self.checker.check(prompt.answer, answers)
+
+    def start_step(self) -> None:
+        """Begins the checker's time budget anew."""
+        self.checker.start_step()
+
+    def question(self, prompt: Prompt) -> OracleQuestion:
+        """One user message: the problem, and a request for an answer block."""
+        return OracleQuestion(prompt.id, ({"role": "user", "content": f"{prompt.text}\n\n{ANSWER_ONLY}"},))
+
+    def solve(self, question_id: str) -> str:
+        """The worked steps and the gold, as a cloud would reply."""
+        lines, answer = self._problems[question_id].worked()
+        return "\n".join([*lines, f"{ANSWER_OPEN} {answer} {ANSWER_CLOSE}"])
+
+    def demonstrations(self, seed: int) -> Sequence[Demonstration]:
+        """The worked steps of each training problem; in one of five a step goes wrong, which mostly ends in a call."""
+        rng = random.Random(seed)
+        return [Demonstration(p, _demonstrate(self._problems[p.id], rng)) for p in self._splits["train"]]
+
+
+def _demonstrate(problem: _Problem, rng: random.Random) -> str:
+    right = rng.random() < _RIGHT
+    slip = None if right else {rng.randrange(len(problem.template.steps)): rng.choice((-10, -2, -1, 1, 2, 10))}
+    lines, answer = problem.worked(slip)
+    calls = answer is None or rng.random() < (_HELP_AFTER_RIGHT if right else _HELP_AFTER_WRONG)
+    return "\n".join([*lines, HELP_PHRASE if calls else f"{ANSWER_OPEN} {answer} {ANSWER_CLOSE}"])
+
+
+@cache
+def templates() -> tuple[Template, ...]:
+    """All of them, in the order of the file."""
+    rows = yaml.safe_load(TEMPLATES.read_text(encoding="utf-8"))
+    return tuple(Template(name=name, **(row | {"steps": tuple(row["steps"])})) for name, row in rows.items())
+
+
+def _parse(step: str) -> tuple[str, str]:
+    """(the expression that a step computes, the slot that its result fills)."""
+    found = _STEP.search(step)
+    assert found, step
+    return found[1].strip(), found[2]
+
+
+def _split(found: Sequence[Template], steps: Sequence[int], seed: int) -> tuple[list[Template], list[Template]]:
+    """(to train on, never trained on): a fifth of those with each number of steps, so that both are equally hard."""
+    known, new = list[Template](), list[Template]()
+    for number in range(steps[0], steps[1] + 1):
+        alike = sorted((t for t in found if len(t.steps) == number), key=lambda t: _hash(f"{seed} {t.name}"))
+        cut = max(1, len(alike) // 5)
+        new += alike[:cut]
+        known += alike[cut:]
+    return known, new
+
+
+def _draw(
+    n: int, chosen: Sequence[Template], size: float, asides: float, rng: random.Random, seen: set[tuple[str, ...]]
+) -> list[_Problem]:
+    """n problems of these templates with numbers that are not in `seen`, which learns them. Raises ValueError."""
+    made, in_vain = list[_Problem](), 0
+    while len(made) < n and in_vain < IN_VAIN:
+        template = rng.choice(chosen)
+        problem = _Problem(template, _fill(template, size, rng), rng.random() < asides)
+        if problem.key not in seen and problem.worked()[1] is not None:
+            seen.add(problem.key)
+            made.append(problem)
+            in_vain = 0
+        else:
+            in_vain += 1
+    if len(made) < n:
+        raise ValueError(f"problems, heldout: {n} are wanted and {len(made)} were found; ask for fewer, or raise size")
+    return made
+
+
+def _fill(template: Template, size: float, rng: random.Random) -> dict[str, Any]:
+    person, other = rng.sample(PEOPLE, 2)
+    slots: dict[str, Any] = {**person, "other": other["name"], "x": rng.randint(2, 60)}
+    for slot, allowed in template.where.items():
+        if isinstance(allowed, str):
+            low, high, by = _range(allowed)
+            slots[slot] = rng.randrange(low, low + round((high - low) * size) + 1, by)
+        else:
+            slots[slot] = rng.choice(allowed)
+    return slots
+
+
+def _range(text: str) -> tuple[int, int, int]:
+    """(lowest, highest, step) of `2..9` or `10..90/5`."""
+    found = _RANGE.fullmatch(text)
+    assert found, text
+    return int(found[1]), int(found[2]), int(found[3] or 1)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
