@@ -32,8 +32,8 @@ from gapg_rollout.records import OracleQuestion
 TEMPLATES = Path(__file__).with_suffix(".yaml")
 LARGEST = 9999
 """Of every number on the way."""
-IN_VAIN = 500
-"""Draws in a row without a new problem, after which there are taken to be no more."""
+TRIES, IN_VAIN = 20, 50
+"""Draws from a template for a new problem, and templates in a row that gave none: there are taken to be no more."""
 
 PEOPLE = (
     *(dict(name=name, he="she", his="her", him="her", He="She", His="Her")
@@ -218,12 +218,15 @@ def _draw(
     """n problems of these templates with numbers that are not in `seen`, which learns them. Raises ValueError."""
     made, in_vain = list[_Problem](), 0
     while len(made) < n and in_vain < IN_VAIN:
-        template = rng.choice(chosen)
-        problem = _Problem(template, _fill(template, size, rng), rng.random() < asides)
-        if problem.key not in seen and problem.worked()[1] is not None:
-            seen.add(problem.key)
-            made.append(problem)
-            in_vain = 0
+        template, aside = rng.choice(chosen), rng.random() < asides
+        # again where a division leaves a rest, so that templates without one do not come more often
+        for _ in range(TRIES):
+            problem = _Problem(template, _fill(template, size, rng), aside)
+            if problem.key not in seen and problem.worked()[1] is not None:
+                seen.add(problem.key)
+                made.append(problem)
+                in_vain = 0
+                break
         else:
             in_vain += 1
     if len(made) < n:
