@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -59,7 +59,8 @@ def plain_rollouts(run: Run, ids: Sequence[list[int]]) -> int:
     rows = [[pad] * (longest - len(prompt)) + prompt for prompt in ids for _ in range(rollout.samples_per_prompt)]
     mask = [[0] * (longest - len(p)) + [1] * len(p) for p in ids for _ in range(rollout.samples_per_prompt)]
     run.model.eval()
-    out = run.model.generate(
+    generate: Any = run.model.generate
+    out = generate(
         input_ids=torch.tensor(rows), attention_mask=torch.tensor(mask), do_sample=True, top_k=0, top_p=1.0,
         temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens, pad_token_id=pad,
         stopping_criteria=[partial(_ended, run.tokenizer)],
@@ -95,7 +96,7 @@ def plain_update(run: Run, examples: Sequence[Example], rewards_PG: torch.Tensor
     clip_and_step(run.optimizer, LR, 1.0)
 
 
-def timed(impls: dict[str, Callable[[], int | None]], tokens: int | None, rounds: int) -> dict[str, list[float]]:
+def timed(impls: Mapping[str, Callable[[], int | None]], tokens: int | None, rounds: int) -> dict[str, list[float]]:
     """Tokens a second of each call, by implementation; `tokens` of each, or as many as it returns."""
     found: dict[str, list[float]] = {name: [] for name in impls}
 
