@@ -26,6 +26,7 @@ from gapg.jsonl import to_json
 from gapg.judge import Group
 from gapg.runs.outage import check_evaluation
 from gapg.tasks.base import Prompt, Task
+from gapg.tasks.in_words import InWords
 from gapg.tasks.maths import Maths
 from gapg_rollout.records import Engine, Oracle, OracleUsage
 
@@ -104,7 +105,7 @@ def load_sets(sources: Sources, config: RunConfig, task: Task, tokenizer: PreTra
     """
     trained, heldout = ({p.id for p in task_prompts(task, split)} for split in ("train", "heldout"))
     sets = [ProblemSet(OWN, task.name, task, heldout_prompts(config, task, tokenizer), in_domain=True)]
-    checker = task.checker if isinstance(task, Maths) else None
+    checker = task.checker if isinstance(task, InWords) else None
     for name, source in sources.items():
         other = _load(name, source)
         # one set of worker processes for all

@@ -24,15 +24,12 @@ from numbers import Integral, Rational, Real
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from gapg.jsonl import check_text, kind, read_data
 from gapg.tasks import find_object
 from gapg.tasks._mathreading import last_box
-from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_PHRASE, Demonstration, Prompt, Split, Verdict
+from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_PHRASE, Demonstration, Prompt, Split
+from gapg.tasks.in_words import InWords
 from gapg.tasks.mathcheck import MathChecker
-from gapg.tasks.templates import ANSWER_ONLY, ENDINGS, render_instruction
-from gapg_rollout.records import OracleQuestion
 
 _HELP = 0.2
 _INHERITED = ("path", "subset", "question", "answer", "question_pattern", "answer_pattern")
@@ -64,7 +61,7 @@ class Source:
     limit: int | None = None
 
 
-class Maths:
+class Maths(InWords):
     """The task (Solvable: the gold is known; Demonstrated where the data have worked solutions).
 
     `heldout` takes from `train` whatever it does not say itself, save `split` (test) and `limit`. With `train` None
@@ -88,7 +85,7 @@ class Maths:
         seconds: float = 2.0,
         max_chars: int = 20_000,
     ) -> None:
-        self.checker = MathChecker(seconds, max_chars)
+        super().__init__(MathChecker(seconds, max_chars))
         source = None if train is None else _source("train", train, {})
         inherited = {} if source is None else {k: getattr(source, k) for k in _INHERITED}
         held = _source("heldout", heldout, inherited | {"split": "test"})
@@ -134,18 +131,6 @@ class Maths:
         """Problems of a split in the order of the data, repeats removed."""
         return self._splits[split]
 
-    def render(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """One user turn of the model's chat template: the problem, then the two endings. Plain text without one."""
-        return render_instruction(f"{prompt.text}\n\n{ENDINGS}", tokenizer)
-
-    def verify(self, prompt: Prompt, answers: Sequence[str]) -> list[Verdict]:
-        """math-verify's verdicts against the gold, in worker processes under limits."""
-        return self.checker.check(prompt.answer, answers)
-
-    def start_step(self) -> None:
-        """Begins the checker's time budget anew."""
-        self.checker.start_step()
-
     def solve(self, question_id: str) -> str:
         """The gold of this problem, of either split, in an answer block. Raises ValueError for another problem."""
         if question_id not in self._golds:
@@ -168,10 +153,6 @@ class Maths:
                     worked, ending = worked[: rng.randrange(len(worked))].rsplit(" ", 1)[0], f"\n{HELP_PHRASE}"
                 made.append(Demonstration(prompt, worked + ending))
         return made
-
-    def question(self, prompt: Prompt) -> OracleQuestion:
-        """One user message: the problem, and a request for an answer block."""
-        return OracleQuestion(prompt.id, ({"role": "user", "content": f"{prompt.text}\n\n{ANSWER_ONLY}"},))
 
 
 def _identity(text: str) -> str:

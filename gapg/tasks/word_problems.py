@@ -21,13 +21,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from transformers import PreTrainedTokenizerBase
 
 from gapg.tasks.arithmetic import evaluate
-from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_PHRASE, Demonstration, Prompt, Split, Verdict
+from gapg.tasks.base import ANSWER_CLOSE, ANSWER_OPEN, HELP_PHRASE, Demonstration, Prompt, Split
+from gapg.tasks.in_words import InWords
 from gapg.tasks.mathcheck import MathChecker
-from gapg.tasks.templates import ANSWER_ONLY, ENDINGS, render_instruction
-from gapg_rollout.records import OracleQuestion
 
 TEMPLATES = Path(__file__).with_suffix(".yaml")
 LARGEST = 9999
@@ -95,7 +93,7 @@ class _Problem:
         return lines, value
 
 
-class WordProblems:
+class WordProblems(InWords):
     """The task (Solvable, Demonstrated), deterministic: the same arguments make the same problems.
 
     problems, heldout: how many problems are drawn, to train on and held out.
@@ -130,7 +128,7 @@ class WordProblems:
             raise ValueError(f"asides: must be a fraction between 0 and 1, not {asides!r}")
         if held_out_by not in ("template", "numbers", "both"):
             raise ValueError(f"held_out_by: must be 'template', 'numbers' or 'both', not {held_out_by!r}")
-        self.checker = MathChecker()
+        super().__init__(MathChecker())
         known, new = _split(templates(), steps, seed)
         by_template = {"template": heldout, "numbers": 0, "both": heldout // 2}[held_out_by]
         rng, seen = random.Random(seed), set[tuple[str, ...]]()
@@ -151,22 +149,6 @@ class WordProblems:
     def prompts(self, split: Split) -> Sequence[Prompt]:
         """Problems of a split in a fixed, shuffled order: any first part of it is a fair sample."""
         return self._splits[split]
-
-    def render(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """One user turn of the model's chat template: the problem, then the two endings. Plain text without one."""
-        return render_instruction(f"{prompt.text}\n\n{ENDINGS}", tokenizer)
-
-    def verify(self, prompt: Prompt, answers: Sequence[str]) -> list[Verdict]:
-        """math-verify's verdicts against the gold, in worker processes under limits."""
-        return self.checker.check(prompt.answer, answers)
-
-    def start_step(self) -> None:
-        """Begins the checker's time budget anew."""
-        self.checker.start_step()
-
-    def question(self, prompt: Prompt) -> OracleQuestion:
-        """One user message: the problem, and a request for an answer block."""
-        return OracleQuestion(prompt.id, ({"role": "user", "content": f"{prompt.text}\n\n{ANSWER_ONLY}"},))
 
     def solve(self, question_id: str) -> str:
         """The worked steps and the gold, as a cloud would reply."""
