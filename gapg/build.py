@@ -204,7 +204,14 @@ def render(task: Task, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, embed
 
 
 def check_run(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
-    """What can be known before the model is loaded. Raises ConfigError."""
+    """What can be known of a training run before the model is loaded. Raises ConfigError."""
+    check_use(config, tokenizer)
+    check_training_prompts(config, task, tokenizer)
+
+
+def check_use(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What can be known before the model is loaded, trained or not: nothing of the task's problems. Raises
+    ConfigError."""
     check_model(config.model, tokenizer)
     check_offload(config, device())
     check_endings(tokenizer, end_ids(config.model, tokenizer))
@@ -223,10 +230,15 @@ def check_run(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase)
         raise ConfigError(
             f"token_cap={config.token_cap} is below rollout.max_prompt_tokens + rollout.max_new_tokens: raise it"
         )
+
+
+def check_training_prompts(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError where the task has no training problems, or next to none that fits."""
     if not task_prompts(task, "train"):
         raise ConfigError(f"task {task.name!r} has no training problems: name some (task maths: in task.args.train)")
     if len(fitting_prompts(config, task, tokenizer, "train")) < 2:
-        raise ConfigError(f"rollout.max_prompt_tokens={rollout.max_prompt_tokens}: no training prompt fits; raise it")
+        limit = config.rollout.max_prompt_tokens
+        raise ConfigError(f"rollout.max_prompt_tokens={limit}: no training prompt fits; raise it")
 
 
 def _check_vllm_length(config: RunConfig) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from pathlib import Path
 
-from gapg.build import fitting_prompts
+from gapg.build import check_training_prompts, fitting_prompts
 from gapg.commands.options import Calibrate
 from gapg.commands.target import Target, open_target
 from gapg.config import RunConfig
@@ -38,6 +38,7 @@ def calibrate_command(wanted: Calibrate, overrides: Mapping[str, str]) -> None:
     """
     target = open_target(wanted.checkpoint, wanted.config, overrides, trust_code=wanted.trust_code)
     config, task, tokenizer = target.config, target.task, target.tokenizer
+    check_training_prompts(config, task, tokenizer)
     below, fraction = wanted.call_below, wanted.cloud_fraction or config.budget.cloud_fraction
     if below is not None:
         check_forecast(target.trained, target.model_path, below)

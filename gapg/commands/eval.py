@@ -10,7 +10,7 @@ from pathlib import Path
 from gapg.build import make_oracle
 from gapg.commands.options import Eval
 from gapg.commands.target import Target, open_target
-from gapg.evaluation.heldout import decodings, evaluate
+from gapg.evaluation.heldout import decodings, evaluate, heldout_prompts
 from gapg.evaluation.suite import ProblemSet, evaluate_suite, load_sets, read_suite
 from gapg_rollout.records import Oracle
 
@@ -24,15 +24,16 @@ def evaluate_command(wanted: Eval, overrides: Mapping[str, str]) -> None:
     """
     suite = None if wanted.suite is None else read_suite(wanted.suite, wanted.suite_data)
     target = open_target(wanted.checkpoint, wanted.config, overrides, trust_code=wanted.trust_code)
-    sets = None if suite is None else load_sets(suite, target.config, target.task, target.tokenizer)
-    folder = target.place(target.beside("eval"), wanted.output_dir)
-    if sets is not None:
-        _evaluate_suite(target, sets, folder, wanted)
+    if suite is not None:
+        sets = load_sets(suite, target.config, target.task, target.tokenizer)
+        _evaluate_suite(target, sets, target.place(target.beside("eval"), wanted.output_dir), wanted)
         return
+    prompts = heldout_prompts(target.config, target.task, target.tokenizer)
+    folder = target.place(target.beside("eval"), wanted.output_dir)
     with closing(target.oracle(folder)) as oracle, closing(target.engine()) as engine:
         evaluate(
             target.config, folder, target.task, target.tokenizer, engine, oracle,
-            model=str(target.model_path), trained=target.trained, settings=target.settings,
+            model=str(target.model_path), trained=target.trained, settings=target.settings, prompts=prompts,
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from gapg.build import check_run, make_engine, make_oracle, make_task
+from gapg.build import check_use, make_engine, make_oracle, make_task
 from gapg.config import RunConfig, load_config
 from gapg.console import say
 from gapg.errors import ConfigError
@@ -115,7 +115,7 @@ def open_target(
     trained = load_config(str(run_folder / "config.yaml")) if run_folder else config
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(model_path)})})
     tokenizer = load_tokenizer(config.model, task)
-    check_run(config, task, tokenizer)
+    check_use(config, tokenizer)
     settings = {"checkpoint": str(model_path.resolve()), "config": config_name, "overrides": dict(overrides)}
     return Target(model_path, run_folder, config, trained, task, tokenizer, settings, notice)
 

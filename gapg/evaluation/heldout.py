@@ -50,16 +50,17 @@ def evaluate(
     model: str,
     trained: RunConfig,
     settings: Mapping[str, Any] | None = None,
+    prompts: Sequence[Prompt] | None = None,
 ) -> None:
     """Held-out problems, greedy, sampled, and as each calibration beside the model says, and how good a forecast the
     decision is: tables on standard output; summary.json, predictions.jsonl and reliability.png in `folder`.
 
     trained: the config that the model was trained by. settings: what else summary.json tells of where the figures
-    come from.
+    come from. prompts: what `heldout_prompts` found, where that was asked before the engine was made.
     Raises ConfigError where there is no problem, or a calibration does not fit the tokenizer; and OracleDown, after all
     is written, where the cloud failed every question, so that nothing is known of the calls.
     """
-    prompts = heldout_prompts(config, task, tokenizer)
+    prompts = heldout_prompts(config, task, tokenizer) if prompts is None else prompts
     about = {"model": model, **(settings or {}), "task": task.name, "oracle": config.oracle.kind}
     wanted = decodings(config, tokenizer, Path(model))
     summary, judged = measure(config, folder, task, tokenizer, engine, oracle, prompts, wanted, about)

@@ -184,6 +184,30 @@ def test_without_training_problems_nothing_is_trained(rows, folder, tmp_path, ca
     assert capsys.readouterr().err == said and not (tmp_path / "run").exists()
 
 
+def test_held_out_problems_alone_are_evaluated_on_and_not_calibrated_on(rows, folder, tmp_path, capsys):
+    """A config without training problems; what is wrong with its held-out ones is said before the model is loaded."""
+    tree = {
+        "task": {"name": "maths", "args": {"train": None, "heldout": str(rows)}},
+        "rollout": {"max_prompt_tokens": 400, "max_new_tokens": 2},
+        "token_cap": 500,
+        "oracle": {"kind": "solver"},
+        "threads": 1,
+    }
+    (tmp_path / "x.yaml").write_text(json.dumps(tree))
+    of = [str(folder(max_position_embeddings=512)), "--config", str(tmp_path / "x.yaml"), "--output-dir"]
+    main(["eval", *of, str(tmp_path / "eval")])
+    assert {row["n"] for row in json.loads((tmp_path / "eval" / "summary.json").read_text())["rows"]} == {4}
+    for command, more, said in (
+        ("calibrate", [], "task 'maths' has no training problems: name some (task maths: in task.args.train)"),
+        ("eval", ["--rollout.max-prompt-tokens", "1"], "task 'maths': no held-out problem fits; raise rollout.max_pro"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main([command, *of, str(tmp_path / command / "none"), *more])
+        assert left.value.code == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"gapg: {said}")
+        assert not (tmp_path / command / "none").exists()
+
+
 def test_a_problem_within_its_column(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"query": "Q: One?\nA: The answer is", "answer": "1"}) + "\n")
