@@ -10,7 +10,7 @@ from pathlib import Path
 from gapg.build import make_oracle
 from gapg.commands.options import Eval
 from gapg.commands.target import Target, open_target
-from gapg.evaluation.heldout import decodings, evaluate, heldout_prompts
+from gapg.evaluation.heldout import Setup, decodings, evaluate, heldout_prompts
 from gapg.evaluation.suite import ProblemSet, evaluate_suite, load_sets, read_suite
 from gapg_rollout.records import Oracle
 
@@ -44,7 +44,7 @@ def _evaluate_suite(target: Target, sets: Sequence[ProblemSet], folder: Path, wa
     with ExitStack() as stack:
         oracles = _oracles(target, sets, folder, stack)
         engine = stack.enter_context(closing(target.engine()))
-        evaluate_suite(target.config, folder, places, sets, target.tokenizer, engine, oracles, how, about)
+        evaluate_suite(Setup(target.config, target.tokenizer, engine, how, about), folder, places, sets, oracles)
 
 
 def _oracles(target: Target, sets: Sequence[ProblemSet], folder: Path, stack: ExitStack) -> list[Oracle]:

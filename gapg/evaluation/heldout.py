@@ -8,7 +8,7 @@ decoding takes those responses from there, and decodes the others.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,17 @@ PICTURE = "reliability.png"
 NOTHING = OracleUsage()
 
 
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is evaluated and how, on whatever problems. wanted: each decoding. about: what summary.json begins with."""
+
+    config: RunConfig
+    tokenizer: PreTrainedTokenizerBase
+    engine: Engine
+    wanted: Sequence[Decoding]
+    about: Mapping[str, Any]
+
+
 def evaluate(
     config: RunConfig,
     folder: Path,
@@ -61,9 +72,9 @@ def evaluate(
     is written, where the cloud failed every question, so that nothing is known of the calls.
     """
     prompts = heldout_prompts(config, task, tokenizer) if prompts is None else prompts
-    about = {"model": model, **(settings or {}), "task": task.name, "oracle": config.oracle.kind}
     wanted = decodings(config, tokenizer, Path(model))
-    summary, judged = measure(config, folder, task, tokenizer, engine, oracle, prompts, wanted, about)
+    setup = Setup(config, tokenizer, engine, wanted, {"model": model, **(settings or {})})
+    summary, judged = measure(setup, folder, task, oracle, prompts)
     print_table(summary["rows"])
     files = [folder / "summary.json", folder / "predictions.jsonl"]
     if "decision" in summary:
@@ -90,29 +101,25 @@ def heldout_prompts(
 
 
 def measure(
-    config: RunConfig,
+    setup: Setup,
     folder: Path,
     task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    engine: Engine,
     oracle: Oracle,
     prompts: Sequence[Prompt],
-    wanted: Sequence[Decoding],
-    about: Mapping[str, Any],
     name: str | None = None,
     before: OracleUsage = NOTHING,
 ) -> tuple[dict[str, Any], list[Group]]:
     """(what summary.json says, the judged responses) of these problems in each wanted decoding, and of the decision.
 
     Writes summary.json, predictions.jsonl and reliability.png into `folder`, and prints no table.
-    about: what summary.json begins with. name: what the problems are called in titles, other than the task. before:
-    what the oracle had spent on others than these.
+    name: what the problems are called, other than the task. before: what the oracle had spent on others than these.
     """
+    config, tokenizer, engine = setup.config, setup.tokenizer, setup.engine
     title = f"{name}: " if name else ""
     judge = Judge(task, oracle, ask_unsolved=False, thinking=opens_think(task, tokenizer))
     decoded, lines, unbiased = masked_greedy(config, task, tokenizer, engine, prompts, judge.thinking, title)
     rows, judged = [], list[Group]()
-    for label, temperature, help in wanted:
+    for label, temperature, help in setup.wanted:
         how = "sampled" if temperature else "greedy"
         seed = derive(config.seed, "eval", how)
         sampling = Sampling(config.rollout.max_new_tokens, temperature, STOP, seed, help, judge.thinking)
@@ -132,7 +139,8 @@ def measure(
         )
     spent = asdict(before)
     usage = {key: value - spent[key] for key, value in asdict(oracle.usage).items()}
-    summary = {**about, "rows": rows, "oracle_usage": usage}
+    problems = ({"set": name} if name else {}) | {"task": task.name, "oracle": config.oracle.kind}
+    summary = {**setup.about, **problems, "rows": rows, "oracle_usage": usage}
     write_whole(folder / "predictions.jsonl", "".join(to_json(line) + "\n" for line in lines))
     if decoded is not None:
         summary["decision"] = draw_decision(decoded, folder / PICTURE, f"{name or task.name}, {len(prompts)} problems")

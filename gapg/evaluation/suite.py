@@ -19,7 +19,7 @@ from gapg.build import task_prompts
 from gapg.config import PRESETS, RunConfig, read_tree
 from gapg.console import say, warn
 from gapg.errors import ConfigError
-from gapg.evaluation.heldout import Decoding, heldout_prompts, measure, say_usage
+from gapg.evaluation.heldout import Setup, heldout_prompts, measure, say_usage
 from gapg.evaluation.report import print_suite
 from gapg.files import write_whole
 from gapg.jsonl import to_json
@@ -28,7 +28,7 @@ from gapg.runs.outage import check_evaluation
 from gapg.tasks.base import Prompt, Task
 from gapg.tasks.in_words import InWords
 from gapg.tasks.maths import Maths
-from gapg_rollout.records import Engine, Oracle, OracleUsage
+from gapg_rollout.records import Oracle, OracleUsage
 
 SUITES = PRESETS / "suites"
 FILE = "suite.json"
@@ -134,30 +134,19 @@ def _load(name: str, source: Mapping[str, Any]) -> Maths:
 
 
 def evaluate_suite(
-    config: RunConfig,
-    folder: Path,
-    places: Sequence[Path],
-    sets: Sequence[ProblemSet],
-    tokenizer: PreTrainedTokenizerBase,
-    engine: Engine,
-    oracles: Sequence[Oracle],
-    wanted: Sequence[Decoding],
-    about: Mapping[str, Any],
+    setup: Setup, folder: Path, places: Sequence[Path], sets: Sequence[ProblemSet], oracles: Sequence[Oracle]
 ) -> None:
     """Each set in its place, whose files are written as it is done; then the table, and suite.json in `folder`.
 
-    oracles: one for each set, which may be the same. about: what the files begin with.
+    oracles: one for each set, which may be the same.
     Raises OracleDown, after all is written, where the cloud failed every question.
     """
     (folder / FILE).unlink(missing_ok=True)  # an older one would not be of these sets' files
     summaries, judged = {}, list[Group]()
     for one, place, oracle in zip(sets, places, oracles, strict=True):
-        own = {**about, "set": one.name, "task": one.task.name, "oracle": config.oracle.kind}
-        summaries[one.key], groups = measure(
-            config, place, one.task, tokenizer, engine, oracle, one.prompts, wanted, own, one.name, oracle.usage
-        )
+        summaries[one.key], groups = measure(setup, place, one.task, oracle, one.prompts, one.name, oracle.usage)
         judged += groups
-    suite = {**about, "oracle": config.oracle.kind, **together(sets, summaries)}
+    suite = {**setup.about, "oracle": setup.config.oracle.kind, **together(sets, summaries)}
     write_whole(folder / FILE, to_json(suite, indent=1) + "\n")
     print_suite(suite)
     say_usage(suite["oracle_usage"])
