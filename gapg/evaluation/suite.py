@@ -69,7 +69,7 @@ def read_suite(name: str, data: Path | None = None) -> Sources:
         raise ConfigError(f"--suite {name}: is neither a file nor a suite; suites: {', '.join(suites())}")
     tree = read_tree(path)
     for key, source in tree.items():
-        if not isinstance(key, str) or not re.fullmatch(r"\w[\w.-]{0,59}", key) or key == OWN:
+        if not isinstance(key, str) or not re.fullmatch(r"\w[\w-]{0,59}", key) or key == OWN:
             raise ConfigError(
                 f"{path}: {key!r:.80} is no name for a set: use up to 60 letters, digits, - and _, and not {OWN!r}"
             )

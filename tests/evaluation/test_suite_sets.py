@@ -59,6 +59,8 @@ UNREAD = "{path: no.jsonl}"
         ("a: [1", [], 1, ["mine.yaml: not valid YAML"]),
         (f"../up: {UNREAD}", [], 1, ["mine.yaml: '../up' is no name for a set: use up to 60 letters"]),
         (f"in-domain: {UNREAD}", [], 1, ["'in-domain' is no name for a set"]),
+        (f"suite.json: {UNREAD}", [], 1, ["'suite.json' is no name for a set: use up to 60 letters, digits, - and _"]),
+        (f"oracle.sqlite: {UNREAD}", [], 1, ["'oracle.sqlite' is no name for a set"]),
         (f"2024: {UNREAD}", [], 1, ["2024 is no name for a set"]),
         ("a: no.jsonl", [], 1, ["mine.yaml: a: must be keys and values such as {path: …"]),
         (f"a: {UNREAD}", [], 1, ["suite: a.path: no.jsonl does not exist"]),
