@@ -25,7 +25,7 @@ def evaluate_command(wanted: Eval, overrides: Mapping[str, str]) -> None:
     suite = None if wanted.suite is None else read_suite(wanted.suite, wanted.suite_data)
     target = open_target(wanted.checkpoint, wanted.config, overrides, trust_code=wanted.trust_code)
     if suite is not None:
-        sets = load_sets(suite, target.config, target.task, target.tokenizer)
+        sets = load_sets(suite, target.config, target.task, target.tokenizer, target.trained_task())
         _evaluate_suite(target, sets, target.place(target.beside("eval"), wanted.output_dir), wanted)
         return
     prompts = heldout_prompts(target.config, target.task, target.tokenizer)
@@ -41,6 +41,8 @@ def _evaluate_suite(target: Target, sets: Sequence[ProblemSet], folder: Path, wa
     places = [target.place(folder / s.key, wanted.output_dir and wanted.output_dir / s.key) for s in sets]
     how = decodings(target.config, target.tokenizer, target.model_path)
     about = {"model": str(target.model_path), **target.settings, "suite": wanted.suite}
+    if wanted.suite_data is not None:
+        about["suite_data"] = str(wanted.suite_data)
     with ExitStack() as stack:
         oracles = _oracles(target, sets, folder, stack)
         engine = stack.enter_context(closing(target.engine()))

@@ -30,6 +30,7 @@ class Target:
 
     trained: the config that its run was trained by, whatever the command line changes; `config` where no run is known.
     settings: which weights and which config, for the record. notice: what must be said before the oracle is asked.
+    trust_code: the user vouches for the code that the run's own config names.
     """
 
     model_path: Path
@@ -40,6 +41,28 @@ class Target:
     tokenizer: PreTrainedTokenizerBase
     settings: Mapping[str, Any] = field(default_factory=dict)
     notice: str | None = None
+    trust_code: bool = False
+
+    def trained_task(self) -> Task:
+        """The task that the model was trained by: `task`, or where the command line names another, that of its run.
+
+        Raises ConfigError, also where that is code of others which nobody vouches for.
+        """
+        if self.run_folder is None or self.trained.task == self.config.task:
+            return self.task
+        file = self.run_folder / "config.yaml"
+        try:
+            if not self.trust_code:
+                trust.check_code(self.trained, file, ("reward", "rollout"))  # of which nothing is used
+        except ConfigError:
+            raise ConfigError(
+                f"{file}: its task, {self.trained.task.name}, which tells what was trained on, brings code that is not "
+                "gapg's: add --trust-code if you trust whoever wrote it, or leave out --suite"
+            ) from None
+        try:
+            return make_task(self.trained)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: its task, which tells what was trained on: {error}") from None
 
     def engine(self) -> Engine:
         """Loads the weights. Raises ConfigError."""
@@ -117,7 +140,7 @@ def open_target(
     tokenizer = load_tokenizer(config.model, task)
     check_use(config, tokenizer)
     settings = {"checkpoint": str(model_path.resolve()), "config": config_name, "overrides": dict(overrides)}
-    return Target(model_path, run_folder, config, trained, task, tokenizer, settings, notice)
+    return Target(model_path, run_folder, config, trained, task, tokenizer, settings, notice, trust_code)
 
 
 def find_model(target: Path) -> tuple[Path, Path | None]:

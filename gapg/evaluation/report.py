@@ -41,9 +41,8 @@ def print_table(rows: Sequence[dict[str, Any]], cloud_fraction: float | None = N
 
 def print_suite(suite: Mapping[str, Any]) -> None:
     """What `gapg.evaluation.suite.together` found, on standard output: a column for each set, a row for each decoding
-    under the figure that it shows; the means are over the sets out of domain."""
-    sets, table = suite["sets"], Table()
-    averaged = not all(one["in_domain"] for one in sets)
+    under the figure that it shows; the means are over the sets averaged, those out of domain."""
+    sets, table, averaged = suite["sets"], Table(), bool(suite["averaged"])
     table.add_column("", min_width=16)
     for one in sets:
         # a name may break after its dashes, which rich does not do

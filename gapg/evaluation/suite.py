@@ -1,6 +1,7 @@
-"""A model on several sets of maths problems, those of its own task first: one table, and one suite.json.
+"""A model on several sets of maths problems, those of its config's task first: one table, and one suite.json.
 
-In domain is the config's own task, and a set that shares problems with it. What was trained on is left out of a set.
+In domain is the task that the model was trained by, and a set that shares problems with it. What was trained on is left
+out of a set.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from gapg.evaluation.report import print_suite
 from gapg.files import write_whole
 from gapg.jsonl import to_json
 from gapg.judge import Group
-from gapg.runs.outage import check_evaluation
+from gapg.runs.outage import check_evaluation, failures
 from gapg.tasks.base import Prompt, Task
 from gapg.tasks.in_words import InWords
 from gapg.tasks.maths import Maths
@@ -32,8 +33,12 @@ from gapg_rollout.records import Oracle, OracleUsage
 
 SUITES = PRESETS / "suites"
 FILE = "suite.json"
-OWN = "in-domain"
-"""The folder of the model's own task, and its key in suite.json: no set of a suite is called so."""
+OWN = "own"
+"""The folder of the config's own task, and its key in suite.json: no set of a suite is called so."""
+SHARED = 0.01
+"""The part of a set's problems that makes it one in domain where they are the trained task's too. Collections of maths
+problems repeat each other here and there: fewer move an accuracy by less than 0.01, and chance moves that of a thousand
+problems by 0.03."""
 FIGURES = ("accuracy", "local_accuracy", "call_fraction")
 
 Sources = Mapping[str, Mapping[str, Any]]
@@ -44,7 +49,8 @@ Sources = Mapping[str, Mapping[str, Any]]
 class ProblemSet:
     """Problems to evaluate on. key: its folder and its key in suite.json. name: what it is called in the table.
 
-    trained_on: how many problems it had that are training problems of the model's own task.
+    trained_on: how many problems it had that the model was trained on. source: the keys of `gapg.tasks.maths.Source`;
+    of the config's own task its arguments.
     """
 
     key: str
@@ -53,6 +59,7 @@ class ProblemSet:
     prompts: Sequence[Prompt]
     in_domain: bool = False
     trained_on: int = 0
+    source: Mapping[str, Any] = field(default_factory=dict)
 
 
 def suites() -> list[str]:
@@ -98,13 +105,22 @@ def _from_folder(sources: Sources, data: Path) -> Sources:
     return {n: {**sources[n], "path": str(path), "subset": None} for n, path in found.items() if path is not None}
 
 
-def load_sets(sources: Sources, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[ProblemSet]:
-    """The held-out problems of the model's own task, then each set with what of it fits and was not trained on.
+def load_sets(
+    sources: Sources, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, trained: Task
+) -> list[ProblemSet]:
+    """The held-out problems of the config's task, then each set: what of them fits and was not trained on.
 
-    A set that is what the task holds out gives the first one its name. Raises ConfigError.
+    trained: the task that the model was trained by, which may be another than the config's.
+    A set that is what the config's task holds out gives the first one its name. Raises ConfigError.
     """
-    trained, heldout = ({p.id for p in task_prompts(task, split)} for split in ("train", "heldout"))
-    sets = [ProblemSet(OWN, task.name, task, heldout_prompts(config, task, tokenizer), in_domain=True)]
+    taught = {p.id for p in task_prompts(trained, "train")}
+    known = taught | {p.id for p in task_prompts(trained, "heldout")}
+    heldout = {p.id for p in task_prompts(task, "heldout")}
+    own = ProblemSet(OWN, task.name, task, heldout_prompts(config, task, tokenizer), in_domain=True)
+    own = replace(own, source=config.task.model_dump(mode="json")["args"])
+    sets = [own if trained is task else _compared(own, taught, known)]
+    if not sets[0].prompts:
+        raise ConfigError(f"task {task.name!r}: the model was trained on every held-out problem; name another --config")
     checker = task.checker if isinstance(task, InWords) else None
     for name, source in sources.items():
         other = _load(name, source)
@@ -114,13 +130,24 @@ def load_sets(sources: Sources, config: RunConfig, task: Task, tokenizer: PreTra
         if ids == heldout:
             sets[0] = replace(sets[0], name=name)
             continue
-        fitting = heldout_prompts(config, other, tokenizer, name)
-        prompts = [p for p in fitting if p.id not in trained]
-        if known := len(fitting) - len(prompts):
-            warn(f"{name}: {known} of {len(fitting)} problems are training problems of task {task.name!r}: left out")
-        if prompts:
-            sets.append(ProblemSet(name, name, other, prompts, not ids.isdisjoint(trained | heldout), known))
+        # `test` is the split that Maths reads of a set that names none
+        read = {"path": source["path"], "subset": None, "split": "test", "limit": None, **source}
+        one = ProblemSet(name, name, other, heldout_prompts(config, other, tokenizer, name), source=read)
+        one = _compared(one, taught, known)
+        if one.prompts:
+            sets.append(one)
     return sets
+
+
+def _compared(one: ProblemSet, taught: Set[str], known: Set[str]) -> ProblemSet:
+    """The set beside the trained task, by the ids of its problems: without those `taught`, in domain where enough of it
+    is `known`."""
+    prompts = [p for p in one.prompts if p.id not in taught]
+    if left_out := len(one.prompts) - len(prompts):
+        warn(f"{one.name}: the model was trained on {left_out} of {len(one.prompts)} problems: left out")
+    ids = {p.id for p in task_prompts(one.task, "heldout")}
+    in_domain = len(ids & known) >= SHARED * len(ids)
+    return replace(one, prompts=prompts, in_domain=in_domain, trained_on=left_out)
 
 
 def _load(name: str, source: Mapping[str, Any]) -> Maths:
@@ -136,30 +163,44 @@ def _load(name: str, source: Mapping[str, Any]) -> Maths:
 def evaluate_suite(
     setup: Setup, folder: Path, places: Sequence[Path], sets: Sequence[ProblemSet], oracles: Sequence[Oracle]
 ) -> None:
-    """Each set in its place, whose files are written as it is done; then the table, and suite.json in `folder`.
+    """Each set in its place, and suite.json of those so far in `folder`, written as it is done; then the table.
 
     oracles: one for each set, which may be the same.
-    Raises OracleDown, after all is written, where the cloud failed every question.
+    Raises OracleDown, after all is written, where the cloud failed every question; at once, without the other sets,
+    where it failed every one of a set for no reason of these questions' own.
     """
     (folder / FILE).unlink(missing_ok=True)  # an older one would not be of these sets' files
     summaries, judged = {}, list[Group]()
-    for one, place, oracle in zip(sets, places, oracles, strict=True):
+    for done, (one, place, oracle) in enumerate(zip(sets, places, oracles, strict=True), 1):
         summaries[one.key], groups = measure(setup, place, one.task, oracle, one.prompts, one.name, oracle.usage)
         judged += groups
-    suite = {**setup.about, "oracle": setup.config.oracle.kind, **together(sets, summaries)}
-    write_whole(folder / FILE, to_json(suite, indent=1) + "\n")
+        left = [s.key for s in sets[done:]]
+        state = {"oracle": setup.config.oracle.kind, "complete": not left, "not_evaluated": left}
+        suite = {**setup.about, **state, **together(sets[:done], summaries)}
+        write_whole(folder / FILE, to_json(suite, indent=1) + "\n")
+        if down := _is_down(groups):
+            break
     print_suite(suite)
     say_usage(suite["oracle_usage"])
     say(str(folder / FILE))
-    check_evaluation(judged)
+    if left:
+        warn(f"stopped after {one.name}, as the cloud answers nothing; not evaluated: {', '.join(left)}")
+    check_evaluation(groups if down else judged)
+
+
+def _is_down(groups: Sequence[Group]) -> bool:
+    """Whether the cloud failed every question, and not each for what is in the question or in the reply to it."""
+    asked = [g for g in groups if g.oracle_asked]
+    return bool(asked) and all(g.oracle_score is None for g in asked) and not all(a.own for a in failures(asked))
 
 
 def together(sets: Sequence[ProblemSet], summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What suite.json says of these sets' summaries, by their keys; `mean` is the plain mean over the sets that are out
-    of domain, NaN (null) where one of them is not known."""
+    """What suite.json says of these sets' summaries, by their keys; `mean` is the plain mean over the sets `averaged`,
+    those out of domain, NaN (null) where one of them is not known."""
     others = [one.key for one in sets if not one.in_domain]
     shown = [
-        {"key": s.key, "name": s.name, "in_domain": s.in_domain, "n": len(s.prompts), "trained_on": s.trained_on}
+        {"key": s.key, "name": s.name, "in_domain": s.in_domain, "n": len(s.prompts)}
+        | {"trained_on": s.trained_on, "source": s.source}
         for s in sets
     ]
     rows = []
@@ -177,7 +218,7 @@ def together(sets: Sequence[ProblemSet], summaries: Mapping[str, Mapping[str, An
         rows.append({"name": "alone, greedy", "sets": cells, "mean": _mean(cells, others)})
     keys = OracleUsage.__dataclass_fields__
     usage = {key: sum(s["oracle_usage"][key] for s in summaries.values()) for key in keys}
-    return {"sets": shown, "rows": rows, "decision": decision, "oracle_usage": usage}
+    return {"sets": shown, "averaged": others, "rows": rows, "decision": decision, "oracle_usage": usage}
 
 
 def _mean(cells: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> dict[str, float]:

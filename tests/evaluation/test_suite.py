@@ -82,6 +82,14 @@ def test_one_table_and_one_json_of_several_sets(
         ("minus", "minus", False, 12),
         ("times", "times", False, 8),
     ]
+    assert (suite["averaged"], suite["complete"], suite["not_evaluated"]) == (["minus", "times"], True, [])
+    read = yaml.safe_load(mine.read_text())
+    assert [s["source"] for s in suite["sets"]] == [
+        yaml.safe_load((run / "config.yaml").read_text())["task"]["args"],
+        {"subset": None, "limit": None, **read["minus"]},
+        {"subset": None, "limit": None, "split": "test", **read["times"]},
+    ]
+    assert (suite["suite"], suite.get("suite_data")) == (str(mine), None)
     assert [row["name"] for row in suite["rows"]] == list(DECODINGS)
     calls = 0
     for one in suite["sets"]:
@@ -144,7 +152,7 @@ def test_the_shipped_sets_fit_and_more_lose_no_digits(more: int, capsys: pytest.
     cell = {"accuracy": 0.125, "call_fraction": math.nan, "unknown": 0}
     rows = [{"name": name, "sets": dict.fromkeys(names, cell), "mean": cell} for name in list(DECODINGS)[:3]]
     sets = [{"key": name, "name": name, "in_domain": name == "countdown", "n": 1319} for name in names]
-    print_suite({"sets": sets, "rows": rows})
+    print_suite({"sets": sets, "averaged": names[1:], "rows": rows})
     printed = capsys.readouterr().out
     assert (max(map(len, printed.splitlines())) <= 100) == (not more)
     assert printed.count("0.125 │") == printed.count(" ? │") == (8 + more) * 3
@@ -161,47 +169,106 @@ def test_a_cloud_s_cap_holds_over_all_sets(
     run: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], server: FaultServer
 ) -> None:
     """What it did not answer is unknown, and is counted in the table."""
-    cloud = [*CLOUD, *PAID, "--oracle.model", "capped", "--oracle.base-url", server.url, "--oracle.spending-cap", "15"]
-    main(["eval", str(run), "--suite", str(mine), *cloud, "--output-dir", str(tmp_path / "eval")])
-    suite = json.loads((tmp_path / "eval" / "suite.json").read_text())
-    assert server.seen("capped")["requests"] == suite["oracle_usage"]["requests"] == 3
-    assert suite["oracle_usage"]["cost"] == pytest.approx(15)
-    shares = [json.loads((tmp_path / "eval" / s["key"] / "summary.json").read_text()) for s in suite["sets"]]
-    assert sum(s["oracle_usage"]["requests"] for s in shares) == 3
+    argv = ["eval", str(run), "--suite", str(mine), *CLOUD, "--oracle.base-url", server.url, "--output-dir"]
+    main([*argv, str(tmp_path / "free"), "--oracle.model", "free"])
+    (out := tmp_path / "eval").mkdir()
+    asked = [
+        json.loads((tmp_path / "free" / key / "summary.json").read_text())["oracle_usage"]["requests"]
+        for key in (OWN, "minus", "times")
+    ]
+    most = sum(asked[:2]) + 1
+    assert asked[2] > 1
+    capsys.readouterr()
+    book = ["--oracle.cache", str(tmp_path / "book.sqlite"), "--oracle.spending-cap", str(5 * most)]
+    main([*argv, str(out), *PAID, "--oracle.model", "capped", *book])
+    suite = json.loads((out / "suite.json").read_text())
+    assert server.seen("capped")["requests"] == suite["oracle_usage"]["requests"] == most
+    assert suite["oracle_usage"]["cost"] == pytest.approx(5 * most)
+    shares = [json.loads((out / s["key"] / "summary.json").read_text()) for s in suite["sets"]]
+    assert [s["oracle_usage"]["requests"] for s in shares] == [*asked[:2], 1]
     captured = capsys.readouterr()
     (row,) = [row for row in suite["rows"] if row["name"] == "greedy, calibrated to 50%"]
     lost = [row["sets"][s["key"]]["unknown"] for s in suite["sets"]]
     assert lost[-1] > 0
     counted = captured.out[captured.out.index("│ unknown ") :].splitlines()[3]
     assert [cell.strip() for cell in counted.split("│")[1:-1]] == [row["name"], *map(str, lost), ""]
-    assert "spending cap of 15 reached" in captured.err
+    assert f"spending cap of {5 * most} reached" in captured.err
     assert "questions: those problems are left out of the accuracy" in captured.err
 
 
-def test_a_cloud_that_fails_is_told_after_all_is_written(
-    run: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], server: FaultServer
+FLAGGED = {"status": 400, "message": "flagged by moderation"}
+
+
+@pytest.mark.parametrize(
+    ("name", "plan", "cap", "done"),
+    [
+        ("refuses", [{"status": 401}], None, [OWN]),
+        ("runs-out", [{}], "5", [OWN, "minus"]),
+        ("odd", [FLAGGED], None, [OWN, "minus", "times"]),
+    ],
+)
+def test_a_cloud_that_answers_nothing_ends_the_suite_after_the_set(
+    name: str,
+    plan: list[dict[str, Any]],
+    cap: str | None,
+    done: list[str],
+    run: Path,
+    mine: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    server: FaultServer,
 ) -> None:
-    server.plan("refuses", {"status": 401})
-    mine.write_text(yaml.safe_dump({"times": yaml.safe_load(mine.read_text())["times"]}))
-    cloud = [*CLOUD, "--oracle.model", "refuses", "--oracle.base-url", server.url]
-    with pytest.raises(SystemExit) as left:
-        main(["eval", str(run), "--suite", str(mine), *cloud, "--output-dir", str(tmp_path / "eval")])
-    assert left.value.code == 3
+    """All so far is written and shown. Questions that fail for what is in them say nothing of the next set's."""
+    server.plan(name, *plan)
+    cloud = [*CLOUD, "--oracle.model", name, "--oracle.base-url", server.url]
+    cloud += [*PAID, "--oracle.spending-cap", cap, "--oracle.cache", str(tmp_path / "book.sqlite")] if cap else []
+    out = tmp_path / "eval"
+    with pytest.raises(SystemExit) as exit:
+        main(["eval", str(run), "--suite", str(mine), *cloud, "--output-dir", str(out)])
+    assert exit.value.code == 3
     captured = capsys.readouterr()
-    assert captured.err.splitlines()[-1].startswith("gapg: the oracle failed all ")
+    lines, left = captured.err.splitlines(), [key for key in (OWN, "minus", "times") if key not in done]
+    assert lines[-1].startswith("gapg: the oracle failed all ")
+    stopped = f"warning: stopped after {done[-1].replace(OWN, 'maths')}, as the cloud answers nothing; not evaluated: "
+    assert [line for line in lines if line.startswith("warning: stopped")] == ([stopped + ", ".join(left)] * bool(left))
+    suite = json.loads((out / "suite.json").read_text())
+    assert (suite["complete"], suite["not_evaluated"]) == (not left, left)
+    assert [s["key"] for s in suite["sets"]] == done and suite["averaged"] == done[1:]
+    assert sorted(path.parent.name for path in out.glob("*/summary.json")) == sorted(done)
+    assert all(sum(row["sets"][key]["unknown"] for row in suite["rows"][:3]) > 0 for key in done)
+    assert "│ unknown " in captured.out and ("out of" in captured.out) == (len(done) > 1)
+
+
+def test_the_task_that_was_trained_is_in_domain_and_left_out_whatever_the_command_line_names(
+    run: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only what was trained on is: the same problems, as the config's own and as a set, from a folder."""
+    write(tmp_path / "seen" / "test.jsonl", *sums(range(6), "+"), *sums(range(6), "-"))
+    write(tmp_path / "other.jsonl", *sums(range(9), "*"))
+    mine.write_text("minus: {path: x, answer_pattern: '#### (.+)'}\nseen: {path: x, answer_pattern: '#### (.+)'}\n")
+    argv = ["--eval.heldout", "none", "--suite", str(mine), "--suite-data", str(tmp_path)]
+    other = f"{{train: null, heldout: {{path: {tmp_path / 'other.jsonl'}, answer_pattern: '#### (.+)'}}}}"
+    main(["eval", str(run), *argv, "--task.args", other, "--output-dir", str(tmp_path / "eval")])
     suite = json.loads((tmp_path / "eval" / "suite.json").read_text())
-    assert sum(cell["unknown"] for row in suite["rows"][:3] for cell in row["sets"].values()) > 0
-    assert "│ unknown " in captured.out
+    assert [(s["key"], s["in_domain"], s["n"], s["trained_on"]) for s in suite["sets"]] == [
+        (OWN, False, 9, 0),
+        ("minus", False, 12, 0),
+        ("seen", True, 6, 6),
+    ]
+    assert suite["averaged"] == [OWN, "minus"] and suite["suite_data"] == str(tmp_path)
+    assert suite["sets"][2]["source"]["path"] == str(tmp_path / "seen")
+    captured = capsys.readouterr()
+    assert "warning: seen: the model was trained on 6 of 12 problems: left out\n" in captured.err
+    assert captured.out.count("(in domain)") == 1
 
 
 # The real sets are not shipped; the rows above keep every path tested where they are absent.
-if DATA.is_dir():
-
-    def test_the_shipped_suite_on_the_real_sets(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        argv = ["--suite", "maths", "--suite-data", str(DATA), "--eval.heldout", "4", "--output-dir", str(tmp_path)]
-        main(["eval", str(run), *argv])
-        suite = json.loads((tmp_path / "suite.json").read_text())
-        assert [(s["name"], s["n"]) for s in suite["sets"]] == [("maths", 4), ("gsm8k", 4), ("math500", 4)]
-        captured = capsys.readouterr()
-        assert "left out, not in" in captured.err and "amc23, minerva, agieval-math, svamp" in captured.err
-        assert "gsm8k" in captured.out and "math500" in captured.out
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the real sets, in ../shared/data")
+def test_the_shipped_suite_on_the_real_sets(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--suite", "maths", "--suite-data", str(DATA), "--eval.heldout", "4", "--output-dir", str(tmp_path)]
+    main(["eval", str(run), *argv])
+    suite = json.loads((tmp_path / "suite.json").read_text())
+    assert [(s["name"], s["n"]) for s in suite["sets"]] == [("maths", 4), ("gsm8k", 4), ("math500", 4)]
+    captured = capsys.readouterr()
+    assert "left out, not in" in captured.err and "amc23, minerva, agieval-math, svamp" in captured.err
+    assert "gsm8k" in captured.out and "math500" in captured.out

@@ -8,9 +8,11 @@ import pytest
 from gapg.build import make_task
 from gapg.commands.cli import main
 from gapg.config import RunConfig
+from gapg.config_sections import TaskConfig
 from gapg.errors import ConfigError
 from gapg.evaluation.suite import OWN, SUITES, load_sets, read_suite, suites
 from gapg.model.load import load_tokenizer
+from gapg.tasks.in_words import InWords
 from gapg.tasks.maths import Maths
 from tests.evaluation.small_maths import make_config, sums, write
 
@@ -58,7 +60,7 @@ UNREAD = "{path: no.jsonl}"
         ("[1]", [], 1, ["mine.yaml: expected a mapping"]),
         ("a: [1", [], 1, ["mine.yaml: not valid YAML"]),
         (f"../up: {UNREAD}", [], 1, ["mine.yaml: '../up' is no name for a set: use up to 60 letters"]),
-        (f"in-domain: {UNREAD}", [], 1, ["'in-domain' is no name for a set"]),
+        (f"own: {UNREAD}", [], 1, ["'own' is no name for a set"]),
         (f"suite.json: {UNREAD}", [], 1, ["'suite.json' is no name for a set: use up to 60 letters, digits, - and _"]),
         (f"oracle.sqlite: {UNREAD}", [], 1, ["'oracle.sqlite' is no name for a set"]),
         (f"2024: {UNREAD}", [], 1, ["2024 is no name for a set"]),
@@ -129,7 +131,7 @@ def test_what_was_trained_on_is_no_evaluation(
         name: {"path": str(write(tmp_path / f"{name}.jsonl", *rows)), "answer_pattern": "#### (.+)"}
         for name, rows in {"same": heldout, "mixed": known + new, "seen": seen, "new": new}.items()
     }
-    sets = load_sets(sources, config, task, load_tokenizer(config.model, task))
+    sets = load_sets(sources, config, task, load_tokenizer(config.model, task), task)
     assert [(s.key, s.name, len(s.prompts), s.in_domain, s.trained_on) for s in sets] == [
         (OWN, "same", 20, True, 0),
         ("mixed", "mixed", 6, True, 2),
@@ -138,10 +140,50 @@ def test_what_was_trained_on_is_no_evaluation(
     assert not {p.id for p in sets[1].prompts} & {p.id for p in task.prompts("train")}
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "warning: mixed: 2 of 8 problems are training problems of task 'maths': left out",
-        "warning: seen: 5 of 5 problems are training problems of task 'maths': left out",
+        "warning: mixed: the model was trained on 2 of 8 problems: left out",
+        "warning: seen: the model was trained on 5 of 5 problems: left out",
     ]
     assert {id(s.task.checker) for s in sets if isinstance(s.task, Maths)} == {id(task.checker)}, "one set of processes"
+
+
+@pytest.mark.parametrize(("new", "in_domain"), [(297, True), (298, False)])
+def test_a_set_is_in_domain_where_a_hundredth_of_it_is_shared(
+    new: int, in_domain: bool, own: tuple[RunConfig, Maths], tmp_path: Path
+) -> None:
+    """Of three problems that it shares, the two that were trained on are left out in any case."""
+    config, task = own
+    path = write(tmp_path / "set.jsonl", *sums(range(38, 41), "+"), *sums(range(new), "-"))
+    source = {"path": str(path), "answer_pattern": "#### (.+)"}
+    (_, one) = load_sets({"set": source}, config, task, load_tokenizer(config.model, task), task)
+    assert (one.in_domain, one.trained_on, len(one.prompts)) == (in_domain, 2, new + 1)
+
+
+def test_a_first_column_of_which_all_was_trained_on_is_refused(own: tuple[RunConfig, Maths], tmp_path: Path) -> None:
+    """And of which a part was, that part is left out: it is in domain, although another task than the trained one."""
+    config, trained = own
+    for numbers, left in ((range(30, 40), 0), (range(30, 42), 2)):
+        path = write(tmp_path / "own.jsonl", *sums(numbers, "+"))
+        task = Maths(None, {"path": str(path), "answer_pattern": "#### (.+)"})
+        if not left:
+            with pytest.raises(ConfigError, match="trained on every held-out problem; name another --config"):
+                load_sets({}, config, task, load_tokenizer(config.model, task), trained)
+            continue
+        (one,) = load_sets({}, config, task, load_tokenizer(config.model, task), trained)
+        assert (one.key, one.in_domain, len(one.prompts), one.trained_on) == (OWN, True, left, 10)
+
+
+def test_one_set_of_processes_checks_word_problems_and_all_sets(own: tuple[RunConfig, Maths], tmp_path: Path) -> None:
+    config, maths = own
+    settings = TaskConfig(name="word-problems", args={"problems": 8, "heldout": 4})
+    config = config.model_copy(update={"task": settings})
+    task = make_task(config)
+    assert isinstance(task, InWords)
+    sources = {
+        sign: {"path": str(write(tmp_path / f"{n}.jsonl", *sums(range(3), sign)))} for n, sign in enumerate("-*")
+    }
+    sets = load_sets(sources, config, task, load_tokenizer(config.model, maths), task)
+    assert [s.key for s in sets] == [OWN, "-", "*"]
+    assert [s.task.checker is task.checker for s in sets if isinstance(s.task, InWords)] == [True] * 3
 
 
 def test_prompts_that_do_not_fit_are_told_by_set(
@@ -150,7 +192,7 @@ def test_prompts_that_do_not_fit_are_told_by_set(
     config, task = own
     long = {"question": "What is 1 + 1 ? " * 400, "answer": "5"}
     path = write(tmp_path / "long.jsonl", long, {"question": "What is 1 - 1 ?", "answer": "5"})
-    sets = load_sets({"long": {"path": str(path)}}, config, task, load_tokenizer(config.model, task))
+    sets = load_sets({"long": {"path": str(path)}}, config, task, load_tokenizer(config.model, task), task)
     assert [len(s.prompts) for s in sets] == [20, 1]
     assert capsys.readouterr().err.startswith("left out of long: 1 of 2 prompts, over 900 tokens (the longest has ")
 
@@ -216,4 +258,4 @@ def test_sets_that_are_not_in_the_folder_are_left_out(
     ]
     assert capsys.readouterr().err == f"left out, not in {tmp_path}: math500, amc23, minerva, agieval-math\n"
     with pytest.raises(ConfigError, match=r"^suite: gsm8k.split: .*test.jsonl does not exist; splits in that folder: "):
-        load_sets({"gsm8k": sources["gsm8k"]}, *own, load_tokenizer(own[0].model, own[1]))
+        load_sets({"gsm8k": sources["gsm8k"]}, *own, load_tokenizer(own[0].model, own[1]), own[1])

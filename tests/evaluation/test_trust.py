@@ -115,6 +115,12 @@ def test_a_shared_config_that_names_code_is_refused(
         assert line.startswith(f"gapg: {key}: {tmp_path}/shared run/config.yaml names ")
         assert "--trust-code" in line
         assert "--config" in line
+    # what a suite asks it, what was trained on, neither a config of the user's own nor an option vouches for
+    own = ["--task", "{name: countdown, args: {max_number: 5, max_target: 20}}", "--suite", "maths"]
+    for named in (own, ["--config", "quickstart", *own]) if key.startswith("task.") else ():
+        line = refusal(capsys, "eval", str(checkpoint), *named)
+        assert line.startswith(f"gapg: {tmp_path}/shared run/config.yaml: its task, ")
+        assert line.endswith("add --trust-code if you trust whoever wrote it, or leave out --suite")
     assert not mark.exists()
     assert not any(checkpoint.parent.parent.rglob("summary.json"))
 
@@ -138,6 +144,24 @@ def test_code_that_the_user_vouches_for_runs(shared: Callable[..., Path], mark: 
     # an option excuses nothing beside it
     with pytest.raises(ConfigError, match=r"task\.name"):
         open_target(checkpoint, None, {"task.args.seed": "3"})
+
+
+def test_the_task_that_was_trained_is_its_run_s(shared: Callable[..., Path], mark: Path) -> None:
+    checkpoint = shared(task="their_evil:Task")
+    other = {"task": "{name: countdown, args: {max_number: 5, max_target: 20}}"}
+    target = open_target(checkpoint, None, other, trust_code=True)
+    assert not mark.exists() and type(target.trained_task()).__name__ == "Task" and mark.exists()
+    # of the run's reward nothing is used
+    checkpoint = shared(task="countdown", reward={"function": "their_evil:reward"})
+    other["reward.function"] = "gapg.judge:rewards"
+    target = open_target(checkpoint, None, other)
+    assert isinstance(target.trained_task(), Countdown) and target.trained_task() is not target.task
+    same = open_target(checkpoint, None, {"reward.function": "gapg.judge:rewards"})
+    assert same.trained_task() is same.task
+    lost = shared(task={"name": "maths", "args": {"train": "lost.jsonl", "heldout": {"split": "b"}}})
+    file = lost.parents[1] / "config.yaml"
+    with pytest.raises(ConfigError, match=rf"^{file}: its task, .*: task.args.train.path: lost.jsonl does not exist"):
+        open_target(lost, None, other).trained_task()
 
 
 def test_what_is_no_task_is_not_called_for_anyone(
