@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=2 python bench/plain_loop.py runs/arithmetic-smollm2 --rounds 3
 
-The model is the run's last checkpoint (or any model folder, with --config), the problems its next ones. Both loops
-sample as many responses to the same prompts, at the same temperature and stopped at the same tags; each samples its
-own, so the figure is tokens a second. Both update on the same responses, those of ours: the plain loop pads eight
-sequences, computes all logits, and has a gradient for every response.
+The model is the run's last checkpoint (or any model folder, with --config), the problems the first of its training
+problems; whatever its cloud is, none is asked, and a call counts as right. Both loops sample as many responses to the
+same prompts, at the same temperature and stopped at the same tags; each samples its own, so the figure is tokens a
+second. Both update by method=gapg on the same responses, those of ours: the plain loop pads eight sequences, computes
+all logits, and has a gradient for every response.
 """
 
 from __future__ import annotations
@@ -27,11 +28,10 @@ from gapg.build import make_task
 from gapg.commands.target import find_model
 from gapg.config import load_config
 from gapg.console import say
-from gapg.examples import sampled
+from gapg.judge import parse
 from gapg.optim import clip_and_step
-from gapg.reward import group_rewards
 from gapg.runs.run import Run, build_run
-from gapg.tasks.base import STOP
+from gapg.tasks.base import STOP, Verdict
 from gapg.threads import set_threads
 from gapg.update import policy_update
 from gapg_kernels.policy_loss import group_advantages
@@ -66,26 +66,37 @@ def plain_rollouts(run: Run, ids: Sequence[list[int]]) -> int:
         stopping_criteria=[partial(_ended, run.tokenizer)],
     )  # fmt: skip
     run.model.train()
-    # what follows an ending is padding, which is the end token for many tokenizers: the first of them counts
-    responses = out[:, longest:]
-    return int(((responses == pad).cumsum(1) <= 1).sum())
+    return sum(_length(run.tokenizer, row) for row in out[:, longest:].tolist())
+
+
+def _length(tokenizer: PreTrainedTokenizerBase, row: list[int]) -> int:
+    """A response's tokens, without the padding that follows; many tokenizers pad with the end token, which counts."""
+    n = row.index(tokenizer.pad_token_id) if tokenizer.pad_token_id in row else len(row)
+    return n + (n < len(row) and not _at_a_tag(tokenizer.decode(row[:n][-TAIL:])))
+
+
+def _at_a_tag(text: str) -> bool:
+    return text.rstrip().endswith(STOP)
 
 
 def _ended(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """Not by `stop_strings`, which fails for tokenizers whose tokens are words."""
-    return torch.tensor([text.rstrip().endswith(STOP) for text in tokenizer.batch_decode(ids[:, -TAIL:])])
+    return torch.tensor([_at_a_tag(text) for text in tokenizer.batch_decode(ids[:, -TAIL:])])
 
 
 def judged_step(run: Run, ids: Sequence[list[int]]) -> tuple[list[Example], torch.Tensor]:
-    """Responses of ours to learn from, and what they are worth, [P, G]."""
-    config, prompts = run.config, run.queue.prompts[: len(ids)]
+    """Responses of ours to learn from, and what they are worth, [P, G]; nobody is asked, and a call counts as right."""
+    reward, examples = run.config.reward, list[Example]()
+    rewards_PG = torch.zeros(len(ids), run.config.rollout.samples_per_prompt)
     run.judge.start_step()
-    done = run.engine.generate(ids, config.rollout.samples_per_prompt, run.sampling("bench"))
-    pending = {i: run.judge.submit(prompts[i], completions) for i, completions in done}
-    groups = [pending[i].result() for i in range(len(ids))]
-    reward = config.reward
-    table = [group_rewards(run.reward, reward.function, g, reward.alpha_a, reward.alpha_c, 0.0) for g in groups]
-    return sampled(groups, {p.id: i for p, i in zip(prompts, ids, strict=True)}), torch.tensor(table)
+    for p, completions in run.engine.generate(ids, rewards_PG.shape[1], run.sampling("bench")):
+        said = [parse(c.text, run.judge.thinking) for c in completions]
+        verdicts = run.task.verify(run.queue.prompts[p], [response.answer or "" for response in said])
+        for i, (c, response, verdict) in enumerate(zip(completions, said, verdicts, strict=True)):
+            examples.append(Example(ids[p], c.token_ids, rollout_logprobs=c.logprobs, group=p, sample=i))
+            right = reward.alpha_a * (verdict is Verdict.CORRECT)
+            rewards_PG[p, i] = reward.alpha_c if response.kind == "help" else right
+    return sorted(examples, key=lambda e: (e.group, e.sample)), rewards_PG
 
 
 def plain_update(run: Run, examples: Sequence[Example], rewards_PG: torch.Tensor) -> None:
@@ -96,8 +107,16 @@ def plain_update(run: Run, examples: Sequence[Example], rewards_PG: torch.Tensor
     clip_and_step(run.optimizer, LR, 1.0)
 
 
-def timed(impls: Mapping[str, Callable[[], int | None]], tokens: int | None, rounds: int) -> dict[str, list[float]]:
-    """Tokens a second of each call, by implementation; `tokens` of each, or as many as it returns."""
+def timed(
+    impls: Mapping[str, Callable[[], int | None]],
+    tokens: int | None,
+    rounds: int,
+    before: Callable[[], object] | None = None,
+) -> dict[str, list[float]]:
+    """Tokens a second of each call, by implementation; `tokens` of each, or as many as it returns.
+
+    before: called before each of these, outside its time.
+    """
     found: dict[str, list[float]] = {name: [] for name in impls}
 
     def measured(name: str, call: Callable[[], int | None]) -> Callable[[], None]:
@@ -108,7 +127,7 @@ def timed(impls: Mapping[str, Callable[[], int | None]], tokens: int | None, rou
 
         return once
 
-    record.interleaved({name: measured(name, call) for name, call in impls.items()}, rounds=rounds)
+    record.interleaved({name: measured(name, call) for name, call in impls.items()}, rounds=rounds, before=before)
     return {name: samples[1:] for name, samples in found.items()}  # the first was to warm up
 
 
@@ -124,7 +143,12 @@ def time_run(run: Run, rounds: int) -> list[Row]:
     if rollout.engine != "transformers":
         ours = TransformersEngine(run.model, run.tokenizer, dtype=torch.float32, max_rows=rollout.max_rows)
         ways["gapg, transformers"] = lambda: rollouts(run, ours, ids)
-    rows = record.timing_rows(case, timed(ways, None, rounds), "rollouts", "tokens/s")
+
+    def forget() -> None:
+        """New weights, as after each update: no prompt's keys and values are left of the call before."""
+        run.engine.sync(run.model.state_dict())
+
+    rows = record.timing_rows(case, timed(ways, None, rounds, forget), "rollouts", "tokens/s")
     say("rollouts are timed; the updates now")
     examples, rewards_PG = judged_step(run, ids)
     given = sum(map(len, examples))
@@ -167,6 +191,10 @@ def main() -> None:
         parser.error(f"{args.target} belongs to no run: give --config")
     given = {"warm_start": "none", "steps": "1", "model.path": str(model), "tensorboard": "false", "eval.every": "0"}
     config = load_config(name, {**given, "optim.lr": str(LR)})
+    if config.method != "gapg" or config.loss.kl_coef or config.model.dtype != "float32":
+        parser.error(
+            "the plain loop is of method=gapg in model.dtype=float32, without loss.kl_coef: name such a run"
+        )
     set_threads(config)
     with (
         tempfile.TemporaryDirectory() as scratch,

@@ -37,9 +37,14 @@ def measure(finished: list[Finished]) -> tuple[Rows, list[Difference]]:
     return [_row(run) for run in finished], []
 
 
+def seconds_of(steps: Rows) -> dict[str, float]:
+    """Of all steps, by phase."""
+    return {phase: sum(row.get(f"seconds/{phase}", 0.0) for row in steps) for phase in PHASES}
+
+
 def _row(run: Finished) -> dict[str, float | int | str]:
     steps, rollout = run.metrics(), run.config.rollout
-    seconds = {phase: sum(row.get(f"seconds/{phase}", 0.0) for row in steps) for phase in PHASES}
+    seconds = seconds_of(steps)
     return {
         "method": run.arm.label,
         "seed": run.arm.seed,

@@ -41,10 +41,11 @@ from studies.statistics import (
     bootstrap_interval,
     compare,
     curve,
+    shares_at,
     t_interval,
     threshold_for,
 )
-from studies.training_cost import PHASES
+from studies.training_cost import PHASES, seconds_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,9 +107,14 @@ def measure(finished: list[Finished]) -> tuple[Rows, list[Difference]]:
         row |= {"at_0": float(line.at(0.0)), "at_1": float(line.at(1.0))}
         row |= {key: float(values.mean()) for key, values in at.items()}
         row["at_budget_interval"] = bootstrap_interval(at[f"at_{BUDGET:g}"].to_numpy())
+        share = pd.Series(shares_at(part["score"].to_numpy(), BUDGET), part.index)
         for start, kind in KINDS.items():
             mine = part["id"].str.startswith(start)
-            row[kind] = {"alone": _mean(part["local"][mine]), "together": _mean(at[f"at_{BUDGET:g}"][mine])}
+            row[kind] = {
+                "called": _mean(share[mine]),
+                "alone": _mean(part["local"][mine]),
+                "together": _mean(at[f"at_{BUDGET:g}"][mine]),
+            }
         scores = valid.loc[(valid["arm"] == method) & (valid["seed"] == seed), "score"].to_numpy()
         row["landed"] = at_threshold(part, threshold_for(scores, BUDGET))
         rows.append(row | (_of_run(runs[method, seed]) if (method, seed) in runs else {}))
@@ -152,11 +158,11 @@ def _of_run(run: Finished) -> Row:
     }
 
 
-def _cost(steps: Sequence[Row]) -> dict[str, float] | None:
+def _cost(steps: Rows) -> dict[str, float] | None:
     """Seconds a step by phase; tokens a second, sampled and given to the update. None where nothing was trained."""
     if not steps:
         return None
-    seconds = {phase: sum(row.get(f"seconds/{phase}", 0.0) for row in steps) for phase in PHASES}
+    seconds = seconds_of(steps)
     return {
         **{phase: value / len(steps) for phase, value in seconds.items()},
         "sampled_per_s": sum(row["tokens_sampled"] for row in steps) / seconds["rollout"],
@@ -183,7 +189,7 @@ def tables(record: Record) -> list[Table]:
     by_kind: list[Column] = [
         (f"{kind}, {what}", lambda of, k=kind, w=what: _share([row[k][w] for row in of]))  # type: ignore[misc]
         for kind in KINDS.values()
-        for what in ("alone", "together")
+        for what in ("alone", "called", "together")
     ]
     landing: list[Column] = [
         (what, lambda of, i=i: _share([row["landed"][i] for row in of]))  # type: ignore[misc]
@@ -194,7 +200,7 @@ def tables(record: Record) -> list[Table]:
     covers = covered(len(record["seeds"]))
     return [
         table_of(f"Right together at equal calls, greedy; {covers}", everyone, at_equal),
-        table_of(f"The same at {BUDGET:.0%} called, by kind of held-out problem", everyone, [name, *by_kind]),
+        table_of(f"The same at {BUDGET:.0%} of all called, by kind of held-out problem", everyone, [name, *by_kind]),
         table_of(f"A threshold for {BUDGET:.0%}, set on validation problems", everyone, [name, *landing]),
         table_of("As trained, sampled", models, [name, *map(_outcome, _outcomes(models))]),
         table_of("S as a forecast of a right answer, greedy", models, [name, *map(_forecast, FORECAST)]),
@@ -301,6 +307,7 @@ WORD_PROBLEMS = Study(
     tables,
     draw,
     check,
+    sets=("task.name", "task.args.held_out_by"),
     notes="SmolLM2-135M-Instruct. Routers (+) decide for the model of masked rollouts rewarded for right answers."
     ' "stacked": a logistic regression of the score, the help margin, the mean and least log-prob and the length,'
     " fitted on the validation problems. A fifth of the templates is never trained on: half of the held-out problems"

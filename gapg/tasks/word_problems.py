@@ -5,7 +5,7 @@ question; two to four steps lead to its answer, a whole number:
 
     Nora buys 4 pens at 3 dollars each. There are 11 rulers in the shop. She pays with 20 dollars. How many … ?
     The pens cost 4 * 3 = 12 dollars.
-    The change is 20 - 12 = 8 dollars.
+    Nora gets back 20 - 12 = 8 dollars.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from gapg.tasks.mathcheck import MathChecker
 TEMPLATES = Path(__file__).with_suffix(".yaml")
 LARGEST = 9999
 """Of every number on the way."""
+MOST = 20_000
+"""Problems of a split: drawing so many takes ten seconds."""
 TRIES, IN_VAIN = 20, 50
 """Draws from a template for a new problem, and templates in a row that gave none: there are taken to be no more."""
 
@@ -40,10 +42,15 @@ PEOPLE = (
       for name in ("Omar", "Leo", "Tom", "Ravi", "Jonas", "Kofi", "Ben", "Mateo", "Sam", "Yusuf")),
 )  # fmt: skip
 _STEP = re.compile(r"((?:\{\w+\}|[0-9]+|[-+*/() ])+)= \{(\w+)\}")
+_REFERS = re.compile(
+    r"\b(it|its|they|them|their|these|those|this|that|there|then|here|each|all|both|half|one|more|rest|others?|same|as)\b",
+    re.I,
+)
 _RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)(?:/([0-9]+))?")
 
 # The warm start's mix. Help must follow wrong steps: help that is independent of the response dies out in training.
 _RIGHT, _HELP_AFTER_RIGHT, _HELP_AFTER_WRONG = 0.80, 0.03, 0.70
+_SLIPS = (-10, -2, -1, 1, 2, 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +69,38 @@ class Template:
     where: Mapping[str, str | Sequence[int | str]]
     aside: str
 
+    @property
+    def sentences(self) -> list[str]:
+        """The story's."""
+        return re.split(r"(?<=\.) ", self.story)
+
+    @property
+    def places(self) -> list[int]:
+        """After how many sentences the aside may come: last, or before one that refers to nothing said before it."""
+        told = self.sentences
+        inner = [] if "{other}" in self.aside else [i for i in range(1, len(told)) if not _REFERS.search(told[i])]
+        return [*inner, len(told)]
+
 
 @dataclass(frozen=True, slots=True)
 class _Problem:
     template: Template
     slots: Mapping[str, int | str]
-    aside: bool
+    aside: int | None
+    """After how many sentences of the story it comes; None: not at all."""
 
     @property
-    def key(self) -> tuple[str, ...]:
-        """Of two problems with the same key the numbers are the same, whoever they are about."""
-        return self.template.name, *(f"{slot}={self.slots[slot]}" for slot in self.template.where)
+    def key(self) -> tuple[str | int, ...]:
+        """Of two problems with the same key the numbers are the same, whoever and whatever they are about."""
+        numbers = [slot for slot in self.template.where if isinstance(self.slots[slot], int)]
+        return self.template.name, *(self.slots[slot] for slot in numbers)
 
     @property
     def text(self) -> str:
-        told = [self.template.story, *([self.template.aside] if self.aside else []), self.template.question]
-        return " ".join(told).format(**self.slots)
+        told = list(self.template.sentences)
+        if self.aside is not None:
+            told.insert(self.aside, self.template.aside)
+        return " ".join((*told, self.template.question)).format(**self.slots)
 
     def worked(self, slip: Mapping[int, int] | None = None) -> tuple[list[str], int | None]:
         """(the steps in words, the answer). `slip` adds to the results of steps; a result that is then no whole number
@@ -98,10 +121,11 @@ class WordProblems(InWords):
 
     problems, heldout: how many problems are drawn, to train on and held out.
     steps: fewest and most steps of a problem, 2 to 4.
-    size: ranges of numbers are this many times as wide.
-    asides: fraction of the problems that tell a number that is not needed.
-    held_out_by: `template`: a fifth of the templates, never trained on; `numbers`: templates trained on, with numbers
-        that are not; `both`: half and half. The id of a held-out problem begins with `template/` or `numbers/`.
+    size: ranges of numbers are this many times as wide, at most 3, beyond which stories make no sense.
+    asides: fraction of the problems that tell a number that is not needed, somewhere after the first sentence.
+    held_out_by: `template`: a fifth of the templates, never trained on; `numbers`: templates trained on, which all are
+        then, with numbers that are not; `both`: half and half. The id of a held-out problem begins with `template/` or
+        `numbers/`.
     Raises ValueError for settings that leave too few problems.
     """
 
@@ -117,27 +141,30 @@ class WordProblems(InWords):
         held_out_by: Literal["template", "numbers", "both"] = "both",
         seed: int = 0,
     ) -> None:
-        if not isinstance(steps, list | tuple) or tuple(steps) not in combinations_with_replacement((2, 3, 4), 2):
+        counts = tuple(steps) if isinstance(steps, list | tuple) else ()
+        if counts not in combinations_with_replacement((2, 3, 4), 2) or not all(type(n) is int for n in counts):
             raise ValueError(f"steps: must be the fewest and the most, of 2 to 4, as in [2, 3], not {steps!r}")
         for name, value, least in (("problems", problems, 2), ("heldout", heldout, 1)):
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name}: must be a whole number, {least} or more, not {value!r}")
-        if not (_is_number(size) and 0 < size <= 100):
-            raise ValueError(f"size: must be a number above 0, at most 100, not {size!r}")
+            if type(value) is not int or not least <= value <= MOST:
+                raise ValueError(f"{name}: must be a whole number of {least} to {MOST}, not {value!r}")
+        if not (_is_number(size) and 0 < size <= 3):
+            raise ValueError(f"size: must be a number above 0, at most 3, not {size!r}")
+        if type(seed) is not int:
+            raise ValueError(f"seed: must be a whole number, not {seed!r}")
         if not (_is_number(asides) and 0 <= asides <= 1):
             raise ValueError(f"asides: must be a fraction between 0 and 1, not {asides!r}")
         if held_out_by not in ("template", "numbers", "both"):
             raise ValueError(f"held_out_by: must be 'template', 'numbers' or 'both', not {held_out_by!r}")
         super().__init__(MathChecker())
-        known, new = _split(templates(), steps, seed)
         by_template = {"template": heldout, "numbers": 0, "both": heldout // 2}[held_out_by]
-        rng, seen = random.Random(seed), set[tuple[str, ...]]()
+        known, new = _split(templates(), counts, seed, 0.2 if by_template else 0.0)
+        rng, seen = random.Random(seed), set[tuple[str | int, ...]]()
         drawn = {
-            where: _draw(n, chosen, size, asides, rng, seen)
-            for where, n, chosen in (
-                ("train", problems, known),
-                ("numbers", heldout - by_template, known),
-                ("template", by_template, new),
+            where: _draw(n, key, chosen, size, asides, rng, seen)
+            for where, n, key, chosen in (
+                ("train", problems, "problems", known),
+                ("numbers", heldout - by_template, "heldout", known),
+                ("template", by_template, "heldout", new),
             )
         }
         self._problems = {f"{where}/{_hash(p.text)}": p for where, found in drawn.items() for p in found}
@@ -163,8 +190,11 @@ class WordProblems(InWords):
 
 def _demonstrate(problem: _Problem, rng: random.Random) -> str:
     right = rng.random() < _RIGHT
-    slip = None if right else {rng.randrange(len(problem.template.steps)): rng.choice((-10, -2, -1, 1, 2, 10))}
+    at, slip = rng.randrange(len(problem.template.steps)), None
+    if not right:  # one that is written down: the step itself must not leave the numbers that there are
+        slip = {at: rng.choice([d for d in _SLIPS if len(problem.worked({at: d})[0]) > at])}
     lines, answer = problem.worked(slip)
+    # where the steps cannot go on there is nothing but a call
     calls = answer is None or rng.random() < (_HELP_AFTER_RIGHT if right else _HELP_AFTER_WRONG)
     return "\n".join([*lines, HELP_PHRASE if calls else f"{ANSWER_OPEN} {answer} {ANSWER_CLOSE}"])
 
@@ -183,24 +213,36 @@ def _parse(step: str) -> tuple[str, str]:
     return found[1].strip(), found[2]
 
 
-def _split(found: Sequence[Template], steps: Sequence[int], seed: int) -> tuple[list[Template], list[Template]]:
-    """(to train on, never trained on): a fifth of those with each number of steps, so that both are equally hard."""
+def _split(
+    found: Sequence[Template], steps: Sequence[int], seed: int, part: float
+) -> tuple[list[Template], list[Template]]:
+    """(to train on, never trained on): that part of those with each number of steps, so that both are equally hard."""
     known, new = list[Template](), list[Template]()
     for number in range(steps[0], steps[1] + 1):
         alike = sorted((t for t in found if len(t.steps) == number), key=lambda t: _hash(f"{seed} {t.name}"))
-        cut = max(1, len(alike) // 5)
+        cut = int(part * len(alike))
         new += alike[:cut]
         known += alike[cut:]
     return known, new
 
 
 def _draw(
-    n: int, chosen: Sequence[Template], size: float, asides: float, rng: random.Random, seen: set[tuple[str, ...]]
+    n: int,
+    key: str,
+    chosen: Sequence[Template],
+    size: float,
+    asides: float,
+    rng: random.Random,
+    seen: set[tuple[str | int, ...]],
 ) -> list[_Problem]:
-    """n problems of these templates with numbers that are not in `seen`, which learns them. Raises ValueError."""
+    """n problems of these templates with numbers that are not in `seen`, which learns them. key: what asks for them.
+
+    Raises ValueError where there are not so many.
+    """
     made, in_vain = list[_Problem](), 0
     while len(made) < n and in_vain < IN_VAIN:
-        template, aside = rng.choice(chosen), rng.random() < asides
+        template = rng.choice(chosen)
+        aside = rng.choice(template.places) if rng.random() < asides else None
         # again where a division leaves a rest, so that templates without one do not come more often
         for _ in range(TRIES):
             problem = _Problem(template, _fill(template, size, rng), aside)
@@ -212,7 +254,7 @@ def _draw(
         else:
             in_vain += 1
     if len(made) < n:
-        raise ValueError(f"problems, heldout: {n} are wanted and {len(made)} were found; ask for fewer, or raise size")
+        raise ValueError(f"{key}: {n} are wanted, and only {len(made)} more were found; ask for fewer, or raise size")
     return made
 
 

@@ -43,11 +43,13 @@ def test_tokens_are_counted_to_the_ending_and_the_rows_fit_the_record(
     generate, made = run.model.generate, []
     monkeypatch.setattr(run.model, "generate", lambda **given: made.append(generate(**given)) or made[0])
     counted = plain_loop.plain_rollouts(run, ids)
-    longest, by_hand = max(map(len, ids)), 0
+    longest, pad, by_hand = max(map(len, ids)), run.tokenizer.pad_token_id, 0
     for row in made[0][:, longest:].tolist():
-        written = row[: row.index(run.tokenizer.pad_token_id)] if run.tokenizer.pad_token_id in row else row
-        by_hand += len(written)
-    assert 0 < by_hand <= counted <= by_hand + len(made[0])
+        written = row[: row.index(pad)] if pad in row else row
+        tagged = run.tokenizer.decode(written).endswith(("</answer>", "</unknown>"))
+        assert tagged or len(written) == len(row) or pad == run.tokenizer.eos_token_id
+        by_hand += len(written) if tagged or len(written) == len(row) else len(written) + 1
+    assert counted == by_hand > 0
     rows = plain_loop.time_run(run, rounds=2)
     record.write("plain_loop", rows, tmp_path / "cpu.json")
     assert {(r["impl"], r["metric"]) for r in rows} == {

@@ -53,8 +53,8 @@ def test_a_template_needs_all_that_it_says_and_nothing_of_its_aside(template: Te
     # every result but the answer is needed, and so is every number
     assert {*results[:-1]} <= worked
     rng, valid, keys = random.Random(template.name), 0, set()
-    for _ in range(200):
-        problem = _Problem(template, _fill(template, 1.0, rng), aside=True)
+    for i in range(200):
+        problem = _Problem(template, _fill(template, 1.0, rng), template.places[i % len(template.places)])
         lines, answer = problem.worked()
         valid += answer is not None
         if answer is None:
@@ -73,7 +73,7 @@ def test_a_template_needs_all_that_it_says_and_nothing_of_its_aside(template: Te
             assert f"{written} = {round(value)}" in line
         assert answer == values[results[-1]]
         assert problem.text.endswith("?") and "{" not in problem.text and str(problem.slots["x"]) in problem.text
-    assert valid >= 60 and len(keys) >= 0.5 * valid
+    assert valid >= 60 and len(keys) >= 0.4 * valid
 
 
 def test_problems_are_held_out_by_template_and_by_numbers(task: WordProblems) -> None:
@@ -85,8 +85,12 @@ def test_problems_are_held_out_by_template_and_by_numbers(task: WordProblems) ->
     trained = {kind_of[p.id] for p in train}
     assert len(trained) == 81 and not kinds["template/"] & trained and kinds["numbers/"] <= trained
     assert sum(p.id.startswith("template/") for p in heldout) == 150
-    keys = Counter(task._problems[p.id].key for p in (*train, *heldout))
-    assert max(keys.values()) == 1, "no two problems have the same numbers in the same template"
+    told = Counter(
+        (kind_of[p.id], *(slots[s] for s in sorted(task._problems[p.id].template.where) if isinstance(slots[s], int)))
+        for p in (*train, *heldout)
+        for slots in [task._problems[p.id].slots]
+    )
+    assert max(told.values()) == 1, "no two problems have the same numbers in the same template"
     new = Counter(len(t.steps) for t in templates() if t.name not in trained)
     assert new == {2: 8, 3: 7, 4: 4}, "a fifth of each number of steps"
     # any first part is a fair sample
@@ -98,9 +102,13 @@ def test_problems_are_held_out_by_template_and_by_numbers(task: WordProblems) ->
 
 @pytest.mark.parametrize("by, starts", [("template", {"template"}), ("numbers", {"numbers"})])
 def test_held_out_by_one_of_them(by: str, starts: set[str]) -> None:
-    task = load_task("word-problems", {"problems": 300, "heldout": 60, "held_out_by": by})
+    task = load_task("word-problems", {"problems": 1500, "heldout": 60, "held_out_by": by})
     heldout = task.prompts("heldout")
     assert len(heldout) == 60 and {p.id.partition("/")[0] for p in heldout} == starts
+    assert isinstance(task, WordProblems)
+    drawn = {p.template.name for p in task._problems.values()}
+    trained = {task._problems[p.id].template.name for p in task.prompts("train")}
+    assert len(trained) == (81 if by == "template" else 100) and len(drawn) > 95
 
 
 def test_the_solver_and_the_verifier_agree_on_every_template(task: WordProblems) -> None:
@@ -119,13 +127,15 @@ def test_difficulty_is_a_setting() -> None:
     def of(**args: object) -> WordProblems:
         return load_task("word-problems", {"problems": 600, "heldout": 100, **args})  # type: ignore[return-value]
 
-    easy, hard = of(steps=[2, 2], asides=0.0), of(steps=[4, 4], size=3.0, asides=1.0)
+    easy, hard = of(steps=[2, 2], asides=0.0), of(steps=[4, 4], size=2.0, asides=1.0)
     steps = [{len(t._problems[p.id].template.steps) for p in t.prompts("train")} for t in (easy, hard)]
     assert steps == [{2}, {4}]
-    asides = [sum(p.aside for p in t._problems.values()) for t in (easy, hard, of(asides=0.3))]
+    asides = [sum(p.aside is not None for p in t._problems.values()) for t in (easy, hard, of(asides=0.3))]
     assert asides[0] == 0 and asides[1] == 700 and 150 < asides[2] < 270
+    places = {len(p.template.sentences) - p.aside for p in hard._problems.values() if p.aside is not None}
+    assert {0, 1} <= places, "last, and elsewhere"
     usual, wide = (
-        sum(int(n) for p in t.prompts("train") for n in re.findall(r"\d+", p.text)) for t in (of(), of(size=4.0))
+        sum(int(n) for p in t.prompts("train") for n in re.findall(r"\d+", p.text)) for t in (of(), of(size=3.0))
     )
     assert wide > 1.5 * usual
 
@@ -142,10 +152,11 @@ def test_demonstrations_call_after_what_went_wrong(task: WordProblems) -> None:
         if found.answer is not None:
             # honest: the answer is the last step's
             assert steps[-1].rpartition(" = ")[2].startswith(found.answer)
-            assert (found.answer == demo.prompt.answer) == right or not right
+            assert (found.answer == demo.prompt.answer) == right
+        assert right or steps != task.solve(demo.prompt.id).split("\n")[: len(steps)], "what is wrong is written down"
         calls[right].append(ending == HELP_PHRASE)
-    assert sum(calls[True]) / len(calls[True]) == pytest.approx(0.03, abs=0.03)
-    assert sum(calls[False]) / len(calls[False]) == pytest.approx(0.70, abs=0.1)
+    assert sum(calls[True]) / len(calls[True]) == pytest.approx(0.03, abs=0.02)
+    assert sum(calls[False]) / len(calls[False]) == pytest.approx(0.72, abs=0.08)
     assert len(calls[False]) / len(shown) == pytest.approx(0.20, abs=0.04)
     assert shown == task.demonstrations(5) != task.demonstrations(6)
 
@@ -166,13 +177,19 @@ def test_a_prompt_tells_the_problem_and_both_endings(
         ({"steps": [1, 3]}, "steps: must be the fewest and the most"),
         ({"steps": 3}, "steps: must be the fewest and the most"),
         ({"steps": ["a", "b"]}, "steps: must be the fewest and the most"),
-        ({"problems": 1}, "problems: must be a whole number, 2 or more"),
-        ({"heldout": 2.5}, "heldout: must be a whole number, 1 or more"),
+        ({"problems": 1}, "problems: must be a whole number of 2 to 20000"),
+        ({"heldout": 2.5}, "heldout: must be a whole number of 1 to 20000"),
         ({"size": 0}, "size: must be a number above 0"),
         ({"size": "big"}, "size: must be a number above 0"),
         ({"asides": 2}, "asides: must be a fraction"),
         ({"held_out_by": "chance"}, "held_out_by: must be 'template', 'numbers' or 'both'"),
-        ({"problems": 3_000_000, "size": 0.01, "steps": [2, 2]}, "ask for fewer, or raise size"),
+        ({"steps": [2.0, 3]}, "steps: must be the fewest and the most"),
+        ({"size": 3.5}, "size: must be a number above 0, at most 3"),
+        ({"seed": None}, "seed: must be a whole number"),
+        ({"seed": [1]}, "seed: must be a whole number"),
+        ({"problems": 3_000_000}, "problems: must be a whole number of 2 to 20000"),
+        ({"problems": 20_000, "size": 0.01, "steps": [2, 2]}, "^problems: 20000 are wanted, and only"),
+        ({"problems": 60, "heldout": 2000, "size": 0.01, "steps": [2, 2]}, "^heldout: 1000 are wanted, and only"),
     ],
 )
 def test_settings_that_leave_no_problems_are_refused(args: dict[str, object], said: str) -> None:
