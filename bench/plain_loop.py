@@ -72,7 +72,7 @@ def plain_rollouts(run: Run, ids: Sequence[list[int]]) -> int:
 def _length(tokenizer: PreTrainedTokenizerBase, row: list[int]) -> int:
     """A response's tokens, without the padding that follows; many tokenizers pad with the end token, which counts."""
     n = row.index(tokenizer.pad_token_id) if tokenizer.pad_token_id in row else len(row)
-    return n + (n < len(row) and not _at_a_tag(tokenizer.decode(row[:n][-TAIL:])))
+    return n + (n < len(row) and not _at_a_tag(str(tokenizer.decode(row[:n][-TAIL:]))))
 
 
 def _at_a_tag(text: str) -> bool:
