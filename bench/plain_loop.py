@@ -192,9 +192,7 @@ def main() -> None:
     given = {"warm_start": "none", "steps": "1", "model.path": str(model), "tensorboard": "false", "eval.every": "0"}
     config = load_config(name, {**given, "optim.lr": str(LR)})
     if config.method != "gapg" or config.loss.kl_coef or config.model.dtype != "float32":
-        parser.error(
-            "the plain loop is of method=gapg in model.dtype=float32, without loss.kl_coef: name such a run"
-        )
+        parser.error("the plain loop is of method=gapg in model.dtype=float32, without loss.kl_coef: name such a run")
     set_threads(config)
     with (
         tempfile.TemporaryDirectory() as scratch,
