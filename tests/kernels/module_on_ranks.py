@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gapg_kernels import LogprobHead
+from tests.kernels.two_ranks import save_and_end
 
 RANKS, T, H, V = 2, 7, 16, 41
 
@@ -65,8 +66,7 @@ def main() -> None:
     for name, wrap in (("DDP", DistributedDataParallel), ("FSDP2", sharded)):
         found[name] = gradients(wrap, True, rank)
         found[f"{name}, its loss"] = gradients(wrap, True, rank, with_loss=True)
-    torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    save_and_end(found, rank, folder)
 
 
 if __name__ == "__main__":

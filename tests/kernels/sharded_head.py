@@ -17,6 +17,7 @@ from torch.distributed.tensor import Partial
 
 from gapg_kernels.fused_policy_loss import fused_policy_loss
 from gapg_kernels.linear_logprob import linear_logprob
+from tests.kernels.two_ranks import save_and_end
 
 RANKS, T, H, V = 2, 6, 16, 41
 PLACEMENTS = {"average": [Partial("avg")], "sum": [Partial()], "plain": None}
@@ -52,8 +53,7 @@ def main() -> None:
         for name, placements in PLACEMENTS.items():
             weight, bias = (x.full_tensor(grad_placements=placements) for x in (layer.weight, layer.bias))
             found[f"{head.__name__}, {name}"] = gradients(layer, head(hidden, weight, bias, target))
-    torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    save_and_end(found, rank, folder)
 
 
 if __name__ == "__main__":

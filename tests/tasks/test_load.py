@@ -125,7 +125,7 @@ def test_words_that_are_given_twice_are_one_token():
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
-        ("chess", {}, "'chess' is neither countdown, maths nor an import path"),
+        ("chess", {}, "'chess' is neither countdown, maths, word-problems nor an import path"),
         ("their_missing:Task", {}, "cannot import 'their_missing': no module 'their_missing'"),
         ("their_broken:Task", {}, "cannot import 'their_broken': no module 'not_installed_anywhere'"),
         ("their_tasks:Nope", {}, "module 'their_tasks' has no class or function 'Nope'"),
