@@ -369,3 +369,14 @@ def test_small_heads_are_refused_on_the_cpu(start: Callable[[Path], Any], tmp_pa
     save_model(tmp_path, head_dim=16)
     with pytest.raises(ValueError, match="choose the transformers engine"):
         start(tmp_path)
+
+
+def test_more_prompts_than_vllm_reads_at_once_change_no_response(engine: Any) -> None:
+    """After a part of a prompt vLLM would draw a token in vain, from a generator that no CPU's can be wound back."""
+    at_once = engine._llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    prompts = [tuple(2 + (7 * i * k) % 97 for i in range(300)) for k in range(1, 2 * at_once // 300)]
+    sampling = Sampling(max_new_tokens=12, temperature=1.0, seed=5)
+    together = generate(engine, prompts, 2, sampling)
+    for k in range(0, len(prompts), 5):
+        others = [PROMPTS[0]] * k
+        assert generate(engine, [*others, prompts[k]], 2, sampling)[k] == together[k]

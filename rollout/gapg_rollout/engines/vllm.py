@@ -90,6 +90,8 @@ class VLLMEngine:
             generation_config="vllm",  # nothing of the folder's file
             logprobs_mode="processed_logprobs",
             logits_processors=[help_processor],
+            # After a part of a prompt vLLM samples in vain, and winds the response's generator back: no CPU's can be.
+            enable_chunked_prefill=False if on_cpu else None,
             # Under torchrun every rank runs an engine of its own inside the process group that exists already.
             distributed_executor_backend="external_launcher" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
         )
