@@ -131,7 +131,8 @@ def timed(
     return {name: samples[1:] for name, samples in found.items()}  # the first was to warm up
 
 
-def time_run(run: Run, rounds: int) -> list[Row]:
+def time_run(run: Run, rounds: int, save: Callable[[list[Row]], object]) -> list[Row]:
+    """Each part's rows, which `save` gets as they come."""
     rollout = run.config.rollout
     ids = [run.task.render(p, run.tokenizer) for p in run.queue.prompts[: rollout.prompts_per_step]]
     case = f"{len(ids)} prompts x {rollout.samples_per_prompt}"
@@ -149,6 +150,7 @@ def time_run(run: Run, rounds: int) -> list[Row]:
         run.engine.sync(run.model.state_dict())
 
     rows = record.timing_rows(case, timed(ways, None, rounds, forget), "rollouts", "tokens/s")
+    save(rows)
     say("rollouts are timed; the updates now")
     examples, rewards_PG = judged_step(run, ids)
     given = sum(map(len, examples))
@@ -198,8 +200,9 @@ def main() -> None:
         tempfile.TemporaryDirectory() as scratch,
         closing(build_run(config, Path(scratch), make_task(config), model)) as run,
     ):
-        rows = time_run(run, args.rounds)
-    record.write("plain_loop", rows, args.output / "cpu.json")
+        save = partial(record.write, "plain_loop", path=args.output / "cpu.json")
+        rows = time_run(run, args.rounds, save)
+    save(rows)
     print(table(rows))
 
 

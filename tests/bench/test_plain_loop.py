@@ -50,7 +50,9 @@ def test_tokens_are_counted_to_the_ending_and_the_rows_fit_the_record(
         assert tagged or len(written) == len(row) or pad == run.tokenizer.eos_token_id
         by_hand += len(written) if tagged or len(written) == len(row) else len(written) + 1
     assert counted == by_hand > 0
-    rows = plain_loop.time_run(run, rounds=2)
+    saved: list[list[record.Row]] = []
+    rows = plain_loop.time_run(run, 2, saved.append)
+    assert [{r["metric"] for r in part} for part in saved] == [{"rollouts"}]
     record.write("plain_loop", rows, tmp_path / "cpu.json")
     assert {(r["impl"], r["metric"]) for r in rows} == {
         ("gapg, transformers", "rollouts"), ("plain transformers", "rollouts"),
