@@ -5,8 +5,8 @@
 The model is the run's last checkpoint (or any model folder, with --config), the problems the first of its training
 problems; whatever its cloud is, none is asked, and a call counts as right. Both loops sample as many responses to the
 same prompts, at the same temperature and stopped at the same tags; each samples its own, so the figure is tokens a
-second. Both update by method=gapg on the same responses, those of ours: the plain loop pads eight sequences, computes
-all logits, and has a gradient for every response.
+second. To ours belongs that the engine gets new weights, as after every update. Both update by method=gapg on the same
+responses, those of ours: the plain loop pads eight sequences, computes all logits, and has a gradient for each response.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
+from itertools import count
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -41,28 +43,34 @@ from peers.updates import LR, full_logits, padded
 from record import Row
 
 PLAIN = "plain transformers"
+PLAIN_ONLY: dict[str, Any] = {
+    "method": "gapg", "model.dtype": "float32", "rollout.temperature": 1.0, "loss.aggregation": "sequence_sum",
+    "loss.epochs": 1, "loss.tis_cap": None, "loss.kl_coef": 0.0,
+}  # fmt: skip
+"""What a run must be for the plain loop's gradient to be its own."""
 TAIL = 8
 """Tokens at the end of a response in which an ending's tag is looked for."""
 
 
-def rollouts(run: Run, engine: Engine, ids: Sequence[list[int]]) -> int:
-    """Samples a step's responses; returns how many tokens they have."""
-    done = engine.generate(ids, run.config.rollout.samples_per_prompt, run.sampling("bench"))
+def rollouts(run: Run, engine: Engine, ids: Sequence[list[int]], round: int) -> int:
+    """A step's responses by the weights of now, others each round; returns how many tokens they have."""
+    engine.sync(run.model.state_dict())
+    done = engine.generate(ids, run.config.rollout.samples_per_prompt, run.sampling(f"bench {round}"))
     return sum(len(c.token_ids) for _, completions in done for c in completions)
 
 
 @torch.no_grad()
 def plain_rollouts(run: Run, ids: Sequence[list[int]]) -> int:
     """The same by `generate`, prompts padded on the left, all in one batch."""
-    rollout, pad = run.config.rollout, run.tokenizer.pad_token_id
+    rollout, pad, device = run.config.rollout, run.tokenizer.pad_token_id, run.model.device
     longest = max(map(len, ids))
     rows = [[pad] * (longest - len(prompt)) + prompt for prompt in ids for _ in range(rollout.samples_per_prompt)]
     mask = [[0] * (longest - len(p)) + [1] * len(p) for p in ids for _ in range(rollout.samples_per_prompt)]
     run.model.eval()
     generate: Any = run.model.generate
     out = generate(
-        input_ids=torch.tensor(rows), attention_mask=torch.tensor(mask), do_sample=True, top_k=0, top_p=1.0,
-        temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens, pad_token_id=pad,
+        input_ids=torch.tensor(rows, device=device), attention_mask=torch.tensor(mask, device=device), do_sample=True,
+        top_k=0, top_p=1.0, temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens, pad_token_id=pad,
         stopping_criteria=[partial(_ended, run.tokenizer)],
     )  # fmt: skip
     run.model.train()
@@ -72,7 +80,8 @@ def plain_rollouts(run: Run, ids: Sequence[list[int]]) -> int:
 def _length(tokenizer: PreTrainedTokenizerBase, row: list[int]) -> int:
     """A response's tokens, without the padding that follows; many tokenizers pad with the end token, which counts."""
     n = row.index(tokenizer.pad_token_id) if tokenizer.pad_token_id in row else len(row)
-    return n + (n < len(row) and not _at_a_tag(str(tokenizer.decode(row[:n][-TAIL:]))))
+    ended = tokenizer.pad_token_id != tokenizer.eos_token_id or _at_a_tag(str(tokenizer.decode(row[:n][-TAIL:])))
+    return n + (n < len(row) and not ended)
 
 
 def _at_a_tag(text: str) -> bool:
@@ -81,7 +90,7 @@ def _at_a_tag(text: str) -> bool:
 
 def _ended(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """Not by `stop_strings`, which fails for tokenizers whose tokens are words."""
-    return torch.tensor([_at_a_tag(text) for text in tokenizer.batch_decode(ids[:, -TAIL:])])
+    return torch.tensor([_at_a_tag(text) for text in tokenizer.batch_decode(ids[:, -TAIL:])], device=ids.device)
 
 
 def judged_step(run: Run, ids: Sequence[list[int]]) -> tuple[list[Example], torch.Tensor]:
@@ -103,20 +112,12 @@ def plain_update(run: Run, examples: Sequence[Example], rewards_PG: torch.Tensor
     """The same gradient: eight padded sequences at a time, logits of every position."""
     advantages = group_advantages(rewards_PG, run.config.loss.advantage).flatten().tolist()
     for batch in padded(examples, advantages, rewards_PG.numel()):
-        full_logits(run.model, batch).backward()
+        full_logits(run.model, batch.tensors(lambda x: x.to(run.model.device))).backward()
     clip_and_step(run.optimizer, LR, 1.0)
 
 
-def timed(
-    impls: Mapping[str, Callable[[], int | None]],
-    tokens: int | None,
-    rounds: int,
-    before: Callable[[], object] | None = None,
-) -> dict[str, list[float]]:
-    """Tokens a second of each call, by implementation; `tokens` of each, or as many as it returns.
-
-    before: called before each of these, outside its time.
-    """
+def timed(impls: Mapping[str, Callable[[], int | None]], tokens: int | None, rounds: int) -> dict[str, list[float]]:
+    """Tokens a second of each call, by implementation; `tokens` of each, or as many as it returns."""
     found: dict[str, list[float]] = {name: [] for name in impls}
 
     def measured(name: str, call: Callable[[], int | None]) -> Callable[[], None]:
@@ -127,7 +128,7 @@ def timed(
 
         return once
 
-    record.interleaved({name: measured(name, call) for name, call in impls.items()}, rounds=rounds, before=before)
+    record.interleaved({name: measured(name, call) for name, call in impls.items()}, rounds=rounds)
     return {name: samples[1:] for name, samples in found.items()}  # the first was to warm up
 
 
@@ -137,19 +138,16 @@ def time_run(run: Run, rounds: int, save: Callable[[list[Row]], object]) -> list
     ids = [run.task.render(p, run.tokenizer) for p in run.queue.prompts[: rollout.prompts_per_step]]
     case = f"{len(ids)} prompts x {rollout.samples_per_prompt}"
     name = f"gapg, {rollout.engine}"
+    nth = count()
     ways: dict[str, Callable[[], int | None]] = {
-        name: lambda: rollouts(run, run.engine, ids),
+        name: lambda: rollouts(run, run.engine, ids, next(nth)),
         PLAIN: lambda: plain_rollouts(run, ids),
     }
     if rollout.engine != "transformers":
         ours = TransformersEngine(run.model, run.tokenizer, dtype=torch.float32, max_rows=rollout.max_rows)
-        ways["gapg, transformers"] = lambda: rollouts(run, ours, ids)
-
-    def forget() -> None:
-        """New weights, as after each update: no prompt's keys and values are left of the call before."""
-        run.engine.sync(run.model.state_dict())
-
-    rows = record.timing_rows(case, timed(ways, None, rounds, forget), "rollouts", "tokens/s")
+        ways["gapg, transformers"] = lambda: rollouts(run, ours, ids, next(nth))
+    torch.manual_seed(run.config.seed)
+    rows = record.timing_rows(case, timed(ways, None, rounds), "rollouts", "tokens/s")
     save(rows)
     say("rollouts are timed; the updates now")
     examples, rewards_PG = judged_step(run, ids)
@@ -191,10 +189,11 @@ def main() -> None:
     name = args.config or (str(folder / "config.yaml") if folder else None)
     if name is None:
         parser.error(f"{args.target} belongs to no run: give --config")
-    given = {"warm_start": "none", "steps": "1", "model.path": str(model), "tensorboard": "false", "eval.every": "0"}
-    config = load_config(name, {**given, "optim.lr": str(LR)})
-    if config.method != "gapg" or config.loss.kl_coef or config.model.dtype != "float32":
-        parser.error("the plain loop is of method=gapg in model.dtype=float32, without loss.kl_coef: name such a run")
+    given = {"warm_start": "none", "steps": "1", "model.path": str(model), "eval.every": "0", "optim.lr": str(LR)}
+    config = load_config(name, {**given, "tensorboard": "false", "wandb": "false"})
+    for key, value in PLAIN_ONLY.items():
+        if (found := attrgetter(key)(config)) != value:
+            parser.error(f"the plain loop has {key}={value}, and this run {found}: name another run")
     set_threads(config)
     with (
         tempfile.TemporaryDirectory() as scratch,

@@ -35,6 +35,8 @@ START_S = 300.0
 """What a server may take to start."""
 HOT = 1.5
 """The temperature at which a model is its own worse cloud."""
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", **os.environ}
+"""Of every server, as it was when this began: the engine that evaluates sets some of these for its own process."""
 Row = dict[str, Any]
 
 
@@ -49,9 +51,8 @@ def served(model: Path, name: str, longest: int, log: Path) -> Iterator[str]:
         "--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(longest), "--dtype", "float32",
         "--enforce-eager",
     ]  # fmt: skip
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", **os.environ}
     with log.open("w") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+        server = subprocess.Popen(command, stdout=out, stderr=out, env=ENVIRONMENT)
         try:
             _wait(server, f"http://127.0.0.1:{port}/health", log)
             yield f"http://127.0.0.1:{port}/v1"
@@ -98,9 +99,9 @@ def with_cloud(run: Path, cloud: Path, name: str, temperature: float, problems: 
 
 
 def call_right(row: Row) -> float | None:
-    """How often a call brought a right answer; None where there is none."""
-    calls = row["call_fraction"]
-    return (row["accuracy"] - row["local_accuracy"]) / calls if calls and row["accuracy"] is not None else None
+    """How often an answered call brought a right answer; None where no call was answered."""
+    right, wrong = (row["outcomes"].get(f"cloud_{how}", 0) for how in ("correct", "wrong"))
+    return right / (right + wrong) if right + wrong else None
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -111,9 +112,9 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         together = f"{part(row['accuracy'])} ({part(row['accuracy_low'])} to {part(row['accuracy_high'])})"
         others = map(part, (row["local_accuracy"], row["call_fraction"], row["call_right"]))
-        lines.append((row["cloud"], row["name"], together, *others))
-    head = ("cloud", "decoding", "together (95%)", "answered and right", "called", "a call is right")
-    return record.markdown(head, lines, right=(3, 4, 5))
+        lines.append((row["cloud"], row["name"], together, *others, str(row["unknown"])))
+    head = ("cloud", "decoding", "together (95%)", "answered and right", "called", "a call is right", "unanswered")
+    return record.markdown(head, lines, right=(3, 4, 5, 6))
 
 
 def main() -> None:
@@ -125,11 +126,13 @@ def main() -> None:
     if run is None:
         parser.error(f"{args.run} belongs to no run")
     twin = random_twin(model, args.output / "random")
-    hot = with_cloud(args.run, model, "itself, hotter", HOT, args.problems, args.output / "hotter")
-    rows = hot + with_cloud(args.run, twin, "random weights", 1.0, args.problems, args.output / "untrained")
-    about = {"revision": record.revision(), "machine": record.machine(), "run": str(args.run), "rows": rows}
-    write_whole(args.output / "clouds.json", json.dumps(about, indent=1) + "\n")
-    print(table(rows))
+    about: Row = {"revision": record.revision(), "machine": record.machine(), "run": str(args.run), "rows": []}
+    for cloud, name, temperature, folder in (
+        (model, "itself, hotter", HOT, "hotter"), (twin, "random weights", 1.0, "untrained")
+    ):  # fmt: skip
+        about["rows"] += with_cloud(args.run, cloud, name, temperature, args.problems, args.output / folder)
+        write_whole(args.output / "clouds.json", json.dumps(about, indent=1) + "\n")
+    print(table(about["rows"]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import closing
 
@@ -9,7 +10,7 @@ from gapg.build import fitting_prompts, make_oracle
 from gapg.console import warn
 from gapg.evaluation.evaluate import prediction, respond
 from gapg.files import write_whole
-from gapg.help_phrase import help_control, masked
+from gapg.help_phrase import deciding_tokens, help_control, masked, masked_logprobs
 from gapg.jsonl import read_jsonl, to_json
 from gapg.judge import Group, Judge
 from gapg.runs.run import Run
@@ -65,8 +66,17 @@ def decode(run: Run, name: str, prompts: Sequence[Prompt], temperature: float, c
 
 
 def greedy_masked(run: Run, name: str, prompts: Sequence[Prompt]) -> Rows:
-    """Greedy with help forbidden: with bias b a problem calls iff help_margin > -b, and else answers as here."""
-    return decode(run, name, prompts, 0.0, masked(help_control(run.tokenizer)))
+    """Greedy with help forbidden: with bias b a problem calls iff help_margin > -b, and else answers as here.
+
+    `stays`: S, the policy's own chance of giving this answer instead of calling.
+    """
+    control, rows = masked(help_control(run.tokenizer)), []
+    for group in judged(run, name, derive(run.config.seed, "product", name), prompts, 0.0, control):
+        (completion,) = group.completions
+        prompt = run.task.render(group.prompt, run.tokenizer)
+        _, hazard = masked_logprobs(completion, deciding_tokens(control, prompt, completion.token_ids, group.thinking))
+        rows.append(prediction(group, run.config.reward) | {"stays": math.exp(-hazard)})
+    return rows
 
 
 def sampled_masked(run: Run, name: str, prompts: Sequence[Prompt]) -> Rows:

@@ -14,9 +14,7 @@ import pandas as pd
 
 from gapg.config import RunConfig
 from gapg.errors import ConfigError
-from gapg.evaluation.evaluate import prediction
 from gapg.evaluation.reliability import auroc, bin_scores, brier, ece, ece_by_chance
-from gapg.help_phrase import deciding_tokens, help_control, masked, masked_logprobs
 from gapg.runs.run import Run
 from gapg.seeding import derive
 from gapg.tasks.arithmetic import random_trace, traces
@@ -24,7 +22,7 @@ from gapg.tasks.base import Prompt
 from gapg.tasks.countdown import Countdown
 from studies import arms, drawing
 from studies.arms import Finished, Predictions, Rows
-from studies.predictions import heldout, judged
+from studies.predictions import greedy_masked, heldout
 from studies.report import Column, Record, Row, Study, Table, grouped, mean_of, seeds_of, table_of, verdict
 from studies.settings import LAST
 from studies.statistics import Difference, FloatArray, compare_seeds, help_margins, threshold_for
@@ -102,7 +100,7 @@ def make_problems(shape: Shape, n: int, seed: int) -> list[Prompt]:
 
 def shifted(run: Run) -> Rows:
     """Greedy predictions with help forbidden on held-out problems and every shifted set, named by `set`; the same
-    problems for every run. `stays`: S, the policy's own chance of giving this answer instead of calling."""
+    problems for every run."""
     rollout = run.config.rollout
     longer = rollout.model_copy(update={"max_new_tokens": LONGER * rollout.max_new_tokens})
     roomy = replace(run, config=run.config.model_copy(update={"rollout": longer}))
@@ -112,19 +110,8 @@ def shifted(run: Run) -> Rows:
     return [
         {"set": name, **row}
         for name, prompts in {TRAINED: heldout(run), **sets}.items()
-        for row in with_stays(roomy, f"shift: {name}", prompts)
+        for row in greedy_masked(roomy, f"shift: {name}", prompts)
     ]
-
-
-def with_stays(run: Run, name: str, prompts: Sequence[Prompt]) -> Rows:
-    """Greedy predictions with help forbidden, each with S, `stays`."""
-    control, rows = masked(help_control(run.tokenizer)), []
-    for group in judged(run, name, derive(run.config.seed, "product", name), prompts, 0.0, control):
-        (completion,) = group.completions
-        prompt = run.task.render(group.prompt, run.tokenizer)
-        _, hazard = masked_logprobs(completion, deciding_tokens(control, prompt, completion.token_ids, group.thinking))
-        rows.append(prediction(group, run.config.reward) | {"stays": math.exp(-hazard)})
-    return rows
 
 
 SHIFTED = Predictions("shifted-stays", shifted)

@@ -209,7 +209,8 @@ def compare(table: pd.DataFrame, values: str | pd.Series, a: str, b: str) -> Dif
     """Arm a less arm b, paired by seed and problem; `values`: a column, or a series with the table's rows.
 
     With two seeds or more the interval is Student's t over the per-seed mean differences: what another seed would give
-    on these problems. With one seed it is the bootstrap over problems: what other problems would give that model.
+    on these problems. With one seed it is the bootstrap over problems: what other problems would give that model; over
+    kinds of problems where the table has a column `kind`.
     Raises ValueError where seeds or problems of a and b differ.
     """
     column = table[values] if isinstance(values, str) else values
@@ -219,7 +220,13 @@ def compare(table: pd.DataFrame, values: str | pd.Series, a: str, b: str) -> Dif
         raise ValueError(f"{a} and {b} have different seeds or problems, and cannot be paired")
     by_seed = [of_seed.to_numpy() for _, of_seed in (x - y).groupby(level="seed", sort=False)]
     per_seed = [float(differences.mean()) for differences in by_seed]
-    return _difference(per_seed, t_interval(per_seed) if len(per_seed) > 1 else bootstrap_interval(by_seed[0]))
+    if len(per_seed) > 1:
+        return _difference(per_seed, t_interval(per_seed))
+    if "kind" not in table:
+        return _difference(per_seed, bootstrap_interval(by_seed[0]))
+    kind_of = dict(zip(table["id"], table["kind"], strict=True))
+    kinds = [kind_of[i] for i in x.index.get_level_values("id")]
+    return _difference(per_seed, bootstrap_of_kinds(by_seed[0], kinds))
 
 
 def compare_seeds(a: Sequence[float], b: Sequence[float]) -> Difference:
@@ -283,6 +290,18 @@ def bootstrap_interval(differences: FloatArray) -> tuple[float, float]:
     rng = np.random.default_rng(derive(0, "bootstrap over problems"))
     means = rng.multinomial(n, counts / n, size=10_000) @ values / n
     low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def bootstrap_of_kinds(values: FloatArray, kinds: Sequence[str]) -> tuple[float, float]:
+    """As `bootstrap_interval`, from resamples of kinds of problems, each with all of its problems: problems of a kind
+    (one template, say) are right and wrong together, and as so many of their own they would tell too much.
+    """
+    of_kind = pd.Series(np.asarray(values, dtype=np.float64)).groupby(list(kinds)).agg(["sum", "size"]).to_numpy()
+    k = len(of_kind)
+    rng = np.random.default_rng(derive(0, "bootstrap over kinds"))
+    sums, sizes = (rng.multinomial(k, np.full(k, 1 / k), size=10_000) @ of_kind).T
+    low, high = np.quantile(sums / sizes, [0.025, 0.975])
     return float(low), float(high)
 
 

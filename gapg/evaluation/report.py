@@ -66,6 +66,8 @@ def print_suite(suite: Mapping[str, Any]) -> None:
             table.add_row(Padding(printable(row["name"]), (0, 0, 0, 2)), *map(_cell, values))
         table.add_section()
     table.add_row("problems", *(str(one["n"]) for one in sets))
+    if any(one["too_long"] for one in sets):
+        table.add_row("too long, left out", *(str(one["too_long"]) for one in sets))
     # of many sets it is wider than others, rather than without its digits
     least = tables.measure(table, options=tables.options.update(width=10_000)).minimum
     table.width = least if least > tables.width else None

@@ -1,7 +1,7 @@
 """A model on several sets of maths problems, those of its config's task first: one table, and one suite.json.
 
 In domain is the task that the model was trained by, and a set that shares problems with it. What was trained on is left
-out of a set.
+out of a set. Problems are the same whose texts are, whatever task they come from.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gapg.judge import Group
 from gapg.runs.outage import check_evaluation, failures
 from gapg.tasks.base import Prompt, Task
 from gapg.tasks.in_words import InWords
-from gapg.tasks.maths import Maths
+from gapg.tasks.maths import Maths, identity
 from gapg_rollout.records import Oracle, OracleUsage
 
 SUITES = PRESETS / "suites"
@@ -39,6 +39,9 @@ SHARED = 0.01
 """The part of a set's problems that makes it one in domain where they are the trained task's too. Collections of maths
 problems repeat each other here and there: fewer move an accuracy by less than 0.01, and chance moves that of a thousand
 problems by 0.03."""
+LOST = 10
+"""Questions in a row, over sets, that the cloud failed before it is taken to be down, where it did not say so: a set
+may have two calls, and both be slow."""
 FIGURES = ("accuracy", "local_accuracy", "call_fraction")
 
 Sources = Mapping[str, Mapping[str, Any]]
@@ -49,8 +52,8 @@ Sources = Mapping[str, Mapping[str, Any]]
 class ProblemSet:
     """Problems to evaluate on. key: its folder and its key in suite.json. name: what it is called in the table.
 
-    trained_on: how many problems it had that the model was trained on. source: the keys of `gapg.tasks.maths.Source`;
-    of the config's own task its arguments.
+    trained_on, too_long: how many problems it had that the model was trained on, and that were over
+    `max_prompt_tokens`. source: the keys of `gapg.tasks.maths.Source`; of the config's own task its arguments.
     """
 
     key: str
@@ -59,6 +62,7 @@ class ProblemSet:
     prompts: Sequence[Prompt]
     in_domain: bool = False
     trained_on: int = 0
+    too_long: int = 0
     source: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -113,11 +117,11 @@ def load_sets(
     trained: the task that the model was trained by, which may be another than the config's.
     A set that is what the config's task holds out gives the first one its name. Raises ConfigError.
     """
-    taught = {p.id for p in task_prompts(trained, "train")}
-    known = taught | {p.id for p in task_prompts(trained, "heldout")}
-    heldout = {p.id for p in task_prompts(task, "heldout")}
-    own = ProblemSet(OWN, task.name, task, heldout_prompts(config, task, tokenizer), in_domain=True)
-    own = replace(own, source=config.task.model_dump(mode="json")["args"])
+    taught = _texts(task_prompts(trained, "train"))
+    known = taught | _texts(task_prompts(trained, "heldout"))
+    heldout = _texts(task_prompts(task, "heldout"))
+    args = config.task.model_dump(mode="json")["args"]
+    own = replace(_fitting(config, OWN, task.name, task, tokenizer), in_domain=True, source=args)
     sets = [own if trained is task else _compared(own, taught, known)]
     if not sets[0].prompts:
         raise ConfigError(f"task {task.name!r}: the model was trained on every held-out problem; name another --config")
@@ -126,27 +130,34 @@ def load_sets(
         other = _load(name, source)
         # one set of worker processes for all
         checker = other.checker = checker or other.checker
-        ids = {p.id for p in other.prompts("heldout")}
-        if ids == heldout:
+        if _texts(other.prompts("heldout")) == heldout:
             sets[0] = replace(sets[0], name=name)
             continue
         # `test` is the split that Maths reads of a set that names none
         read = {"path": source["path"], "subset": None, "split": "test", "limit": None, **source}
-        one = ProblemSet(name, name, other, heldout_prompts(config, other, tokenizer, name), source=read)
-        one = _compared(one, taught, known)
+        one = _compared(replace(_fitting(config, name, name, other, tokenizer), source=read), taught, known)
         if one.prompts:
             sets.append(one)
     return sets
 
 
+def _fitting(config: RunConfig, key: str, name: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> ProblemSet:
+    prompts = heldout_prompts(config, task, tokenizer, None if key == OWN else name)
+    too_long = len(task_prompts(task, "heldout")[: config.eval.heldout]) - len(prompts)
+    return ProblemSet(key, name, task, prompts, too_long=too_long)
+
+
+def _texts(prompts: Sequence[Prompt]) -> set[str]:
+    return {identity(p.text) for p in prompts}
+
+
 def _compared(one: ProblemSet, taught: Set[str], known: Set[str]) -> ProblemSet:
-    """The set beside the trained task, by the ids of its problems: without those `taught`, in domain where enough of it
-    is `known`."""
-    prompts = [p for p in one.prompts if p.id not in taught]
+    """The set beside the trained task: without problems that were `taught`, in domain where enough of it is `known`."""
+    prompts = [p for p in one.prompts if identity(p.text) not in taught]
     if left_out := len(one.prompts) - len(prompts):
         warn(f"{one.name}: the model was trained on {left_out} of {len(one.prompts)} problems: left out")
-    ids = {p.id for p in task_prompts(one.task, "heldout")}
-    in_domain = len(ids & known) >= SHARED * len(ids)
+    texts = _texts(task_prompts(one.task, "heldout"))
+    in_domain = len(texts & known) >= SHARED * len(texts)
     return replace(one, prompts=prompts, in_domain=in_domain, trained_on=left_out)
 
 
@@ -167,10 +178,10 @@ def evaluate_suite(
 
     oracles: one for each set, which may be the same.
     Raises OracleDown, after all is written, where the cloud failed every question; at once, without the other sets,
-    where it failed every one of a set for no reason of these questions' own.
+    where it failed every one of a set and said that it answers no other, or failed `LOST` in a row.
     """
     (folder / FILE).unlink(missing_ok=True)  # an older one would not be of these sets' files
-    summaries, judged = {}, list[Group]()
+    summaries, judged, lost = {}, list[Group](), set[str]()
     for done, (one, place, oracle) in enumerate(zip(sets, places, oracles, strict=True), 1):
         summaries[one.key], groups = measure(setup, place, one.task, oracle, one.prompts, one.name, oracle.usage)
         judged += groups
@@ -178,7 +189,7 @@ def evaluate_suite(
         state = {"oracle": setup.config.oracle.kind, "complete": not left, "not_evaluated": left}
         suite = {**setup.about, **state, **together(sets[:done], summaries)}
         write_whole(folder / FILE, to_json(suite, indent=1) + "\n")
-        if down := _is_down(groups):
+        if down := _is_down(groups, lost):
             break
     print_suite(suite)
     say_usage(suite["oracle_usage"])
@@ -188,10 +199,18 @@ def evaluate_suite(
     check_evaluation(groups if down else judged)
 
 
-def _is_down(groups: Sequence[Group]) -> bool:
-    """Whether the cloud failed every question, and not each for what is in the question or in the reply to it."""
+def _is_down(groups: Sequence[Group], lost: set[str]) -> bool:
+    """Whether the cloud failed every question of a set, not for what is in them or in the replies, and so do others.
+
+    lost: the questions that it failed since it last answered one, by their problems' ids; those of the set are added.
+    """
     asked = [g for g in groups if g.oracle_asked]
-    return bool(asked) and all(g.oracle_score is None for g in asked) and not all(a.own for a in failures(asked))
+    failed = {g.prompt.id for g in asked if g.oracle_score is None and not all(a.own for a in failures([g]))}
+    if any(g.oracle_score is not None for g in asked):
+        lost.clear()
+        return False
+    lost |= failed
+    return bool(failed) and (len(lost) >= LOST or any(a.permanent for a in failures(asked)))
 
 
 def together(sets: Sequence[ProblemSet], summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -200,7 +219,7 @@ def together(sets: Sequence[ProblemSet], summaries: Mapping[str, Mapping[str, An
     others = [one.key for one in sets if not one.in_domain]
     shown = [
         {"key": s.key, "name": s.name, "in_domain": s.in_domain, "n": len(s.prompts)}
-        | {"trained_on": s.trained_on, "source": s.source}
+        | {"trained_on": s.trained_on, "too_long": s.too_long, "source": s.source}
         for s in sets
     ]
     rows = []

@@ -115,7 +115,7 @@ class Maths(InWords):
             text, answer = (_cell(where, source, key, row, place) for key in ("question", "answer"))
             if source.question_pattern is not None:
                 text = _matched(where, "question", source.question_pattern, text, place)
-            key, gold = _identity(text), _gold(where, source, answer, place)
+            key, gold = identity(text), _gold(where, source, answer, place)
             first = found.setdefault(key, Prompt(key, text, gold, self.name))
             if places.setdefault(key, place) != place and first.answer != gold:
                 clashes.append(f"{places[key]} ({first.answer!r:.40}) and {place} ({gold!r:.40})")
@@ -155,7 +155,7 @@ class Maths(InWords):
         return made
 
 
-def _identity(text: str) -> str:
+def identity(text: str) -> str:
     """A problem's id: equal texts but for blanks and how accents are written have the same one."""
     return hashlib.sha256(" ".join(unicodedata.normalize("NFC", text).split()).encode()).hexdigest()[:16]
 

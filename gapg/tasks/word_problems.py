@@ -124,8 +124,8 @@ class WordProblems(InWords):
     size: ranges of numbers are this many times as wide, at most 3, beyond which stories make no sense.
     asides: fraction of the problems that tell a number that is not needed, somewhere after the first sentence.
     held_out_by: `template`: a fifth of the templates, never trained on; `numbers`: templates trained on, which all are
-        then, with numbers that are not; `both`: half and half. The id of a held-out problem begins with `template/` or
-        `numbers/`.
+        then, each as often, with numbers that are not; `both`: half and half. Ids say it: `template/ticket-price/…`,
+        `numbers/…`.
     Raises ValueError for settings that leave too few problems.
     """
 
@@ -158,16 +158,18 @@ class WordProblems(InWords):
         super().__init__(MathChecker())
         by_template = {"template": heldout, "numbers": 0, "both": heldout // 2}[held_out_by]
         known, new = _split(templates(), counts, seed, 0.2 if by_template else 0.0)
-        rng, seen = random.Random(seed), set[tuple[str | int, ...]]()
-        drawn = {
-            where: _draw(n, key, chosen, size, asides, rng, seen)
-            for where, n, key, chosen in (
-                ("train", problems, "problems", known),
-                ("numbers", heldout - by_template, "heldout", known),
-                ("template", by_template, "heldout", new),
-            )
+        rng, by_numbers = random.Random(seed), heldout - by_template
+        wanted = "problems and heldout" if by_numbers else "problems"
+        drawn = _draw(problems + by_numbers, wanted, known, size, asides, rng)
+        apart = _spread(by_numbers, [p.template.name for p in drawn])
+        parts = {
+            "train": [p for i, p in enumerate(drawn) if i not in apart],
+            "numbers": [p for i, p in enumerate(drawn) if i in apart],
+            "template": _draw(by_template, "heldout", new, size, asides, rng),
         }
-        self._problems = {f"{where}/{_hash(p.text)}": p for where, found in drawn.items() for p in found}
+        self._problems = {
+            f"{where}/{p.template.name}/{_hash(p.text)}": p for where, found in parts.items() for p in found
+        }
         made = [Prompt(key, p.text, str(p.worked()[1]), self.name) for key, p in self._problems.items()]
         held = [p for p in made if not p.id.startswith("train/")]
         rng.shuffle(held)
@@ -233,13 +235,12 @@ def _draw(
     size: float,
     asides: float,
     rng: random.Random,
-    seen: set[tuple[str | int, ...]],
 ) -> list[_Problem]:
-    """n problems of these templates with numbers that are not in `seen`, which learns them. key: what asks for them.
+    """n problems of these templates, no two alike in template and numbers. key: what asks for them.
 
     Raises ValueError where there are not so many.
     """
-    made, in_vain = list[_Problem](), 0
+    made, seen, in_vain = list[_Problem](), set[tuple[str | int, ...]](), 0
     while len(made) < n and in_vain < IN_VAIN:
         template = rng.choice(chosen)
         aside = rng.choice(template.places) if rng.random() < asides else None
@@ -254,8 +255,14 @@ def _draw(
         else:
             in_vain += 1
     if len(made) < n:
-        raise ValueError(f"{key}: {n} are wanted, and only {len(made)} more were found; ask for fewer, or raise size")
+        raise ValueError(f"{key}: {n} are wanted, and only {len(made)} were found; ask for fewer, or raise size")
     return made
+
+
+def _spread(n: int, names: Sequence[str]) -> set[int]:
+    """Which n of these, so that every name is among them as often as among all."""
+    order = sorted(range(len(names)), key=names.__getitem__)
+    return {order[(2 * i + 1) * len(order) // (2 * n)] for i in range(n)}
 
 
 def _fill(template: Template, size: float, rng: random.Random) -> dict[str, Any]:

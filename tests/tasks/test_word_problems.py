@@ -92,7 +92,7 @@ def test_problems_are_held_out_by_template_and_by_numbers(task: WordProblems) ->
     kind_of = {p.id: task._problems[p.id].template.name for p in (*train, *heldout)}
     kinds = {where: {kind_of[p.id] for p in heldout if p.id.startswith(where)} for where in ("template/", "numbers/")}
     trained = {kind_of[p.id] for p in train}
-    assert len(trained) == 81 and not kinds["template/"] & trained and kinds["numbers/"] <= trained
+    assert len(trained) == 81 and not kinds["template/"] & trained and kinds["numbers/"] == trained
     assert sum(p.id.startswith("template/") for p in heldout) == 150
     told = Counter(
         (kind_of[p.id], *(slots[s] for s in sorted(task._problems[p.id].template.where) if isinstance(slots[s], int)))
@@ -102,6 +102,7 @@ def test_problems_are_held_out_by_template_and_by_numbers(task: WordProblems) ->
     assert max(told.values()) == 1, "no two problems have the same numbers in the same template"
     new = Counter(len(t.steps) for t in templates() if t.name not in trained)
     assert new == {2: 8, 3: 7, 4: 4}, "a fifth of each number of steps"
+    assert all(p.id.split("/")[1] == kind_of[p.id] for p in (*train, *heldout))
     # any first part is a fair sample
     assert 20 < sum(p.id.startswith("template/") for p in heldout[:80]) < 60
     again, other = (WordProblems(problems=1500, heldout=300, seed=s) for s in (0, 1))
@@ -118,6 +119,19 @@ def test_held_out_by_one_of_them(by: str, starts: set[str]) -> None:
     drawn = {p.template.name for p in task._problems.values()}
     trained = {task._problems[p.id].template.name for p in task.prompts("train")}
     assert len(trained) == (81 if by == "template" else 100) and len(drawn) > 95
+
+
+def test_small_numbers_are_held_out_of_every_template() -> None:
+    """Where training took first, nothing was left of templates with few numbers, and held out were others alone."""
+    task = load_task("word-problems", {"problems": 1500, "heldout": 400, "steps": [2, 2], "size": 0.3})
+    assert isinstance(task, WordProblems)
+    train, held = (
+        Counter(p.id.split("/")[1] for p in task.prompts(split) if not p.id.startswith("template/"))
+        for split in ("train", "heldout")
+    )
+    assert train.keys() == held.keys() and len(train) == 32 and held.total() == 200
+    for name, n in held.items():
+        assert abs(n - 200 * (n + train[name]) / 1700) <= 1, "as often as in training"
 
 
 def test_the_solver_and_the_verifier_agree_on_every_template(task: WordProblems) -> None:
@@ -197,8 +211,12 @@ def test_a_prompt_tells_the_problem_and_both_endings(
         ({"seed": None}, "seed: must be a whole number"),
         ({"seed": [1]}, "seed: must be a whole number"),
         ({"problems": 3_000_000}, "problems: must be a whole number of 2 to 20000"),
-        ({"problems": 20_000, "size": 0.01, "steps": [2, 2]}, "^problems: 20000 are wanted, and only"),
-        ({"problems": 60, "heldout": 2000, "size": 0.01, "steps": [2, 2]}, "^heldout: 1000 are wanted, and only"),
+        ({"problems": 20_000, "size": 0.01, "steps": [2, 2]}, "^problems and heldout: 20500 are wanted, and only"),
+        ({"problems": 300, "heldout": 8000, "steps": [2, 2], "held_out_by": "template"}, "^heldout: 8000 are wanted"),
+        (
+            {"problems": 60, "heldout": 2000, "size": 0.01, "steps": [2, 2]},
+            "^problems and heldout: 1060 are wanted, and only",
+        ),
     ],
 )
 def test_settings_that_leave_no_problems_are_refused(args: dict[str, object], said: str) -> None:

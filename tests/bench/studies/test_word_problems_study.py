@@ -16,7 +16,7 @@ from studies.probe import PROBE
 from studies.report import Record, Study, command
 from studies.runs import place
 from studies.self_check import UNTRAINED
-from studies.word_problems import MASKED, OURS, STAYS, WORD_PROBLEMS, check, word_arms
+from studies.word_problems import MASKED, OURS, WORD_PROBLEMS, check, word_arms
 
 
 def answered(predicted: Callable[..., dict[str, Any]], first: int, n: int, sign: int) -> list[dict[str, Any]]:
@@ -32,7 +32,7 @@ def answered(predicted: Callable[..., dict[str, Any]], first: int, n: int, sign:
             stays=0.2 if wrong else 0.8,
             gold="4",
         )
-        rows.append(row | {"id": f"{'template' if i % 2 else 'numbers'}/{first + i}"})
+        rows.append(row | {"id": f"{'template' if i % 2 else 'numbers'}/kind-{i // 5}/{first + i}"})
     return rows
 
 
@@ -51,7 +51,7 @@ def test_the_study_on_tables_made_by_hand(
         sign = 1 if arm.label == OURS else -1
         heldout, train = answered(predicted, 0, 40, sign), answered(predicted, 100, 200, sign)
         sampled = [row | {"outcome": "cloud_correct"} for row in heldout[:10]] + heldout[10:]
-        files = {"heldout-masked": heldout, "heldout-sampled": sampled, "train-masked": train, STAYS.name: heldout}
+        files = {"heldout-masked": heldout, "heldout-sampled": sampled, "train-masked": train}
         made = finish(arm, files, [] if arm.label == "warm start" else [step, step | {"step": 2}])
         split = {"validation": validation_answers(made), "heldout": heldout}
         rows = [{"id": row["id"], "split": name, "score": 0.0} for name, of_split in split.items() for row in of_split]
