@@ -6,7 +6,7 @@ The model is the run's last checkpoint (or any model folder, with --config), the
 problems; whatever its cloud is, none is asked, and a call counts as right. Both loops sample as many responses to the
 same prompts, at the same temperature and stopped at the same tags; each samples its own, so the figure is tokens a
 second. To ours belongs that the engine gets new weights, as after every update. Both update by method=gapg on the same
-responses, those of ours: the plain loop pads eight sequences, computes all logits, and has a gradient for each response.
+responses, those of ours: the plain loop pads eight sequences, computes all logits, and has a gradient for each.
 """
 
 from __future__ import annotations
