@@ -151,9 +151,14 @@ def test_the_shipped_sets_fit_and_more_lose_no_digits(more: int, capsys: pytest.
     names = ["countdown", "gsm8k", "math500", "amc23", "minerva", "agieval-math", "svamp", *map(str, range(more))]
     cell = {"accuracy": 0.125, "call_fraction": math.nan, "unknown": 0}
     rows = [{"name": name, "sets": dict.fromkeys(names, cell), "mean": cell} for name in list(DECODINGS)[:3]]
-    sets = [{"key": name, "name": name, "in_domain": name == "countdown", "n": 1319} for name in names]
+    sets: list[dict[str, Any]] = [
+        {"key": name, "name": name, "in_domain": name == "countdown", "n": 1319, "too_long": 0} for name in names
+    ]
     print_suite({"sets": sets, "averaged": names[1:], "rows": rows})
     printed = capsys.readouterr().out
+    sets[2]["too_long"] = 272
+    print_suite({"sets": sets, "averaged": names[1:], "rows": rows})
+    assert "too long, left out" not in printed and capsys.readouterr().out.count("272 ") == 1
     assert (max(map(len, printed.splitlines())) <= 100) == (not more)
     assert printed.count("0.125 │") == printed.count(" ? │") == (8 + more) * 3
     assert printed.count("1319") == 7 + more
@@ -205,6 +210,7 @@ FLAGGED = {"status": 400, "message": "flagged by moderation"}
         ("refuses", [{"status": 401}], None, [OWN]),
         ("runs-out", [{}], "5", [OWN, "minus"]),
         ("odd", [FLAGGED], None, [OWN, "minus", "times"]),
+        ("overloaded", [{"status": 503}], None, [OWN, "minus"]),
     ],
 )
 def test_a_cloud_that_answers_nothing_ends_the_suite_after_the_set(
@@ -220,7 +226,7 @@ def test_a_cloud_that_answers_nothing_ends_the_suite_after_the_set(
 ) -> None:
     """All so far is written and shown. Questions that fail for what is in them say nothing of the next set's."""
     server.plan(name, *plan)
-    cloud = [*CLOUD, "--oracle.model", name, "--oracle.base-url", server.url]
+    cloud = [*CLOUD, "--oracle.model", name, "--oracle.base-url", server.url, "--oracle.max-retries", "0"]
     cloud += [*PAID, "--oracle.spending-cap", cap, "--oracle.cache", str(tmp_path / "book.sqlite")] if cap else []
     out = tmp_path / "eval"
     with pytest.raises(SystemExit) as exit:

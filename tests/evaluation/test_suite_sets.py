@@ -1,5 +1,6 @@
 """The sets of `gapg eval --suite`: what is read and what is left out, one line for each error, the shipped columns."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from gapg.config_sections import TaskConfig
 from gapg.errors import ConfigError
 from gapg.evaluation.suite import OWN, SUITES, load_sets, read_suite, suites
 from gapg.model.load import load_tokenizer
+from gapg.tasks.base import Prompt, Split
 from gapg.tasks.in_words import InWords
 from gapg.tasks.maths import Maths
 from tests.evaluation.small_maths import make_config, sums, write
@@ -146,6 +148,26 @@ def test_what_was_trained_on_is_no_evaluation(
     assert {id(s.task.checker) for s in sets if isinstance(s.task, Maths)} == {id(task.checker)}, "one set of processes"
 
 
+class Numbered(Maths):
+    """A task whose ids say nothing of its problems."""
+
+    def prompts(self, split: Split) -> list[Prompt]:
+        return [replace(p, id=str(n)) for n, p in enumerate(super().prompts(split))]
+
+
+def test_a_problem_is_known_by_its_text_whatever_its_task_calls_it(own: tuple[RunConfig, Maths], tmp_path: Path) -> None:
+    config, task = own
+    trained = Numbered(**config.task.args)
+    rows = [*sums(range(38, 43), "+"), *sums(range(3), "-")]
+    path = write(tmp_path / "mixed.jsonl", *rows)
+    sources = {"mixed": {"path": str(path), "answer_pattern": "#### (.+)"}}
+    sets = load_sets(sources, config, task, load_tokenizer(config.model, task), trained)
+    assert [(s.key, len(s.prompts), s.in_domain, s.trained_on) for s in sets] == [
+        (OWN, 20, True, 0),
+        ("mixed", 6, True, 2),
+    ]
+
+
 @pytest.mark.parametrize(("new", "in_domain"), [(297, True), (298, False)])
 def test_a_set_is_in_domain_where_a_hundredth_of_it_is_shared(
     new: int, in_domain: bool, own: tuple[RunConfig, Maths], tmp_path: Path
@@ -193,7 +215,7 @@ def test_prompts_that_do_not_fit_are_told_by_set(
     long = {"question": "What is 1 + 1 ? " * 400, "answer": "5"}
     path = write(tmp_path / "long.jsonl", long, {"question": "What is 1 - 1 ?", "answer": "5"})
     sets = load_sets({"long": {"path": str(path)}}, config, task, load_tokenizer(config.model, task), task)
-    assert [len(s.prompts) for s in sets] == [20, 1]
+    assert [(len(s.prompts), s.too_long) for s in sets] == [(20, 0), (1, 1)]
     assert capsys.readouterr().err.startswith("left out of long: 1 of 2 prompts, over 900 tokens (the longest has ")
 
 
