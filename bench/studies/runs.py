@@ -45,6 +45,9 @@ DEFAULTS = {
 }  # fmt: skip
 """How a run of a study runs, where the command says nothing else: its curves are in metrics.jsonl."""
 
+SAVED_MINUTES = 5.0
+"""What a killed study loses of each run at most, unless the command says it: steps of a real model take minutes."""
+
 RESERVED = {
     "seed": "give --seeds 0,1,2",
     "output_dir": "give --work-dir and --output",
@@ -110,7 +113,14 @@ def place(arm: Arm, base: str, overrides: Mapping[str, str], work: Path) -> Plac
         "cache": config.oracle.cache or str(work / "oracle.sqlite"),
         "account": config.oracle.account or str(work),
     }
-    config = config.model_copy(update={"output_dir": folder, "oracle": config.oracle.model_copy(update=oracle)})
+    saved = config.checkpoint_minutes or SAVED_MINUTES  # set here, as no run was named with it
+    config = config.model_copy(
+        update={
+            "output_dir": folder,
+            "oracle": config.oracle.model_copy(update=oracle),
+            "checkpoint_minutes": saved,
+        }
+    )
     warm = work / "warm" / _hash(_warm_identity(config)) if config.warm_start else None
     return Place(arm, config, folder, warm, tuple(dict.fromkeys((*STANDARD, *arm.predictions))))
 

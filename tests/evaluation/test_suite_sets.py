@@ -155,7 +155,9 @@ class Numbered(Maths):
         return [replace(p, id=str(n)) for n, p in enumerate(super().prompts(split))]
 
 
-def test_a_problem_is_known_by_its_text_whatever_its_task_calls_it(own: tuple[RunConfig, Maths], tmp_path: Path) -> None:
+def test_a_problem_is_known_by_its_text_whatever_its_task_calls_it(
+    own: tuple[RunConfig, Maths], tmp_path: Path
+) -> None:
     config, task = own
     trained = Numbered(**config.task.args)
     rows = [*sums(range(38, 43), "+"), *sums(range(3), "-")]
