@@ -113,12 +113,11 @@ def place(arm: Arm, base: str, overrides: Mapping[str, str], work: Path) -> Plac
         "cache": config.oracle.cache or str(work / "oracle.sqlite"),
         "account": config.oracle.account or str(work),
     }
-    saved = config.checkpoint_minutes or SAVED_MINUTES  # set here, as no run was named with it
     config = config.model_copy(
         update={
             "output_dir": folder,
             "oracle": config.oracle.model_copy(update=oracle),
-            "checkpoint_minutes": saved,
+            "checkpoint_minutes": config.checkpoint_minutes or SAVED_MINUTES,
         }
     )
     warm = work / "warm" / _hash(_warm_identity(config)) if config.warm_start else None
@@ -211,6 +210,7 @@ def _identity(config: RunConfig, controller: str | None) -> dict[str, Any]:
     flat: dict[str, Any] = {"controller": controller}
     for key, value in _settings(config).items():
         flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
+    flat["checkpoint_minutes"] = None  # how a run runs too, but runs were named with it
     return {key: _lasting(value) for key, value in flat.items() if key not in HOW_IT_RUNS}
 
 

@@ -23,7 +23,7 @@ from studies.arms import Arm, marginal, predictions_path
 from studies.catalog import STUDIES
 from studies.report import Study
 from studies.runner import make_studies
-from studies.runs import Place, place
+from studies.runs import SAVED_MINUTES, Place, place
 from study import Options, main
 
 HERE = Path(__file__).parent
@@ -292,6 +292,9 @@ def test_only_what_a_run_is_names_it(tiny: str, tmp_path: Path) -> None:
     run, warm = at({})
     for same in ({"threads": "4"}, {"checkpoint_every": "7"}, {"oracle.concurrency": "3"}, {"rollout.max_rows": "64"}):
         assert at({}, same) == (run, warm)
+    often = {"checkpoint_minutes": "1"}
+    assert at({}, often) == (run, warm) and place(Arm("x", {}, 0), tiny, often, tmp_path).config.checkpoint_minutes == 1
+    assert place(Arm("x", {}, 0), tiny, {}, tmp_path).config.checkpoint_minutes == SAVED_MINUTES
     for other in ({"steps": "4"}, {"reward.alpha_c": "0.3"}, {"oracle.accuracy": "0.6"}, {"eval.heldout": "9"}):
         assert at(other)[0] != run and at(other)[1] == warm, "another run from the same warm start"
         assert at({}, other) == at(other), "whoever says it"
