@@ -106,10 +106,10 @@ def in_percent(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({seeds_range(values)})"
 
 
-def covered(seeds: int) -> str:
-    """What the intervals of a table say something about, for its title."""
+def covered(seeds: int, others: str = "problems") -> str:
+    """What the intervals of a table say something about, for its title; others: of what one seed's are resampled."""
     if seeds == 1:
-        return "intervals: other problems for this one seed"
+        return f"intervals: other {others} for this one seed"
     return f"intervals: over {seeds} seeds (Student's t), the held-out problems are the same in all"
 
 

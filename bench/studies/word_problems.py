@@ -191,7 +191,7 @@ def tables(record: Record) -> list[Table]:
     ]
     everyone = list(grouped(rows, "method").values())
     models = list(grouped([row for row in rows if "forecast" in row], "method").values())
-    covers = covered(len(record["seeds"])).replace("other problems", "other templates")
+    covers = covered(len(record["seeds"]), "templates")
     return [
         table_of(f"Right together at equal calls, greedy; {covers}", everyone, at_equal),
         table_of(f"The same at {BUDGET:.0%} of all called, by kind of held-out problem", everyone, [name, *by_kind]),
