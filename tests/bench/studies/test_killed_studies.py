@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from studies.catalog import STUDIES
+from study import main
 
 MADE = {name: STUDIES[name] for name in ("budgets", "demonstrations")}
 STUDY = Path(__file__).parents[3] / "bench" / "study.py"
@@ -25,8 +26,8 @@ def finished(folder: Path) -> dict[Path, int]:
 @pytest.mark.slow
 def test_studies_are_killed_halfway_and_gone_on_with(tiny: str, tmp_path: Path) -> None:
     options = {"config": tiny, "seeds": "0", "jobs": "2", "work-dir": tmp_path / "work", "output": tmp_path / "results"}
-    order = [sys.executable, str(STUDY), *MADE, *(f"--{key}={value}" for key, value in options.items())]
-    process = subprocess.Popen(order, start_new_session=True)
+    order = [*MADE, *(f"--{key}={value}" for key, value in options.items())]
+    process = subprocess.Popen([sys.executable, str(STUDY), *order], start_new_session=True)
     while len(finished(tmp_path)) < 2:
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.1)
@@ -35,7 +36,7 @@ def test_studies_are_killed_halfway_and_gone_on_with(tiny: str, tmp_path: Path) 
     before = finished(tmp_path)
     assert not list(tmp_path.glob("results/*"))
 
-    subprocess.run(order, check=True)
+    main(order)
     after = finished(tmp_path)
     kept = [path for path, when in before.items() if after[path] == when]
     assert len(kept) >= len(before) - 2 and len(after) > len(before), "but for what two processes were writing"
@@ -48,5 +49,5 @@ def test_studies_are_killed_halfway_and_gone_on_with(tiny: str, tmp_path: Path) 
         assert study.question in text and text.partition("\n\n")[2] in readme
         assert (tmp_path / "results" / f"{name}.png").stat().st_size > 10_000
 
-    subprocess.run([sys.executable, str(STUDY), "--redraw", f"--output={tmp_path / 'results'}"], check=True)
+    main(["--redraw", f"--output={tmp_path / 'results'}"])
     assert (tmp_path / "results" / "README.md").read_text() == readme

@@ -44,28 +44,28 @@ STUDY = Path(__file__).parents[3] / "bench" / "study.py"
 
 def order(tiny: str, folder: Path) -> list[str]:
     config = ["--config", tiny, "--steps", "6", "--checkpoint-every", "2", "--eval.every", "2", "--threads", "1"]
-    return [sys.executable, str(STUDY), "quickstart", *config, "--output-dir", str(folder)]
+    return ["quickstart", *config, "--output-dir", str(folder)]
 
 
 @pytest.mark.slow
 def test_killed_it_goes_on_by_the_same_command_to_the_same_figures(
     tiny: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    subprocess.run(order(tiny, tmp_path / "whole"), check=True)
+    main(order(tiny, tmp_path / "whole"))
     table = capfd.readouterr().out
     assert "GAPG, greedy, calibrated bias" in table and "cloud only" in table
-    killed = subprocess.Popen(order(tiny, tmp_path / "killed"), start_new_session=True)
+    killed = subprocess.Popen([sys.executable, str(STUDY), *order(tiny, tmp_path / "killed")], start_new_session=True)
     while not list(tmp_path.glob("killed/checkpoints/step-2/manifest.json")):
         assert killed.poll() is None, "it ended before it could be killed"
         time.sleep(0.05)
     killed.kill()
     killed.wait()
-    subprocess.run(order(tiny, tmp_path / "killed"), check=True)
+    main(order(tiny, tmp_path / "killed"))
     assert capfd.readouterr().out == table
     whole, again = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed"))
     assert whole == again and len(whole["rows"]) == 11 and len(whole["paired_tests"]) == 4
     assert (tmp_path / "killed" / "summary.png").stat().st_size > 50_000
-    main(["quickstart", *order(tiny, tmp_path / "whole")[3:]])
+    main(order(tiny, tmp_path / "whole"))
     assert capfd.readouterr().out == table, "finished, it says the same again"
 
 
