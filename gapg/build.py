@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gapg.budget import BudgetController
 from gapg.config import RunConfig, check_cloud
-from gapg.config_sections import OracleConfig
+from gapg.config_oracle import OracleConfig
 from gapg.console import say
 from gapg.errors import ConfigError, one_line
 from gapg.help_phrase import help_control

@@ -15,6 +15,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from gapg import config_keys
+from gapg.config_oracle import OracleConfig
 from gapg.config_sections import (
     BudgetConfig,
     Count,
@@ -23,7 +24,6 @@ from gapg.config_sections import (
     MarginalConfig,
     ModelConfig,
     OptimConfig,
-    OracleConfig,
     RewardConfig,
     RolloutConfig,
     Section,
