@@ -62,7 +62,8 @@ def main() -> None:
     names = args.names or list(map(str, args.models))
     if len(set(names)) != len(args.models):
         parser.error(f"--names: {len(args.models)} models need as many different names")
-    _, run = find_model(args.models[-1])
+    with record.refusing(parser):
+        *_, (_, run) = map(find_model, args.models)
     if run is None:
         parser.error(f"{args.models[-1]} belongs to no run, whose config tells the task")
     options = ["--config", str(run / "config.yaml"), "--suite", args.suite, *overrides]

@@ -38,11 +38,19 @@ def test_a_line_a_set_and_model(
     assert lines[0].startswith("| maths, 20 problems, in domain | before |") and lines[1].startswith("|  | after |")
 
 
-def test_what_belongs_to_no_run_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        (["model"], "belongs to no run, whose config tells the task"),
+        (["nothing", "model"], "nothing: no such folder; give a run's folder"),
+        (["model", "model"], "--names: 2 models need as many different names"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_first(
+    models: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_config(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["before_after.py", str(tmp_path / "model")])
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr(sys, "argv", ["before_after.py", *(str(tmp_path / name) for name in models)])
+    with pytest.raises(SystemExit) as left:
         before_after.main()
-    assert "belongs to no run, whose config tells the task" in capsys.readouterr().err
+    assert left.value.code == 2 and said in capsys.readouterr().err
