@@ -3,8 +3,8 @@
     python bench/before_after.py runs/arithmetic-smollm2/warm-start runs/arithmetic-smollm2 --suite-data DATA
     python bench/before_after.py A B --suite-data DATA --eval.heldout 150      # any key of the config
 
-Each is evaluated by `gapg eval --suite`, in the order given, with the config of the last one's run: the same problems,
-of which none was trained on, and the same decoding.
+Each is evaluated by `gapg eval --suite`, in the order given, with the config of the last one's run: the same decoding,
+and the same problems, less those that a model's own run trained it on.
 """
 
 from __future__ import annotations
@@ -33,15 +33,17 @@ def evaluated(model: Path, options: Sequence[str], folder: Path) -> Row:
 def table(models: Mapping[str, Row]) -> str:
     """A line a set and model, greedy: right with help masked, right together with the cloud, and called."""
     lines = []
-    for one in next(iter(models.values()))["sets"]:
-        kind = f"{one['name']}, {one['n']} problems{', in domain' * one['in_domain']}"
+    for key in (one["key"] for one in next(iter(models.values()))["sets"]):
         for name, suite in models.items():
-            rows = {row["name"]: row["sets"].get(one["key"]) for row in suite["rows"]}
+            one = next((one for one in suite["sets"] if one["key"] == key), None)
+            if one is None:
+                continue
+            rows = {row["name"]: row["sets"].get(key) for row in suite["rows"]}
             alone, together = rows.get("alone, greedy"), rows.get("greedy")
             cells = (_part(alone, "local_accuracy"), _part(together, "accuracy"), _part(together, "call_fraction"))
-            lines.append((kind, name, *cells))
-            kind = ""
-    return record.markdown(("set", "model", "right alone (95%)", "right together", "called"), lines, right=(2, 3, 4))
+            lines.append((one["name"] + ", in domain" * one["in_domain"], str(one["n"]), name, *cells))
+    head = ("set", "problems", "model", "right alone (95%)", "right together", "called")
+    return record.markdown(head, lines, right=(1, 3, 4, 5))
 
 
 def _part(cell: Row | None, figure: str) -> str:

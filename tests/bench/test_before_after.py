@@ -35,7 +35,9 @@ def test_a_line_a_set_and_model(
             rows = {row["name"]: row["sets"][key] for row in own["rows"]}
             assert f"| {name} | {rows['alone, greedy']['local_accuracy']:.1%} (" in lines[2 * k + i]
             assert f"| {rows['greedy']['accuracy']:.1%} (" in lines[2 * k + i]
-    assert lines[0].startswith("| maths, 20 problems, in domain | before |") and lines[1].startswith("|  | after |")
+    assert [line.split(" | ")[:3] for line in lines[1:3]] == [
+        ["| maths, in domain", "20", "after"], ["| minus", "12", "before"],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
